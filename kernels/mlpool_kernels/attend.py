@@ -1,0 +1,299 @@
+"""Attend: the latents' attention over the n keys (layers or tokens) of each text.
+
+    H' = X0 + E        X = LN1(H')        S = X Q̃ᵀ        A = softmax_n(S)
+
+X0 [B,n,D] -> X [B,n,D] and A [B,n,H·R]. Queries come in one of two exact forms (`plan.py` picks the cheaper):
+
+    absorbed   Q̃ [H·R, D] = Q_h Wk_h / √d, once per weight update; S needs X only
+    plain      Q [H, R, d] / √d and Wk [I, D]; K = X Wkᵀ, S_h = K_h Q_hᵀ
+
+Where H·R is small, gather, layer weights, norm, scores and softmax are one launch: a program holds the L rows of one
+text, reads them once for mean and variance and once more for the products (the second reading comes from cache), and
+the whole softmax row fits in its tile. Where H·R is large the scores are a plain matrix product, and the softmax,
+streamed over the keys with the padding mask, is its own launch. The backward is matrix products around one such
+launch.
+
+Source: arXiv 2409.02727, section 3.3, equations 3 to 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .gather import _select, token_strides
+from .runtime import ceil_div, dot_options, jit, power_of_2, tl
+from .tiles import tile
+
+NORM_EPS = 1e-5
+
+
+@jit
+def _read(base, column, layer_weights, layer, valid, HIDDEN: tl.constexpr, HAS_WEIGHTS: tl.constexpr):
+    """A tile of H' = X0 + E in float32."""
+    mask = valid[:, None] & (column < HIDDEN)[None, :]
+    x = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_WEIGHTS:
+        x += tl.load(layer_weights + layer[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@jit
+def _attend_kernel(
+    states, rows, layer_weights, norm_weight, norm_bias, queries, x0, keys, attention,
+    tokens, stride_text, stride_token, columns, eps,
+    LAYERS: tl.constexpr, NUM_KEYS: tl.constexpr, HIDDEN: tl.constexpr, GATHER: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, SCORES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    text = tl.program_id(0).to(tl.int64)
+    layer = tl.arange(0, BLOCK_L)
+    if not SCORES:
+        layer += tl.program_id(1) * BLOCK_L
+    valid = layer < NUM_KEYS
+    if GATHER:
+        row = tl.load(rows + text)
+        base = _select(states, layer.to(tl.int64), LAYERS)
+        base += (row // tokens) * stride_text + (row % tokens) * stride_token
+    else:
+        base = states[0] + text * stride_text + layer.to(tl.int64) * stride_token
+
+    # Mean and variance, block by block (Chan's update): no cancellation where the mean is large.
+    mean = tl.zeros([BLOCK_L], tl.float32)
+    spread = tl.zeros([BLOCK_L], tl.float32)
+    for first in range(0, HIDDEN, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        inside = column < HIDDEN
+        x = _read(base, column, layer_weights, layer, valid, HIDDEN, HAS_WEIGHTS)
+        width = tl.minimum(HIDDEN - first, BLOCK_D).to(tl.float32)
+        block_mean = tl.sum(x, 1) / width
+        centred = tl.where(inside[None, :], x - block_mean[:, None], 0.0)
+        delta = block_mean - mean
+        mean += delta * width / (first + width)
+        spread += tl.sum(centred * centred, 1) + delta * delta * (first * width / (first + width))
+    scale = 1.0 / tl.sqrt(spread / HIDDEN + eps)
+
+    writer = valid
+    if SCORES:
+        # Every block of columns needs X; the first one writes it.
+        writer = valid & (tl.program_id(1) == 0)
+        query = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        scores = tl.zeros([BLOCK_L, BLOCK_N], tl.float32)
+    out = (text * NUM_KEYS + layer.to(tl.int64)) * HIDDEN
+    for first in range(0, HIDDEN, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        inside = column < HIDDEN
+        mask = writer[:, None] & inside[None, :]
+        if GATHER:
+            raw = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0)
+            tl.store(x0 + out[:, None] + column[None, :], raw, mask=mask)
+        x = _read(base, column, layer_weights, layer, valid, HIDDEN, HAS_WEIGHTS)
+        weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
+        x = (x - mean[:, None]) * scale[:, None] * weight[None, :] + bias[None, :]
+        x = x.to(keys.dtype.element_ty)
+        tl.store(keys + out[:, None] + column[None, :], x, mask=mask)
+        if SCORES:
+            q = tl.load(
+                queries + query[None, :].to(tl.int64) * HIDDEN + column[:, None],
+                mask=(query < columns)[None, :] & inside[:, None], other=0.0,
+            )  # fmt: skip
+            if UPCAST:
+                x, q = x.to(tl.float32), q.to(tl.float32)
+            scores = tl.dot(x, q, scores, input_precision=PRECISION)
+    if SCORES:
+        scores = tl.where(valid[:, None], scores, float("-inf"))
+        weights = tl.exp(scores - tl.max(scores, 0)[None, :])
+        weights = weights / tl.sum(weights, 0)[None, :]
+        target = attention + (text * NUM_KEYS + layer.to(tl.int64))[:, None] * columns + query[None, :]
+        tl.store(target, weights.to(attention.dtype.element_ty), mask=valid[:, None] & (query < columns)[None, :])
+
+
+@jit
+def _load_scores(scores, base, key, column, key_mask, text, keys, columns, MASKED: tl.constexpr):
+    valid = key < keys
+    if MASKED:
+        valid = valid & (tl.load(key_mask + text * keys + key, mask=valid, other=0) != 0)
+    offset = base + key.to(tl.int64)[:, None] * columns + column[None, :]
+    mask = valid[:, None] & (column < columns)[None, :]
+    return tl.load(scores + offset, mask=mask, other=float("-inf")).to(tl.float32), offset
+
+
+@jit
+def _softmax_kernel(
+    scores, key_mask, keys, columns, MASKED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """In place; one pass keeps the running maximum and sum, a second one writes."""
+    text = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    base = text * keys * columns
+    peak = tl.full([BLOCK_N], -1e38, tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, keys, BLOCK_K):
+        key = first + tl.arange(0, BLOCK_K)
+        s, _ = _load_scores(scores, base, key, column, key_mask, text, keys, columns, MASKED)
+        higher = tl.maximum(peak, tl.max(s, 0))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(s - higher[None, :]), 0)
+        peak = higher
+    for first in range(0, keys, BLOCK_K):
+        key = first + tl.arange(0, BLOCK_K)
+        s, offset = _load_scores(scores, base, key, column, key_mask, text, keys, columns, MASKED)
+        weight = tl.exp(s - peak[None, :]) / total[None, :]
+        inside = (key < keys)[:, None] & (column < columns)[None, :]
+        tl.store(scores + offset, weight.to(scores.dtype.element_ty), mask=inside)
+
+
+@jit
+def _softmax_backward_kernel(
+    attention, grad, keys, columns, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """dS = A ⊙ (dA − Σ_n A ⊙ dA), in place of dA. Masked keys have A = 0 and so dS = 0."""
+    text = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    base = text * keys * columns
+    inner = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, keys, BLOCK_K):
+        key = first + tl.arange(0, BLOCK_K)
+        offset = base + key.to(tl.int64)[:, None] * columns + column[None, :]
+        inside = (key < keys)[:, None] & (column < columns)[None, :]
+        a = tl.load(attention + offset, mask=inside, other=0.0).to(tl.float32)
+        inner += tl.sum(a * tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32), 0)
+    for first in range(0, keys, BLOCK_K):
+        key = first + tl.arange(0, BLOCK_K)
+        offset = base + key.to(tl.int64)[:, None] * columns + column[None, :]
+        inside = (key < keys)[:, None] & (column < columns)[None, :]
+        a = tl.load(attention + offset, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad + offset, (a * (d - inner[None, :])).to(grad.dtype.element_ty), mask=inside)
+
+
+def attend_one_launch(
+    states: Sequence[Tensor], rows: Tensor | None, layer_weights: Tensor | None, norm_weight: Tensor,
+    norm_bias: Tensor, queries: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Triton: gather (with `rows`), layer weights, norm and, with absorbed `queries`, scores and softmax.
+
+    Args:
+        states: L tensors [B, T, D] with `rows` int64 [B] (flat row of each text), or one X0 [B, n, D] without.
+        queries: Q̃ [H·R, D] of `dtype`, or None for X only.
+        dtype: of X, A and the products' operands.
+
+    Returns: X0 [B,n,D] (the given one where nothing was gathered), X [B,n,D], A [B,n,H·R] or None.
+    """
+    first, hidden = states[0], states[0].shape[-1]
+    gathering = rows is not None
+    if gathering:
+        batch, num_keys = len(rows), len(states)
+        tokens, stride_text, stride_token = token_strides(first)
+        x0 = first.new_empty(batch, num_keys, hidden)
+    else:
+        x0, (batch, num_keys) = first, first.shape[:2]
+        tokens, stride_text, stride_token = 1, first.stride(0), first.stride(1)
+    keys = first.new_empty(batch, num_keys, hidden, dtype=dtype)
+    if queries is None:
+        columns, attention = 0, None
+        t = tile("norm", hidden) | {"BLOCK_N": 1}
+        block_l = t.pop("BLOCK_L")
+        grid = (batch, ceil_div(num_keys, block_l))
+    else:
+        columns = queries.shape[0]
+        attention = first.new_empty(batch, num_keys, columns, dtype=dtype)
+        t = tile("attend", hidden, wide=dtype == torch.float32)
+        block_l = power_of_2(num_keys, 16)
+        grid = (batch, ceil_div(columns, t["BLOCK_N"]))
+    with torch.cuda.device_of(first):
+        _attend_kernel[grid](
+            tuple(states), rows, layer_weights, norm_weight, norm_bias, queries, x0, keys, attention,
+            tokens, stride_text, stride_token, columns, NORM_EPS,
+            len(states), num_keys, hidden, gathering, layer_weights is not None, queries is not None,
+            BLOCK_L=block_l, **t, **dot_options(dtype),
+        )  # fmt: skip
+    return x0, keys, attention
+
+
+def norm_keys(
+    x0: Tensor, layer_weights: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Torch: X = LN1(X0 + E) in float32 (or wider), rounded to `dtype`."""
+    h = _shifted(x0, layer_weights)
+    return torch.nn.functional.layer_norm(h, h.shape[-1:], weight.to(h.dtype), bias.to(h.dtype), NORM_EPS).to(dtype)
+
+
+def _shifted(x0: Tensor, layer_weights: Tensor | None) -> Tensor:
+    h = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    return h if layer_weights is None else h + layer_weights.to(h.dtype)
+
+
+def norm_keys_backward(
+    grad: Tensor, x0: Tensor, layer_weights: Tensor | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """dX -> dX0, dE, dLN1 weight, dLN1 bias; the norm's statistics are computed again, X0 is all that was kept."""
+    h = _shifted(x0, layer_weights)
+    weight, bias = weight.to(h.dtype), bias.to(h.dtype)
+    _, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], weight, bias, NORM_EPS)
+    dh, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        grad.to(h.dtype), h, h.shape[-1:], mean, rstd, weight, bias, [True, True, True]
+    )
+    return dh.to(x0.dtype), None if layer_weights is None else dh.sum(0), dweight, dbias
+
+
+def scores(keys: Tensor, queries: Tensor, key_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """S [B, n, H·R], and K [B·n, H, d] where the keys are not absorbed. Plain matrix products.
+
+    Args:
+        keys: X [B, n, D]. queries: Q̃ [H·R, D] without `key_weight`, Q [H, R, d] with Wk [I, D].
+    """
+    batch, num_keys, _ = keys.shape
+    if key_weight is None:
+        return keys @ queries.T, None
+    heads, latents, head_dim = queries.shape
+    k = (keys.flatten(0, 1) @ key_weight.T).view(-1, heads, head_dim)
+    out = keys.new_empty(batch * num_keys, heads, latents)
+    torch.bmm(k.transpose(0, 1), queries.transpose(1, 2), out=out.transpose(0, 1))
+    return out.view(batch, num_keys, -1), k
+
+
+def softmax_(s: Tensor, key_mask: Tensor | None, triton: bool) -> Tensor:
+    """A = softmax over the n keys of S [B, n, H·R]; may overwrite S. key_mask: bool [B, n], False is padding."""
+    if not triton:
+        if key_mask is not None:
+            s = s.masked_fill_(~key_mask[:, :, None], float("-inf"))
+        return s.softmax(1)
+    batch, keys, columns = s.shape
+    t = tile("softmax")
+    with torch.cuda.device_of(s):
+        grid = (batch, ceil_div(columns, t["BLOCK_N"]))
+        _softmax_kernel[grid](s, key_mask, keys, columns, key_mask is not None, **t)
+    return s
+
+
+def softmax_backward_(attention: Tensor, grad: Tensor, triton: bool) -> Tensor:
+    """dS [B, n, H·R] from A and dA; may overwrite dA."""
+    if not triton:
+        return torch._softmax_backward_data(grad, attention, 1, attention.dtype)
+    batch, keys, columns = attention.shape
+    t = tile("softmax")
+    with torch.cuda.device_of(attention):
+        grid = (batch, ceil_div(columns, t["BLOCK_N"]))
+        _softmax_backward_kernel[grid](attention, grad, keys, columns, **t)
+    return grad
+
+
+def scores_backward(
+    grad: Tensor, keys: Tensor, queries: Tensor, key_weight: Tensor | None, k: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dS [B,n,H·R] -> dX [B·n, D], dQ̃ or dQ, dWk."""
+    x = keys.flatten(0, 1)
+    grad = grad.flatten(0, 1)
+    if key_weight is None:
+        return grad @ queries, grad.T @ x, None
+    assert k is not None
+    heads, latents, head_dim = queries.shape
+    by_head = grad.view(-1, heads, latents).transpose(0, 1)
+    dk = torch.empty_like(k)
+    torch.bmm(by_head, queries, out=dk.transpose(0, 1))
+    dqueries = torch.bmm(by_head.transpose(1, 2), k.transpose(0, 1))
+    dk = dk.flatten(1)
+    return dk @ key_weight, dqueries, dk.T @ x

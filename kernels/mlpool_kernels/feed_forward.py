@@ -1,0 +1,195 @@
+"""Feed-forward and mean over latents: the gated width is never kept.
+
+    [a|g] = N W1ᵀ + b1        ū = mean_r(a ⊙ gelu(g))         exact gelu, a and g of width F
+
+N [B,R,D] -> ū [B,F]. The mean commutes with W2, which then acts on one row per text (`pool.py`). Two forms:
+
+    fused     one launch: both halves of W1, gate and mean; a program holds a block of F and sums over all latents
+    chunked   the product W1 in chunks of texts, then one launch that gates and reduces; on a CPU the same in torch
+
+The backward computes [a|g] again chunk by chunk (or reads it, where it was saved) and turns it into its gradient.
+
+Source: arXiv 2409.02727, section 3.3, equation 6; GEGLU with the exact gelu as in the released module.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .runtime import ceil_div, dot_options, jit, tl
+from .tiles import tile
+
+# The chunk of [a|g] that is alive at once; large enough for products at full speed.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+
+
+@jit
+def _gelu(x):
+    """Exact gelu and its derivative."""
+    normal = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    return x * normal, normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@jit
+def _feed_forward_kernel(
+    normed, weight, bias, out, R,
+    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs share a text's N and differ in their block of W1.
+    unit = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    text = tl.program_id(1).to(tl.int64)
+    valid = unit < WIDTH
+    bias_a = tl.load(bias + unit, mask=valid, other=0.0).to(tl.float32)
+    bias_g = tl.load(bias + WIDTH + unit, mask=valid, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK_F], tl.float32)
+    for start in range(0, R, BLOCK_R):
+        latent = start + tl.arange(0, BLOCK_R)
+        row = (text * R + latent)[:, None] * HIDDEN
+        a = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
+        g = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
+        for first in range(0, HIDDEN, BLOCK_D):
+            column = first + tl.arange(0, BLOCK_D)
+            inside = column < HIDDEN
+            x = tl.load(normed + row + column[None, :], mask=(latent < R)[:, None] & inside[None, :], other=0.0)
+            half = weight + unit[None, :].to(tl.int64) * HIDDEN + column[:, None]
+            mask = valid[None, :] & inside[:, None]
+            wa = tl.load(half, mask=mask, other=0.0)
+            wg = tl.load(half + WIDTH * HIDDEN, mask=mask, other=0.0)
+            if UPCAST:
+                x, wa, wg = x.to(tl.float32), wa.to(tl.float32), wg.to(tl.float32)
+            a = tl.dot(x, wa, a, input_precision=PRECISION)
+            g = tl.dot(x, wg, g, input_precision=PRECISION)
+        gated, _ = _gelu(g + bias_g[None, :])
+        u = (a + bias_a[None, :]) * gated
+        total += tl.sum(tl.where((latent < R)[:, None], u, 0.0), 0)
+    tl.store(out + text * WIDTH + unit, total / R, mask=valid)
+
+
+@jit
+def _gate_kernel(
+    both, grad_mean, out, bias_grad, R,
+    WIDTH: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Of [a|g] [B,R,2F]: the mean over latents of a ⊙ gelu(g), or its gradient and that gradient's sum over latents."""
+    text = tl.program_id(0).to(tl.int64)
+    unit = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    valid = unit < WIDTH
+    total = tl.zeros([BLOCK_F], tl.float32)
+    total_g = tl.zeros([BLOCK_F], tl.float32)
+    if BACKWARD:
+        du = tl.load(grad_mean + text * WIDTH + unit, mask=valid, other=0.0).to(tl.float32) / R
+    for start in range(0, R, BLOCK_R):
+        latent = start + tl.arange(0, BLOCK_R)
+        mask = (latent < R)[:, None] & valid[None, :]
+        offset = (text * R + latent)[:, None] * (2 * WIDTH) + unit[None, :]
+        a = tl.load(both + offset, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(both + offset + WIDTH, mask=mask, other=0.0).to(tl.float32)
+        gated, slope = _gelu(g)
+        if BACKWARD:
+            da = tl.where(mask, du[None, :] * gated, 0.0)
+            dg = tl.where(mask, du[None, :] * a * slope, 0.0)
+            tl.store(out + offset, da.to(out.dtype.element_ty), mask=mask)
+            tl.store(out + offset + WIDTH, dg.to(out.dtype.element_ty), mask=mask)
+            total += tl.sum(da, 0)
+            total_g += tl.sum(dg, 0)
+        else:
+            total += tl.sum(tl.where(mask, a * gated, 0.0), 0)
+    if BACKWARD:
+        tl.store(bias_grad + text * 2 * WIDTH + unit, total, mask=valid)
+        tl.store(bias_grad + text * 2 * WIDTH + WIDTH + unit, total_g, mask=valid)
+    else:
+        tl.store(out + text * WIDTH + unit, total / R, mask=valid)
+
+
+def gate_mean(both: Tensor, triton: bool) -> Tensor:
+    """[a|g] [B,R,2F] -> ū [B,F], at least float32."""
+    if not triton:
+        a, g = both.chunk(2, dim=-1)
+        return F.gelu(g).mul_(a).mean(1, dtype=_wide(both))
+    batch, num_latents, width = both.shape[0], both.shape[1], both.shape[2] // 2
+    out = both.new_empty(batch, width, dtype=torch.float32)
+    t = tile("gate")
+    with torch.cuda.device_of(both):
+        grid = (batch, ceil_div(width, t["BLOCK_F"]))
+        _gate_kernel[grid](both, None, out, None, num_latents, width, False, **t)
+    return out
+
+
+def gate_backward(both: Tensor, grad: Tensor, triton: bool, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """[a|g] [B,R,2F] and dū [B,F] -> d[a|g] (in place of it where `overwrite`) and db1 [2F]."""
+    batch, num_latents, width = both.shape[0], both.shape[1], both.shape[2] // 2
+    out = both if overwrite else torch.empty_like(both)
+    if triton:
+        bias_grad = both.new_empty(batch, 2 * width, dtype=torch.float32)
+        t = tile("gate")
+        with torch.cuda.device_of(both):
+            grid = (batch, ceil_div(width, t["BLOCK_F"]))
+            _gate_kernel[grid](both, grad, out, bias_grad, num_latents, width, True, **t)
+        return out, bias_grad.sum(0)
+    a, g = both.chunk(2, dim=-1)
+    du = (grad / num_latents).to(both.dtype)[:, None]
+    da = F.gelu(g).mul_(du)
+    dg = torch.ops.aten.gelu_backward(a * du, g)
+    out[..., :width], out[..., width:] = da, dg
+    return out, out.sum((0, 1), dtype=_wide(both))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _expand(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[a|g] [B,R,2F]."""
+    both = torch.addmm(bias.to(normed.dtype), normed.flatten(0, 1), weight.T)
+    return both.view(*normed.shape[:2], -1)
+
+
+def _texts_per_chunk(normed: Tensor, weight: Tensor) -> int:
+    size = normed.shape[1] * weight.shape[0] * normed.element_size()
+    return max(1, CHUNK_BYTES.get(normed.device.type, CHUNK_BYTES["cpu"]) // size)
+
+
+def feed_forward(
+    normed: Tensor, weight: Tensor, bias: Tensor, form: str, triton: bool, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """N [B,R,D], W1 [2F,D], b1 [2F] -> ū [B,F] (at least float32), and [a|g] [B,R,2F] where `save`."""
+    if triton and form == "fused" and not save:
+        return _feed_forward_triton(normed, weight, bias), None
+    if save:
+        both = _expand(normed, weight, bias)
+        return gate_mean(both, triton), both
+    chunks = normed.split(_texts_per_chunk(normed, weight))
+    return torch.cat([gate_mean(_expand(c, weight, bias), triton) for c in chunks]), None
+
+
+def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    batch, num_latents, hidden = normed.shape
+    width = weight.shape[0] // 2
+    out = normed.new_empty(batch, width, dtype=torch.float32)
+    t = tile("feed_forward", hidden, wide=normed.dtype == torch.float32)
+    with torch.cuda.device_of(normed):
+        _feed_forward_kernel[(ceil_div(width, t["BLOCK_F"]), batch)](
+            normed, weight, bias, out, num_latents, hidden, width, **t, **dot_options(normed.dtype)
+        )
+    return out
+
+
+def feed_forward_backward(
+    grad: Tensor, normed: Tensor, weight: Tensor, bias: Tensor, both: Tensor | None, triton: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dū [B,F] -> dN [B,R,D], dW1 [2F,D], db1 [2F]; `both` is the saved [a|g] or None to compute it again."""
+    dnormed = torch.empty_like(normed)
+    dweight, dbias = torch.zeros_like(weight), bias.new_zeros(bias.shape, dtype=_wide(bias))
+    step = _texts_per_chunk(normed, weight)
+    for first in range(0, len(normed), step):
+        part = slice(first, first + step)
+        chunk = _expand(normed[part], weight, bias) if both is None else both[part]
+        dboth, db = gate_backward(chunk, grad[part], triton, overwrite=both is None)
+        dboth = dboth.flatten(0, 1)
+        torch.mm(dboth, weight, out=dnormed[part].flatten(0, 1))
+        dweight.addmm_(dboth.T, normed[part].flatten(0, 1))
+        dbias += db
+    return dnormed, dweight, dbias

@@ -1,0 +1,216 @@
+"""Mix: the values' sum under the attention, the residual latents and the feed-forward's norm.
+
+    Y = Σ_h A_h V_h Woᵀ_h + Z        N = LN3(Y)        ȳ = mean_r(Y)
+
+A [B,n,H·R], X [B,n,D] -> N [B,R,D], ȳ [B,D]. The output projection commutes with the sum over keys, so the values
+come in one of three exact forms (`plan.py` picks the cheapest):
+
+    absorbed   VO_h = X (Wo_h Wv_h)ᵀ       Wo_h Wv_h [H,D,D] once per weight update; one product
+    early      VO_h = (X Wv_hᵀ) Wo_hᵀ      Wo on the n rows of the keys, not on the R rows of the latents
+    late       Y = concat_h(A_h X Wv_hᵀ) Woᵀ   as written in the paper; wins for long texts
+
+For up to 128 latents and few keys, mixing, residual, norm and mean are one launch, Y computed twice instead of stored.
+
+Source: arXiv 2409.02727, section 3.3, equations 4 and 5.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attend import NORM_EPS
+from .runtime import dot_options, jit, power_of_2, tl
+from .tiles import tile
+
+
+@jit
+def _mixed_block(
+    attention, values, latents, text, column, rows_k, R,
+    HIDDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of Y: Aᵀ [R, n·H] · VO [n·H, D] + Z, in float32."""
+    latent = tl.arange(0, BLOCK_R)
+    inside = column < HIDDEN
+    y = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for first in range(0, rows_k, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        row = text * rows_k + k
+        a = tl.load(
+            attention + row[None, :] * R + latent[:, None], mask=(k < rows_k)[None, :] & (latent < R)[:, None], other=0.0
+        )
+        v = tl.load(
+            values + row[:, None] * HIDDEN + column[None, :], mask=(k < rows_k)[:, None] & inside[None, :], other=0.0
+        )
+        if UPCAST:
+            a, v = a.to(tl.float32), v.to(tl.float32)
+        y = tl.dot(a, v, y, input_precision=PRECISION)
+    z = latents + latent[:, None] * HIDDEN + column[None, :]
+    return y + tl.load(z, mask=(latent < R)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+
+
+@jit
+def _mix_kernel(
+    attention, values, latents, norm_weight, norm_bias, normed, y_mean, y_out, rows_k, R, eps,
+    HIDDEN: tl.constexpr, STORE_Y: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    text = tl.program_id(0).to(tl.int64)
+    latent = tl.arange(0, BLOCK_R)
+    valid = latent < R
+    out = (text * R + latent)[:, None] * HIDDEN
+    mean = tl.zeros([BLOCK_R], tl.float32)
+    spread = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(0, HIDDEN, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        inside = column < HIDDEN
+        y = _mixed_block(
+            attention, values, latents, text, column, rows_k, R,
+            HIDDEN, BLOCK_R, BLOCK_K, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
+        mask = valid[:, None] & inside[None, :]
+        tl.store(y_mean + text * HIDDEN + column, tl.sum(tl.where(mask, y, 0.0), 0) / R, mask=inside)
+        if STORE_Y:
+            tl.store(y_out + out + column[None, :], y.to(y_out.dtype.element_ty), mask=mask)
+        width = tl.minimum(HIDDEN - first, BLOCK_D).to(tl.float32)
+        block_mean = tl.sum(tl.where(inside[None, :], y, 0.0), 1) / width
+        centred = tl.where(inside[None, :], y - block_mean[:, None], 0.0)
+        delta = block_mean - mean
+        mean += delta * width / (first + width)
+        spread += tl.sum(centred * centred, 1) + delta * delta * (first * width / (first + width))
+    scale = 1.0 / tl.sqrt(spread / HIDDEN + eps)
+    for first in range(0, HIDDEN, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        inside = column < HIDDEN
+        y = _mixed_block(
+            attention, values, latents, text, column, rows_k, R,
+            HIDDEN, BLOCK_R, BLOCK_K, BLOCK_D, PRECISION, UPCAST,
+        )  # fmt: skip
+        weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
+        y = (y - mean[:, None]) * scale[:, None] * weight[None, :] + bias[None, :]
+        mask = valid[:, None] & inside[None, :]
+        tl.store(normed + out + column[None, :], y.to(normed.dtype.element_ty), mask=mask)
+
+
+def values(keys: Tensor, value_weight: Tensor, output_weight: Tensor | None, heads: int, form: str) -> list[Tensor]:
+    """What is mixed: [VO [B·n, H, D]] (absorbed), [VO, V] (early), [V [B·n, H, d]] (late).
+
+    Args:
+        keys: X [B, n, D]. value_weight: Wv [I, D], absorbed: Wo_h Wv_h [H·D, D]. output_weight: Wo [D, I] or None.
+    """
+    v = (keys.flatten(0, 1) @ value_weight.T).unflatten(1, (heads, -1))
+    if form != "early":
+        return [v]
+    assert output_weight is not None
+    hidden = keys.shape[-1]
+    vo = v.new_empty(v.shape[0], heads, hidden)
+    torch.bmm(v.transpose(0, 1), _by_head(output_weight, heads).transpose(1, 2), out=vo.transpose(0, 1))
+    return [vo, v]
+
+
+def _by_head(output_weight: Tensor, heads: int) -> Tensor:
+    """Wo [D, H·d] -> Wo_h [H, D, d], a view."""
+    return output_weight.unflatten(1, (heads, -1)).transpose(0, 1)
+
+
+def values_backward(
+    grads: Tensor, keys: Tensor, mixed: list[Tensor], value_weight: Tensor, output_weight: Tensor | None, form: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dVO or dV [B·n, H, ·] -> dX [B·n, D], dWv (or of the absorbed product), dWo where it acted early."""
+    dv, dwo = grads, None
+    if form == "early":
+        assert output_weight is not None
+        v, heads = mixed[1], mixed[1].shape[1]
+        dv = torch.empty_like(v)
+        by_head = grads.transpose(0, 1)
+        torch.bmm(by_head, _by_head(output_weight, heads), out=dv.transpose(0, 1))
+        dwo = torch.empty_like(output_weight)
+        torch.bmm(by_head.transpose(1, 2), v.transpose(0, 1), out=_by_head(dwo, heads))
+    dv = dv.flatten(1)
+    return dv @ value_weight, dv.T @ keys.flatten(0, 1), dwo
+
+
+def mix(
+    attention: Tensor, mixed: list[Tensor], output_weight: Tensor | None, latents: Tensor, norm_weight: Tensor,
+    norm_bias: Tensor, form: str, triton: bool, store_y: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """A [B,n,H·R] and what `values` gave -> N [B,R,D], ȳ [B,D] (at least float32), Y [B,R,D] where kept."""
+    if triton and one_launch(latents, form):
+        return _mix_triton(attention, mixed[0], latents, norm_weight, norm_bias, store_y)
+    y = mixed_latents(attention, mixed, output_weight, latents, form)
+    normed = F.layer_norm(y, y.shape[-1:], norm_weight.to(y.dtype), norm_bias.to(y.dtype), NORM_EPS)
+    return normed, y.mean(1, dtype=torch.promote_types(y.dtype, torch.float32)), y if store_y else None
+
+
+def one_launch(latents: Tensor, form: str) -> bool:
+    """Whether mixing, residual, norm and mean can be one launch: all latents in one tile."""
+    return form != "late" and len(latents) <= 128
+
+
+def mixed_latents(
+    attention: Tensor, mixed: list[Tensor], output_weight: Tensor | None, latents: Tensor, form: str
+) -> Tensor:
+    """Y [B,R,D] by plain matrix products."""
+    batch, num_latents = attention.shape[0], len(latents)
+    z = latents.to(attention.dtype)
+    if form == "late":
+        assert output_weight is not None
+        return z + head_outputs(attention, mixed[0], num_latents) @ output_weight.T
+    by_latent = attention.reshape(batch, -1, num_latents).transpose(1, 2)
+    return torch.baddbmm(z.expand(batch, -1, -1), by_latent, mixed[0].view(batch, -1, latents.shape[1]))
+
+
+def _split_heads(attention: Tensor, v: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
+    """A as [B,H,R,n] and V as [B,H,n,d], views."""
+    batch, heads = attention.shape[0], v.shape[1]
+    a = attention.view(batch, -1, heads, num_latents).permute(0, 2, 3, 1)
+    return a, v.view(batch, -1, heads, v.shape[2]).transpose(1, 2)
+
+
+def head_outputs(attention: Tensor, v: Tensor, num_latents: int) -> Tensor:
+    """concat_h(A_h V_h) [B,R,I] of the late form."""
+    a, v = _split_heads(attention, v, num_latents)
+    return (a @ v).transpose(1, 2).flatten(2)
+
+
+def _mix_triton(attention, vo, latents, norm_weight, norm_bias, store_y) -> tuple[Tensor, Tensor, Tensor | None]:
+    batch, (num_latents, hidden) = attention.shape[0], latents.shape
+    normed = attention.new_empty(batch, num_latents, hidden)
+    y_mean = attention.new_empty(batch, hidden, dtype=torch.float32)
+    y = torch.empty_like(normed) if store_y else None
+    t = tile("mix", hidden, wide=attention.dtype == torch.float32)
+    with torch.cuda.device_of(attention):
+        _mix_kernel[(batch,)](
+            attention, vo, latents, norm_weight, norm_bias, normed, y_mean, y,
+            attention.shape[1] * vo.shape[1], num_latents, NORM_EPS, hidden, store_y,
+            BLOCK_R=power_of_2(num_latents, 16), **t, **dot_options(attention.dtype),
+        )  # fmt: skip
+    return normed, y_mean, y
+
+
+def norm_latents(y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """N = LN3(Y) with the statistics its backward needs."""
+    return torch.native_layer_norm(y, y.shape[-1:], weight.to(y.dtype), bias.to(y.dtype), NORM_EPS)
+
+
+def mix_backward(
+    dy: Tensor, attention: Tensor, mixed: list[Tensor], output_weight: Tensor | None, form: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dY [B,R,D] -> dA [B,n,H·R], dVO or dV [B·n,H,·], dWo of the late form."""
+    batch, num_latents, hidden = dy.shape
+    if form != "late":
+        vo = mixed[0].view(batch, -1, hidden)
+        by_key = attention.reshape(batch, -1, num_latents)
+        da = torch.bmm(vo, dy.transpose(1, 2)).view_as(attention)
+        return da, torch.bmm(by_key, dy).view_as(mixed[0]), None
+    assert output_weight is not None
+    a, v = _split_heads(attention, mixed[0], num_latents)
+    outputs = head_outputs(attention, mixed[0], num_latents)
+    dwo = dy.flatten(0, 1).T @ outputs.flatten(0, 1)
+    douts = (dy @ output_weight).unflatten(2, (v.shape[1], -1)).transpose(1, 2)
+    da = (v @ douts.transpose(-1, -2)).transpose(1, 2).reshape(attention.shape)
+    dv = (a.transpose(-1, -2) @ douts).transpose(1, 2).reshape(mixed[0].shape)
+    return da, dv, dwo

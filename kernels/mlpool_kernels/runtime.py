@@ -1,0 +1,75 @@
+"""Where kernels can run: Triton's presence, its interpreter, and the choice between Triton and plain torch.
+
+Triton is optional. Without it the decorator below leaves the kernels as plain functions that are never
+called, so the files import everywhere and the torch path serves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ("auto", "triton", "torch")
+
+triton: Any = None
+tl: Any = None
+# Triton takes a third of a second to import: only where it can run, or where its kernels are to be compiled.
+# Asking whether torch was built for a GPU, not whether one is there, keeps the process free to fork.
+if HAS_TRITON and (INTERPRETED or torch.backends.cuda.is_built() or os.environ.get("MLPOOL_LOAD_TRITON") == "1"):
+    import triton  # type: ignore[no-redef]
+    import triton.language as tl  # type: ignore[no-redef]
+
+
+def jit(function: Any) -> Any:
+    """`triton.jit` where Triton is loaded, else the function itself, never to be called."""
+    return triton.jit(function) if triton is not None else function
+
+
+def use_triton(backend: str, tensor: Tensor) -> bool:
+    """Whether `backend` means the Triton kernels for data that lie where `tensor` lies.
+
+    "auto": on a GPU with Triton installed. "triton": always, or an error that says what is missing.
+
+    Raises:
+        ValueError: an unknown backend, or "triton" for CPU tensors outside the interpreter.
+        ModuleNotFoundError: "triton" where Triton is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "torch":
+        return False
+    if backend == "auto":
+        return tensor.is_cuda and triton is not None
+    if not HAS_TRITON:
+        raise ModuleNotFoundError('backend="triton" needs Triton: pip install "triton>=3.6", or use backend="torch"')
+    if not tensor.is_cuda and not INTERPRETED:
+        raise ValueError(
+            f'backend="triton" needs CUDA tensors, got {tensor.device}; use backend="auto" or "torch", or set '
+            "TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
+        )
+    return True
+
+
+def dot_options(dtype: torch.dtype) -> dict[str, Any]:
+    """How `tl.dot` multiplies operands of `dtype`.
+
+    PRECISION follows torch's own switch for float32 products. UPCAST works around Triton's interpreter, which
+    multiplies the bit patterns of bfloat16 operands.
+    """
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": INTERPRETED and dtype == torch.bfloat16}
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n and `least`."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,106 @@
+"""The authors' released checkpoints (`attn_pool.pt`): their names, in and out.
+
+Source: the released module of arXiv 2409.02727. LN1 norms the keys, LN2 the latents; Wk and Wv are one matrix, Wk first.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .trainable import TrainablePool
+
+    P = TypeVar("P", bound=TrainablePool)
+
+ATTENTION, FEED_FORWARD = "cross_attend_blocks.0", "cross_attend_blocks.1"
+KEY_VALUE = f"{ATTENTION}.fn.to_kv.weight"
+RELEASED = {
+    "latents": "latents",
+    "layer_weights": "pos_emb.weight",
+    "key_norm_weight": f"{ATTENTION}.norm.weight",
+    "key_norm_bias": f"{ATTENTION}.norm.bias",
+    "latent_norm_weight": f"{ATTENTION}.norm_context.weight",
+    "latent_norm_bias": f"{ATTENTION}.norm_context.bias",
+    "query_weight": f"{ATTENTION}.fn.to_q.weight",
+    "output_weight": f"{ATTENTION}.fn.to_out.weight",
+    "ff_norm_weight": f"{FEED_FORWARD}.norm.weight",
+    "ff_norm_bias": f"{FEED_FORWARD}.norm.bias",
+    "ff_in_weight": f"{FEED_FORWARD}.fn.net.0.weight",
+    "ff_in_bias": f"{FEED_FORWARD}.fn.net.0.bias",
+    "ff_out_weight": f"{FEED_FORWARD}.fn.net.2.weight",
+    "ff_out_bias": f"{FEED_FORWARD}.fn.net.2.bias",
+}
+
+
+def to_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> the authors'."""
+    released = {RELEASED[name]: tensor.detach() for name, tensor in state.items() if name in RELEASED}
+    released[KEY_VALUE] = torch.cat([state["key_weight"], state["value_weight"]]).detach()
+    return released
+
+
+def from_released(released: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names -> ours. The key-value matrix must be there."""
+    state = {name: released[theirs] for name, theirs in RELEASED.items() if theirs in released}
+    state["key_weight"], state["value_weight"] = released[KEY_VALUE].chunk(2)
+    return state
+
+
+def read_released(path: str | Path, multi_layer: bool) -> dict[str, Tensor]:
+    """The file's tensors under the authors' names, complete and nothing else.
+
+    Raises: FileNotFoundError; ValueError for a broken file, anything but plain tensors, missing or extra keys.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no released checkpoint at {path}; expected the authors' attn_pool.pt")
+    try:
+        released = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than plain tensors and is not loaded: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
+    if not isinstance(released, dict) or not all(isinstance(t, Tensor) for t in released.values()):
+        raise ValueError(f"{path} must hold a dict of tensors, got {type(released).__name__}")
+    expected = {*RELEASED.values(), KEY_VALUE}
+    if not multi_layer:
+        expected.discard(RELEASED["layer_weights"])
+    missing, extra = sorted(expected - set(released)), sorted(set(released) - expected)
+    if missing or extra:
+        hint = ""
+        if extra == [RELEASED["layer_weights"]]:
+            hint = "; it has layer weights: load it with MultiLayerPool.from_released"
+        elif missing == [RELEASED["layer_weights"]]:
+            hint = "; it has no layer weights: load it with LastLayerPool.from_released"
+        raise ValueError(f"{path} does not fit: missing keys {missing}, unexpected keys {extra}{hint}")
+    return released
+
+
+def load_released(cls: type[P], path: str | Path, num_heads: int, *, multi_layer: bool, **options: Any) -> P:
+    """A pool of the sizes that the file's shapes give, with its tensors."""
+    from .base import load_checked
+
+    released = read_released(path, multi_layer)
+    for name in ("latents", KEY_VALUE, RELEASED["query_weight"], RELEASED["ff_in_weight"]):
+        if released[name].dim() != 2:
+            raise ValueError(f"{path}: {name} must be a matrix, got shape {list(released[name].shape)}")
+    num_latents, hidden = released["latents"].shape
+    inner, width = released[RELEASED["query_weight"]].shape[0], released[RELEASED["ff_in_weight"]].shape[0] // 2
+    if num_heads < 1 or inner % num_heads:
+        raise ValueError(f"{path} has an inner width of {inner}, which {num_heads} heads do not divide; pass num_heads")
+    if width % hidden:
+        raise ValueError(f"{path} has a feed-forward width of {width}, not a multiple of D = {hidden}")
+    sizes: dict[str, Any] = {
+        "num_latents": num_latents, "num_heads": num_heads, "head_dim": inner // num_heads, "ff_mult": width // hidden,
+        "residual": False,
+    }  # fmt: skip
+    if multi_layer:
+        sizes["num_layers"] = released[RELEASED["layer_weights"]].shape[0]
+    pool = cls(hidden, **sizes, **options)
+    load_checked(pool, from_released(released), str(path))
+    return pool

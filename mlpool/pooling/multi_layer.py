@@ -1,0 +1,135 @@
+"""Multi-Layers Trainable Pooling: cross-attention over one row of every layer (designs 3 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from mlpool_kernels.gather import one_launch
+from mlpool_kernels.runtime import use_triton
+from torch import Tensor
+
+from . import checkpoints
+from .base import gather_tokens, log_once
+from .layers import read_layer_states, read_layers, select_layers
+from .tokens import select_tokens
+from .trainable import PAPER, TrainablePool
+
+
+class MultiLayerPool(TrainablePool):
+    """Learned latents attend over the last token's state, or the tokens' mean, of every layer.
+
+    The default is small (at most 1 % of backbones such as Qwen2-0.5B or Mistral-7B) and starts exactly at EOS or mean
+    pooling of the last layer: e ∝ X0[:, -1] + gate ⊙ pooled, the gate zero. `MultiLayerPool.paper` is the paper's.
+
+    Args:
+        hidden_size: D. num_layers: L, the embedding not counted.
+        num_latents: R. num_heads: H. head_dim: d, of one head. ff_mult: feed-forward width over D.
+        layers: indices of the layers to read, increasing; None for all. The residual starts from the last one read.
+        token_pooling: "last" (causal models) or "mean" (bidirectional ones).
+        residual: the gated residual around the pooler. normalize: unit length.
+        backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
+        choices: overrides of the cost model, e.g. {"memory": "recompute"}; see `mlpool_kernels.plan`.
+        device, dtype: of the parameters.
+
+    Source: "Pooling And Attention" (arXiv 2409.02727), section 3.3.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        num_latents: int = 64,
+        num_heads: int = 8,
+        head_dim: int = 64,
+        ff_mult: int = 1,
+        layers: Sequence[int] | None = None,
+        token_pooling: str = "last",
+        residual: bool = True,
+        normalize: bool = True,
+        backend: str = "auto",
+        choices: Mapping[str, str] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(num_layers, int) or num_layers < 1:
+            raise ValueError(f"num_layers must be an integer of at least 1, got {num_layers!r}")
+        selected = select_layers(layers, num_layers)
+        super().__init__(
+            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend, choices,
+            num_layers if selected is None else len(selected), device, dtype,
+        )  # fmt: skip
+        self.num_layers, self.layers = num_layers, selected
+
+    @classmethod
+    def paper(cls, hidden_size: int, num_layers: int, token_pooling: str = "last", **options: Any) -> Self:
+        """The released sizes: 768 latents, 32 heads of 2048, feed-forward 4·D, no residual, N(0,1) start."""
+        return cls(hidden_size, num_layers, token_pooling=token_pooling, **{**PAPER, **options})
+
+    @classmethod
+    def from_released(
+        cls, path: str | Path, num_heads: int = 32, token_pooling: str = "last", **options: Any
+    ) -> Self:
+        """Load the authors' `attn_pool.pt` (read with weights_only=True); all sizes but the heads come from the file.
+
+        Raises:
+            FileNotFoundError; ValueError for a file that is cut short or holds anything but plain tensors, and for
+            missing, extra or misshapen keys, named.
+        """
+        return checkpoints.load_released(cls, path, num_heads, multi_layer=True, token_pooling=token_pooling, **options)
+
+    def forward(
+        self,
+        hidden_states: Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        layer_states: Tensor | None = None,
+        includes_embedding: bool = True,
+        output_attentions: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Embed a batch.
+
+        Args:
+            hidden_states: the L+1 tensors [B, T, D] that transformers returns, the embedding first; exactly the L
+                layers with includes_embedding=False. Packed: [total, D] or [1, total, D] with `cu_seqlens`.
+            attention_mask: [B, T], 1 is text; left, right or no padding.
+            cu_seqlens: [B+1] int32 or int64 offsets of packed texts, instead of attention_mask.
+            token_mask: like attention_mask; 0 also leaves a token out (BOS, instruction tokens).
+            layer_states: X0 [B, L, D] instead of hidden_states, gathered already (by `mlpool.taps`).
+            output_attentions: also return the attention weights [B, H, R, L].
+
+        Returns: embedding [B, D], of the wider of the states' and the compute dtype.
+
+        Raises:
+            ValueError, TypeError: a wrong number of layers, mixed shapes or dtypes, masks and offsets that do not fit,
+            a text without a token (its row is named).
+        """
+        if layer_states is not None:
+            states, rows = [read_layer_states(self, hidden_states, layer_states)], None
+        else:
+            layers = read_layers(self, hidden_states, includes_embedding)
+            states, rows = self._gather(layers, attention_mask, cu_seqlens, token_mask)
+        pooled, attention, x0 = self._cross_attend(states, rows, None, output_attentions)
+        embedding = self._embed(pooled, (states[0] if x0 is None else x0)[:, -1])
+        return embedding if attention is None else (embedding, attention)
+
+    def _gather(
+        self, layers: list[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None, token_mask: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """X0, or the layers and their rows where the pool's own kernel is to gather them."""
+        tokens = select_tokens(layers[0].shape, layers[-1].device, attention_mask, cu_seqlens, token_mask)
+        home = self.latents.device
+        fused = self.token_pooling == "last" and use_triton(self.backend, self.latents) and len(layers) > 1
+        if fused and layers[0].device == home and one_launch(layers):
+            return layers, tokens.last
+        x0 = gather_tokens(layers, tokens, self.token_pooling, self.backend)
+        if x0.device != home:
+            log_once(f"the last layer is on {x0.device}, the pool on {home}: its rows are copied for every batch")
+        return [x0.to(home)], None
+
+    def _plan_keys(self, tokens: int | None) -> int:
+        return self.num_layers if self.layers is None else len(self.layers)

@@ -1,0 +1,125 @@
+"""Pools without cross-attention: the last token, the mean, and a softmax mix of the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import TOKEN_POOLINGS, Pool, check_choice, check_hidden_states, check_positive, gather
+from .layers import read_layer_states, read_layers, select_layers
+
+
+def _last_state(hidden_states: Tensor | Sequence[Tensor], hidden_size: int) -> Tensor:
+    state = hidden_states if isinstance(hidden_states, Tensor) else list(hidden_states)[-1:]
+    if not isinstance(state, Tensor):
+        check_hidden_states(state)
+        state = state[0]
+    if state.shape[-1] != hidden_size:
+        raise ValueError(f"hidden states must have D = {hidden_size}, got shape {list(state.shape)}")
+    return state
+
+
+class _LastLayer(Pool):
+    token_pooling: str
+
+    def __init__(self, hidden_size: int, normalize: bool = True, backend: str = "auto") -> None:
+        super().__init__()
+        check_positive(hidden_size=hidden_size)
+        self.hidden_size, self.normalize, self.backend = hidden_size, normalize, backend
+
+    def forward(
+        self,
+        hidden_states: Tensor | Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden state [B, T, D] (or a tuple of states, of which the last counts) -> embedding [B, D].
+
+        attention_mask, cu_seqlens, token_mask and the errors: see `mlpool.gather`.
+        """
+        state = _last_state(hidden_states, self.hidden_size)
+        rows = gather(
+            [state], attention_mask, token_pooling=self.token_pooling, token_mask=token_mask, cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )  # fmt: skip
+        return self._finish(rows[:, 0])
+
+
+class EosPool(_LastLayer):
+    """The last token's state of the last layer (design 1 of arXiv 2409.02727).
+
+    Args:
+        hidden_size: D. normalize: unit length. backend: "auto", "triton" or "torch".
+    """
+
+    token_pooling = "last"
+
+
+class MeanPool(_LastLayer):
+    """The masked mean over tokens of the last layer's states; padding is never read.
+
+    Args:
+        hidden_size: D. normalize: unit length. backend: "auto", "triton" or "torch".
+    """
+
+    token_pooling = "mean"
+
+
+class LayerWeightsPool(Pool):
+    """A softmax scalar mix: e = γ Σ_l softmax(w)_l X0_l, over the gathered rows of all layers.
+
+    Starts at the plain average of the layers. Source: the scalar mix of ELMo (arXiv 1802.05365), here as the control
+    that asks how much of multi-layer pooling a single weight per layer explains.
+
+    Args:
+        hidden_size: D. num_layers: L. layers: indices of the layers to use, increasing; None for all.
+        token_pooling: "last" or "mean". normalize: unit length. backend: "auto", "triton" or "torch".
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        layers: Sequence[int] | None = None,
+        token_pooling: str = "last",
+        normalize: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(hidden_size=hidden_size, num_layers=num_layers)
+        check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
+        self.hidden_size, self.num_layers, self.normalize = hidden_size, num_layers, normalize
+        self.layers = select_layers(layers, num_layers)
+        self.token_pooling, self.backend = token_pooling, backend
+        count = num_layers if self.layers is None else len(self.layers)
+        self.weights = nn.Parameter(torch.zeros(count, device=device, dtype=dtype))
+        # One entry, not a scalar: FSDP2 cannot shard a tensor without dimensions.
+        self.scale = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+
+    def forward(
+        self,
+        hidden_states: Sequence[Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        layer_states: Tensor | None = None,
+        includes_embedding: bool = True,
+    ) -> Tensor:
+        """As `MultiLayerPool.forward`: hidden states with a mask, or layer_states [B, L, D] -> embedding [B, D]."""
+        if layer_states is not None:
+            x0 = read_layer_states(self, hidden_states, layer_states)
+        else:
+            states = read_layers(self, hidden_states, includes_embedding)
+            x0 = gather(
+                states, attention_mask, token_pooling=self.token_pooling, token_mask=token_mask,
+                cu_seqlens=cu_seqlens, backend=self.backend,
+            )  # fmt: skip
+        mix = self.scale * self.weights.softmax(0)
+        return self._finish((mix[:, None] * x0).sum(1))

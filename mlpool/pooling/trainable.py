@@ -1,0 +1,298 @@
+"""The trainable cross-attention pooler: parameters, the folded weights and their cache. Shared by both its kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from mlpool_kernels import Plan, Sizes, Weights, choose, fold_queries, fold_values
+from mlpool_kernels import pool as run_pool
+from mlpool_kernels.runtime import BACKENDS, use_triton
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import checkpoints, report
+from .base import TOKEN_POOLINGS, Pool, check_choice, check_positive, log_once
+
+# The sizes of the paper's released module.
+PAPER = {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "ff_mult": 4, "residual": False}
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimisers change weights without raising their version; torch's own hook tells of every step.
+register_optimizer_step_post_hook(_count_step)
+
+
+class TrainablePool(Pool):
+    """Cross-attention of learned latents over n keys per text, feed-forward, mean over latents (arXiv 2409.02727, 3.3).
+
+    Every parameter sits directly on the module and is used inside `forward` alone, so DDP, FSDP2 and ZeRO-3 work.
+    See `MultiLayerPool` and `LastLayerPool` for the arguments.
+    """
+
+    folded: bool
+
+    def __init__(
+        self, hidden_size: int, num_latents: int, num_heads: int, head_dim: int, ff_mult: int, token_pooling: str,
+        residual: bool, normalize: bool, backend: str, choices: Mapping[str, str] | None, num_keys: int | None,
+        device: torch.device | str | None, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_positive(
+            hidden_size=hidden_size, num_latents=num_latents, num_heads=num_heads, head_dim=head_dim, ff_mult=ff_mult
+        )
+        check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
+        check_choice("backend", backend, BACKENDS)
+        Plan().override(dict(choices or {}))
+        self.hidden_size, self.num_latents, self.num_heads, self.head_dim = hidden_size, num_latents, num_heads, head_dim
+        self.ff_mult, self.token_pooling, self.residual, self.normalize = ff_mult, token_pooling, residual, normalize
+        self.backend, self.choices, self.folded = backend, dict(choices or {}), False
+
+        def new(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        d, inner, width = hidden_size, num_heads * head_dim, ff_mult * hidden_size
+        self.latents = new(num_latents, d)
+        self.layer_weights = new(num_keys, d) if num_keys is not None else None
+        self.key_norm_weight, self.key_norm_bias = new(d), new(d)
+        self.latent_norm_weight, self.latent_norm_bias = new(d), new(d)
+        self.query_weight, self.key_weight, self.value_weight = new(inner, d), new(inner, d), new(inner, d)
+        self.output_weight = new(d, inner)
+        self.ff_norm_weight, self.ff_norm_bias = new(d), new(d)
+        self.ff_in_weight, self.ff_in_bias = new(2 * width, d), new(2 * width)
+        self.ff_out_weight, self.ff_out_bias = new(d, width), new(d)
+        # A vector, not a scalar: FSDP2 cannot shard a tensor without dimensions.
+        self.gate = new(d) if residual else None
+        self._cache: tuple[Any, tuple[Tensor | None, ...]] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the start: latents from N(0,1), matrices as nn.Linear, norms at identity.
+
+        Residual form: layer weights and gate at 0, so that the embedding is exactly that of EOS or mean pooling.
+        Released form: layer weights from N(0,1), as in the paper's module.
+        """
+        with torch.no_grad():
+            self.latents.normal_()
+            if self.layer_weights is not None:
+                self.layer_weights.zero_() if self.residual else self.layer_weights.normal_()
+            for norm in (self.key_norm_weight, self.latent_norm_weight, self.ff_norm_weight):
+                norm.fill_(1.0)
+            for bias in (self.key_norm_bias, self.latent_norm_bias, self.ff_norm_bias):
+                bias.zero_()
+            for matrix in (self.query_weight, self.key_weight, self.value_weight, self.output_weight):
+                matrix.uniform_(-(matrix.shape[1] ** -0.5), matrix.shape[1] ** -0.5)
+            for matrix, bias in ((self.ff_in_weight, self.ff_in_bias), (self.ff_out_weight, self.ff_out_bias)):
+                bound = matrix.shape[1] ** -0.5
+                matrix.uniform_(-bound, bound)
+                bias.uniform_(-bound, bound)
+            if self.gate is not None:
+                self.gate.zero_()
+
+    # --- weights folded once per update --------------------------------------------------------------------------
+
+    def _compute_dtype(self) -> torch.dtype:
+        device = self.latents.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.ff_in_weight.dtype
+
+    def _choose(self, batch: int, keys: int, *, training: bool, cached: bool) -> Plan:
+        sizes = Sizes(
+            batch, keys, self.hidden_size, self.num_latents, self.num_heads, self.head_dim,
+            self.ff_mult * self.hidden_size,
+        )  # fmt: skip
+        plan = choose(
+            sizes, training=training, cached=cached, triton=use_triton(self.backend, self.latents),
+            itemsize=self._compute_dtype().itemsize, memory_bytes=report.device_memory(self.latents.device),
+        )  # fmt: skip
+        if not self.folded:
+            return plan.override(self.choices)
+        values = "early" if self.output_weight is not None else "absorbed"
+        return plan.override({**self.choices, "keys": "absorbed", "values": values})
+
+    def _fold(self, plan: Plan, one_key: bool) -> tuple[Tensor | None, ...]:
+        """Queries, key weight, value weight and output weight in the compute dtype, in the forms that `plan` names."""
+        dtype = self._compute_dtype()
+        value, output = self.value_weight.to(dtype), None if self.output_weight is None else self.output_weight.to(dtype)
+        if self.folded:
+            return (None if one_key else self.folded_queries.to(dtype)), None, value, output
+        if plan.values == "absorbed":
+            assert output is not None
+            value, output = fold_values(value, output, self.num_heads), None
+        if one_key:
+            return None, None, value, output
+        key = self.key_weight.to(dtype)
+        latents = (self.latents, self.latent_norm_weight, self.latent_norm_bias, self.query_weight.to(dtype))
+        queries = fold_queries(*latents, key if plan.keys == "absorbed" else None, self.num_heads)
+        return queries, (key if plan.keys == "plain" else None), value, output
+
+    def _may_cache(self) -> bool:
+        """Only where nothing can be learning: not in training mode, nor under gradients, nor in a traced graph."""
+        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.folded)
+
+    def _folded_weights(self, plan: Plan, one_key: bool) -> tuple[Tensor | None, ...]:
+        if not self._may_cache():
+            self._cache = None
+            return self._fold(plan, one_key)
+        used = (self.latents, self.query_weight, self.key_weight, self.value_weight, self.output_weight)
+        norms = (self.latent_norm_weight, self.latent_norm_bias)
+        key = (
+            plan.keys, plan.values, one_key, self._compute_dtype(), _optimizer_steps,
+            tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in (*used, *norms)),
+        )  # fmt: skip
+        if self._cache is None or self._cache[0] != key:
+            # Outside inference mode: a cache of inference tensors could not be used in a later no_grad forward.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = key, self._fold(plan, one_key)
+        return self._cache[1]
+
+    def train(self, mode: bool = True) -> Self:
+        self._cache = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._cache = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+    def fold(self) -> Self:
+        """An inference-only copy: queries and keys folded into one matrix, values too where that is cheaper.
+
+        Folds Wq [I,D] and Wk [I,D] into Q̃ [H·R,D] (at the released sizes and D=4096: 537 M numbers into 101 M).
+        The copy shares nothing with this pool, has no trainable parameters, and gives the same embeddings.
+        """
+        if self.folded:
+            raise ValueError("this pool is folded already")
+        _require_plain(self)
+        folded = self._blank()
+        plan = self._choose(1, self._plan_keys(None), training=False, cached=True)
+        with torch.inference_mode(False), torch.no_grad():
+            queries, _, value, output = self._fold(plan.override({"keys": "absorbed"}), one_key=False)
+            for name, parameter in self.named_parameters():
+                setattr(folded, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            folded.value_weight = nn.Parameter(value.detach().clone(), requires_grad=False)
+            folded.output_weight = None if output is None else nn.Parameter(output.clone(), requires_grad=False)
+        folded.query_weight = folded.key_weight = None
+        folded.register_buffer("folded_queries", queries, persistent=True)
+        folded.folded = True
+        return folded.eval()
+
+    def _blank(self) -> Self:
+        return type(self)(**self.config(), device="meta")
+
+    # --- the pool ------------------------------------------------------------------------------------------------
+
+    def _cross_attend(
+        self, states: Sequence[Tensor], rows: Tensor | None, key_mask: Tensor | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The mean over latents [B, D], A [B, H, R, n] where asked, X0 where `rows` were gathered."""
+        batch, keys = (rows.shape[0], len(states)) if rows is not None else states[0].shape[:2]
+        training = torch.is_grad_enabled() and (
+            states[0].requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        if self.folded and training and states[0].requires_grad:
+            raise RuntimeError("a folded pool is for inference; use the pool it was folded from to train")
+        plan = self._choose(batch, keys, training=training, cached=self._may_cache() or self.folded)
+        queries, key, value, output = self._folded_weights(plan, one_key=keys == 1)
+        assert value is not None
+        dtype = value.dtype
+        weights = Weights(
+            self.layer_weights, self.key_norm_weight, self.key_norm_bias, queries, key, value, output, self.latents,
+            self.ff_norm_weight, self.ff_norm_bias, self.ff_in_weight.to(dtype), self.ff_in_bias,
+        )  # fmt: skip
+        if keys == 1 and training and not self.folded:
+            states = [_zero_gradients(states[0], self._query_parameters())]
+        pooled, attention, x0 = run_pool(
+            states, rows, key_mask, weights, self.ff_out_weight.to(dtype), self.ff_out_bias, self.num_heads, plan,
+            self.backend, output_attentions,
+        )  # fmt: skip
+        if attention is not None:
+            attention = attention.unflatten(2, (self.num_heads, self.num_latents)).permute(0, 2, 3, 1)
+        return pooled, attention, x0
+
+    def _query_parameters(self) -> list[Tensor]:
+        return [self.query_weight, self.key_weight, self.latent_norm_weight, self.latent_norm_bias]
+
+    def _embed(self, pooled: Tensor, base: Tensor) -> Tensor:
+        """The residual around the pooler, and unit length."""
+        if self.gate is not None:
+            pooled = torch.addcmul(base.to(pooled.dtype), self.gate.to(pooled.dtype), pooled)
+        return self._finish(pooled.to(torch.promote_types(base.dtype, self._compute_dtype())))
+
+    def _plan_keys(self, tokens: int | None) -> int:
+        raise NotImplementedError
+
+    def plan(
+        self, batch_size: int = 32, tokens: int | None = None, training: bool = False
+    ) -> report.PlanReport:
+        """What runs for a batch of this size: the forms chosen, FLOP and bytes of each step beside the reference's.
+
+        Args:
+            batch_size: B. tokens: T, where the tokens are the keys or are averaged. training: with a backward pass.
+
+        Returns: an object that prints as a table; `.plan`, `.rows` hold what it shows.
+        """
+        check_positive(batch_size=batch_size)
+        keys = self._plan_keys(tokens)
+        plan = self._choose(batch_size, keys, training=training, cached=not training)
+        return report.PlanReport.of(self, plan, batch_size, keys, tokens, training)
+
+    # --- the authors' checkpoints --------------------------------------------------------------------------------
+
+    def released_state_dict(self) -> dict[str, Tensor]:
+        """The parameters under the names of the authors' `attn_pool.pt`.
+
+        Raises: ValueError for the residual form or a folded pool, which the released module cannot hold.
+        """
+        if self.residual or self.folded:
+            raise ValueError(
+                "the released module has no residual gate and no folded weights; build the pool with residual=False "
+                "(MultiLayerPool.paper) to export it"
+            )
+        return checkpoints.to_released(dict(self.state_dict()))
+
+    def save_pretrained(self, directory: Any) -> None:
+        """As `Pool.save_pretrained`; a folded pool is an error, save the one it was folded from."""
+        if self.folded:
+            raise ValueError("a folded pool is not saved: save the pool it was folded from and fold it after loading")
+        _require_plain(self)
+        super().save_pretrained(directory)
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """The identity, with zero gradients for parameters that the result does not depend on (DDP wants them all)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+def _zero_gradients(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    return _ZeroGradients.apply(x, *parameters)  # type: ignore[no-any-return]
+
+
+def _require_plain(pool: nn.Module) -> None:
+    sharded = [name for name, p in pool.named_parameters() if hasattr(p, "full_tensor")]
+    if sharded:
+        log_once("parameters are sharded (FSDP2)")
+        raise RuntimeError(
+            f"{type(pool).__name__} is sharded ({sharded[0]}, …); gather it first, for example with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(full_state_dict=True)"
+        )
