@@ -183,8 +183,7 @@ def attend_one_launch(
     Returns: X0 [B,n,D] (the given one where nothing was gathered), X [B,n,D], A [B,n,H·R] or None.
     """
     first, hidden = states[0], states[0].shape[-1]
-    gathering = rows is not None
-    if gathering:
+    if rows is not None:
         batch, num_keys = len(rows), len(states)
         tokens, stride_text, stride_token = token_strides(first)
         x0 = first.new_empty(batch, num_keys, hidden)
@@ -207,15 +206,13 @@ def attend_one_launch(
         _attend_kernel[grid](
             tuple(states), rows, layer_weights, norm_weight, norm_bias, queries, x0, keys, attention,
             tokens, stride_text, stride_token, columns, NORM_EPS,
-            len(states), num_keys, hidden, gathering, layer_weights is not None, queries is not None,
+            len(states), num_keys, hidden, rows is not None, layer_weights is not None, queries is not None,
             BLOCK_L=block_l, **t, **dot_options(dtype),
         )  # fmt: skip
     return x0, keys, attention
 
 
-def norm_keys(
-    x0: Tensor, layer_weights: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype
-) -> Tensor:
+def norm_keys(x0: Tensor, layer_weights: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Torch: X = LN1(X0 + E) in float32 (or wider), rounded to `dtype`."""
     h = _shifted(x0, layer_weights)
     return torch.nn.functional.layer_norm(h, h.shape[-1:], weight.to(h.dtype), bias.to(h.dtype), NORM_EPS).to(dtype)
@@ -290,7 +287,7 @@ def scores_backward(
     if key_weight is None:
         return grad @ queries, grad.T @ x, None
     assert k is not None
-    heads, latents, head_dim = queries.shape
+    heads, latents, _ = queries.shape
     by_head = grad.view(-1, heads, latents).transpose(0, 1)
     dk = torch.empty_like(k)
     torch.bmm(by_head, queries, out=dk.transpose(0, 1))

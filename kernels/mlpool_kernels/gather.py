@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .runtime import ceil_div, jit, power_of_2, tl, use_triton
+from .runtime import ceil_div, jit, tl, use_triton
 from .tiles import tile
 
 
@@ -115,10 +115,8 @@ def _forward(
     first = states[0]
     if not (use_triton(backend, first) and one_launch(states)):
         home = states[-1].device
-        pooled = (_mean_torch if mean else _last_torch)
-        spans = (starts, ends, last, count, keep)
-        rows = [pooled(s, *(t if t is None else t.to(s.device) for t in spans)) for s in states]
-        return torch.stack([r.to(home) for r in rows], 1)
+        rows = [_pool_torch(s, starts, ends, last, count, keep, mean).to(home) for s in states]
+        return torch.stack(rows, 1)
     hidden, layers, batch = first.shape[-1], len(states), len(last)
     out = first.new_empty(batch, layers, hidden)
     tokens, stride_text, stride_token = token_strides(first)
@@ -138,12 +136,18 @@ def _forward(
     return out
 
 
-def _last_torch(state: Tensor, starts, ends, last: Tensor, count, keep) -> Tensor:
+def _pool_torch(
+    state: Tensor, starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None, mean: bool
+) -> Tensor:
+    """One layer: [B, D]."""
+    starts, ends, last, count = (t.to(state.device) for t in (starts, ends, last, count))
+    if mean:
+        return _mean_torch(state, starts, ends, count, None if keep is None else keep.to(state.device))
     tokens = state.shape[-2]
     return state[last] if state.dim() == 2 else state[last // tokens, last % tokens]
 
 
-def _mean_torch(state: Tensor, starts: Tensor, ends: Tensor, last, count: Tensor, keep: Tensor | None) -> Tensor:
+def _mean_torch(state: Tensor, starts: Tensor, ends: Tensor, count: Tensor, keep: Tensor | None) -> Tensor:
     batch, hidden = len(starts), state.shape[-1]
     if state.dim() == 3 and state.shape[0] == batch and keep is not None:
         mask = keep.view(batch, 1, -1)
@@ -254,6 +258,3 @@ def gather(
     Returns: X0 [B, L, D] of the states' dtype. Differentiable in `states`, dense gradients.
     """
     return _gather_op(list(states), starts, ends, last, count, keep, mean, backend)
-
-
-__all__ = ["gather", "one_launch", "power_of_2", "token_strides"]

@@ -38,12 +38,10 @@ def _mixed_block(
     for first in range(0, rows_k, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         row = text * rows_k + k
-        a = tl.load(
-            attention + row[None, :] * R + latent[:, None], mask=(k < rows_k)[None, :] & (latent < R)[:, None], other=0.0
-        )
-        v = tl.load(
-            values + row[:, None] * HIDDEN + column[None, :], mask=(k < rows_k)[:, None] & inside[None, :], other=0.0
-        )
+        weight = attention + row[None, :] * R + latent[:, None]
+        a = tl.load(weight, mask=(k < rows_k)[None, :] & (latent < R)[:, None], other=0.0)
+        value = values + row[:, None] * HIDDEN + column[None, :]
+        v = tl.load(value, mask=(k < rows_k)[:, None] & inside[None, :], other=0.0)
         if UPCAST:
             a, v = a.to(tl.float32), v.to(tl.float32)
         y = tl.dot(a, v, y, input_precision=PRECISION)

@@ -130,6 +130,7 @@ def choose(s: Sizes, *, training: bool, cached: bool, triton: bool, itemsize: in
         s: the call's sizes. training: a backward pass will follow. cached: the folded weights are there already.
         triton: kernels will run. itemsize: bytes of the compute dtype. memory_bytes: of the device.
     """
+
     # The backward costs twice the forward everywhere, so it changes no comparison.
     def cost(flops: tuple[int, int]) -> int:
         per_text, once = flops

@@ -171,9 +171,7 @@ def _forward(
     with torch.autocast(states[0].device.type, enabled=False):
         parts = []
         for part in _chunks(sizes(states, rows, w, heads), w, plan):
-            u, y_mean, x0, saved = _forward_chunk(
-                *_select_texts(states, rows, key_mask, part), w, heads, plan, triton
-            )
+            u, y_mean, x0, saved = _forward_chunk(*_select_texts(states, rows, key_mask, part), w, heads, plan, triton)
             # An op's outputs must not share memory: every absent one is an empty tensor of its own.
             attention = saved.attention if keep or output_attentions else u.new_empty(0)
             parts.append((u, y_mean, attention, x0 if rows is not None else u.new_empty(0)))
@@ -222,9 +220,7 @@ def _backward_chunk(
         if dattention is not None:
             da = da + dattention
         ds = attend.softmax_backward_(saved.attention, da, triton)
-        dkeys, g["queries"], g["key_weight"] = attend.scores_backward(
-            ds, saved.keys, w.queries, w.key_weight, saved.k
-        )
+        dkeys, g["queries"], g["key_weight"] = attend.scores_backward(ds, saved.keys, w.queries, w.key_weight, saved.k)
         dx = dx + dkeys
     dx0, g["layer_weights"], g["key_norm_weight"], g["key_norm_bias"] = attend.norm_keys_backward(
         dx.view_as(saved.keys), x0, w.layer_weights, w.key_norm_weight, w.key_norm_bias
@@ -250,9 +246,7 @@ def _backward(
             else:
                 saved = _unpack(kept, attention, w, plan)
             da = None if dattention is None else dattention[part]
-            dx0[part], grads = _backward_chunk(
-                du[part], dy_mean[part], da, x0[part], w, heads, plan, saved, triton
-            )
+            dx0[part], grads = _backward_chunk(du[part], dy_mean[part], da, x0[part], w, heads, plan, saved, triton)
             for name, grad in grads.items():
                 total[name] = grad if name not in total else total[name].add_(grad)
     out = [dx0]

@@ -23,7 +23,7 @@ tl: Any = None
 # Asking whether torch was built for a GPU, not whether one is there, keeps the process free to fork.
 if HAS_TRITON and (INTERPRETED or torch.backends.cuda.is_built() or os.environ.get("MLPOOL_LOAD_TRITON") == "1"):
     import triton  # type: ignore[no-redef]
-    import triton.language as tl  # type: ignore[no-redef]
+    import triton.language as tl  # type: ignore[no-redef]  # noqa: F401
 
 
 def jit(function: Any) -> Any:

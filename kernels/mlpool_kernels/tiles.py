@@ -37,8 +37,8 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4},
     ],
     "mix": [
-        {"BLOCK_D": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_D": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_D": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_D": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         {"BLOCK_D": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     ],
     "feed_forward": [
@@ -46,7 +46,7 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
         {"BLOCK_R": 64, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 4},
     ],
-    "gate": [{"BLOCK_R": 32, "BLOCK_F": 128, "num_warps": 4}, {"BLOCK_R": 16, "BLOCK_F": 256, "num_warps": 4}],
+    "gate": [{"BLOCK_R": 16, "BLOCK_F": 128, "num_warps": 4}, {"BLOCK_R": 16, "BLOCK_F": 256, "num_warps": 8}],
 }
 
 
@@ -64,7 +64,7 @@ def _overrides() -> dict[str, Tile]:
 
 
 def tile(kernel: str, hidden: int | None = None, wide: bool = False) -> Tile:
-    """The tile of `kernel`; `hidden` shrinks BLOCK_D to a small D, `wide` (float32 operands) halves the tiles' depth."""
+    """The tile of `kernel`; `hidden` shrinks BLOCK_D to a small D, `wide` (float32 operands) halves its depth."""
     chosen = dict(_overrides().get(kernel, TILES[kernel][0]))
     if wide:
         # Four-byte operands in twice the shared memory and registers: half as deep.

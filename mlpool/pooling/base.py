@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 import torch.nn.functional as F
 from mlpool_kernels import gather as gather_rows
 from torch import Tensor, nn

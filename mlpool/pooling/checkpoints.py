@@ -1,6 +1,6 @@
 """The authors' released checkpoints (`attn_pool.pt`): their names, in and out.
 
-Source: the released module of arXiv 2409.02727. LN1 norms the keys, LN2 the latents; Wk and Wv are one matrix, Wk first.
+Source: the released module of arXiv 2409.02727. LN1 norms the keys, LN2 the latents; one matrix holds Wk over Wv.
 """
 
 from __future__ import annotations

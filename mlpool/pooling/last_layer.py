@@ -46,8 +46,8 @@ class LastLayerPool(TrainablePool):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend, choices,
-            None, device, dtype,
+            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend,
+            choices, None, device, dtype,
         )  # fmt: skip
 
     @classmethod
@@ -56,11 +56,10 @@ class LastLayerPool(TrainablePool):
         return cls(hidden_size, token_pooling=token_pooling, **{**PAPER, **options})
 
     @classmethod
-    def from_released(
-        cls, path: str | Path, num_heads: int = 32, token_pooling: str = "mean", **options: Any
-    ) -> Self:
+    def from_released(cls, path: str | Path, num_heads: int = 32, token_pooling: str = "mean", **options: Any) -> Self:
         """Load the authors' `attn_pool.pt` of design 2 or 4; see `MultiLayerPool.from_released`."""
-        return checkpoints.load_released(cls, path, num_heads, multi_layer=False, token_pooling=token_pooling, **options)
+        options["token_pooling"] = token_pooling
+        return checkpoints.load_released(cls, path, num_heads, multi_layer=False, **options)
 
     def forward(
         self,
@@ -107,7 +106,7 @@ class LastLayerPool(TrainablePool):
 
 
 def _padded_keys(state: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Keys [B, n, D] with zeros where nothing is kept, so that what padding holds can reach nothing, and mask [B, n]."""
+    """Keys [B, n, D], zeros where nothing is kept (what padding holds can reach nothing), and their mask [B, n]."""
     if not tokens.packed:
         assert tokens.keep is not None
         mask = tokens.keep.view(tokens.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from torch import Tensor
@@ -29,7 +30,7 @@ def select_layers(layers: Sequence[int] | None, num_layers: int) -> list[int] | 
             f"layers must name at least one of 0 … {num_layers - 1} (or -{num_layers} … -1), got {list(layers)}"
         )
     indices = [i % num_layers for i in indices]
-    if any(a >= b for a, b in zip(indices, indices[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(indices)):
         raise ValueError(f"layers must increase and not repeat, got {list(layers)} of {num_layers} layers")
     return indices
 

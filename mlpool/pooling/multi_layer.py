@@ -58,8 +58,8 @@ class MultiLayerPool(TrainablePool):
             raise ValueError(f"num_layers must be an integer of at least 1, got {num_layers!r}")
         selected = select_layers(layers, num_layers)
         super().__init__(
-            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend, choices,
-            num_layers if selected is None else len(selected), device, dtype,
+            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend,
+            choices, num_layers if selected is None else len(selected), device, dtype,
         )  # fmt: skip
         self.num_layers, self.layers = num_layers, selected
 
@@ -69,16 +69,15 @@ class MultiLayerPool(TrainablePool):
         return cls(hidden_size, num_layers, token_pooling=token_pooling, **{**PAPER, **options})
 
     @classmethod
-    def from_released(
-        cls, path: str | Path, num_heads: int = 32, token_pooling: str = "last", **options: Any
-    ) -> Self:
+    def from_released(cls, path: str | Path, num_heads: int = 32, token_pooling: str = "last", **options: Any) -> Self:
         """Load the authors' `attn_pool.pt` (read with weights_only=True); all sizes but the heads come from the file.
 
         Raises:
             FileNotFoundError; ValueError for a file that is cut short or holds anything but plain tensors, and for
             missing, extra or misshapen keys, named.
         """
-        return checkpoints.load_released(cls, path, num_heads, multi_layer=True, token_pooling=token_pooling, **options)
+        options["token_pooling"] = token_pooling
+        return checkpoints.load_released(cls, path, num_heads, multi_layer=True, **options)
 
     def forward(
         self,

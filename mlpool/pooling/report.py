@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,6 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
-        import os
-
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 8 << 30
@@ -81,7 +80,8 @@ class PlanReport:
         for step, how, flops, reference in self.rows:
             lines.append(f"  {step:<20}{how:<44}{flops / 1e9:>12.3f}{reference / 1e9:>12.3f}")
         total, reference = sum(r[2] for r in self.rows), sum(r[3] for r in self.rows)
-        lines.append(f"  {'sum':<20}{f'{reference / total:.1f}x fewer':<44}{total / 1e9:>12.3f}{reference / 1e9:>12.3f}")
+        fewer = f"{reference / total:.1f}x fewer"
+        lines.append(f"  {'sum':<20}{fewer:<44}{total / 1e9:>12.3f}{reference / 1e9:>12.3f}")
         lines.append(f"  once per weight update: {self.once / 1e9:.3f} GFLOP (queries and what is folded)")
         lines.append(f"  kept for the backward: {self.saved_bytes / 2**20:.1f} MiB (memory={self.plan.memory})")
         return "\n".join(lines)

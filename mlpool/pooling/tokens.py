@@ -6,7 +6,8 @@ Every pool and every tap asks `select_tokens` once and then works on flat rows: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,8 @@ class Tokens:
 
     def to(self, device: torch.device) -> Tokens:
         """The same selection with its tensors on `device`."""
-        keep = None if self.keep is None else self.keep.to(device)
-        moved = (t.to(device) for t in (self.starts, self.ends, self.last, self.count))
-        return Tokens(*moved, keep, self.shape, self.packed)
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def select_tokens(

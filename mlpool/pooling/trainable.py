@@ -38,6 +38,10 @@ class TrainablePool(Pool):
     """
 
     folded: bool
+    folded_queries: Tensor
+    query_weight: nn.Parameter
+    key_weight: nn.Parameter
+    output_weight: nn.Parameter | None
 
     def __init__(
         self, hidden_size: int, num_latents: int, num_heads: int, head_dim: int, ff_mult: int, token_pooling: str,
@@ -51,9 +55,10 @@ class TrainablePool(Pool):
         check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
         check_choice("backend", backend, BACKENDS)
         Plan().override(dict(choices or {}))
-        self.hidden_size, self.num_latents, self.num_heads, self.head_dim = hidden_size, num_latents, num_heads, head_dim
-        self.ff_mult, self.token_pooling, self.residual, self.normalize = ff_mult, token_pooling, residual, normalize
-        self.backend, self.choices, self.folded = backend, dict(choices or {}), False
+        self.hidden_size, self.num_latents, self.num_heads = hidden_size, num_latents, num_heads
+        self.head_dim, self.ff_mult, self.token_pooling = head_dim, ff_mult, token_pooling
+        self.residual, self.normalize, self.backend = residual, normalize, backend
+        self.choices, self.folded = dict(choices or {}), False
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -87,6 +92,7 @@ class TrainablePool(Pool):
                 norm.fill_(1.0)
             for bias in (self.key_norm_bias, self.latent_norm_bias, self.ff_norm_bias):
                 bias.zero_()
+            assert self.output_weight is not None
             for matrix in (self.query_weight, self.key_weight, self.value_weight, self.output_weight):
                 matrix.uniform_(-(matrix.shape[1] ** -0.5), matrix.shape[1] ** -0.5)
             for matrix, bias in ((self.ff_in_weight, self.ff_in_bias), (self.ff_out_weight, self.ff_out_bias)):
@@ -119,7 +125,8 @@ class TrainablePool(Pool):
     def _fold(self, plan: Plan, one_key: bool) -> tuple[Tensor | None, ...]:
         """Queries, key weight, value weight and output weight in the compute dtype, in the forms that `plan` names."""
         dtype = self._compute_dtype()
-        value, output = self.value_weight.to(dtype), None if self.output_weight is None else self.output_weight.to(dtype)
+        value: Tensor = self.value_weight.to(dtype)
+        output = None if self.output_weight is None else self.output_weight.to(dtype)
         if self.folded:
             return (None if one_key else self.folded_queries.to(dtype)), None, value, output
         if plan.values == "absorbed":
@@ -140,11 +147,10 @@ class TrainablePool(Pool):
         if not self._may_cache():
             self._cache = None
             return self._fold(plan, one_key)
-        used = (self.latents, self.query_weight, self.key_weight, self.value_weight, self.output_weight)
-        norms = (self.latent_norm_weight, self.latent_norm_bias)
+        used = [*self._query_parameters(), self.latents, self.value_weight, self.output_weight]
         key = (
             plan.keys, plan.values, one_key, self._compute_dtype(), _optimizer_steps,
-            tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in (*used, *norms)),
+            tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in used if p is not None),
         )  # fmt: skip
         if self._cache is None or self._cache[0] != key:
             # Outside inference mode: a cache of inference tensors could not be used in a later no_grad forward.
@@ -180,11 +186,12 @@ class TrainablePool(Pool):
         plan = self._choose(1, self._plan_keys(None), training=False, cached=True)
         with torch.inference_mode(False), torch.no_grad():
             queries, _, value, output = self._fold(plan.override({"keys": "absorbed"}), one_key=False)
+            assert value is not None
             for name, parameter in self.named_parameters():
                 setattr(folded, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
             folded.value_weight = nn.Parameter(value.detach().clone(), requires_grad=False)
             folded.output_weight = None if output is None else nn.Parameter(output.clone(), requires_grad=False)
-        folded.query_weight = folded.key_weight = None
+        folded.query_weight = folded.key_weight = None  # type: ignore[assignment]
         folded.register_buffer("folded_queries", queries, persistent=True)
         folded.folded = True
         return folded.eval()
@@ -234,9 +241,7 @@ class TrainablePool(Pool):
     def _plan_keys(self, tokens: int | None) -> int:
         raise NotImplementedError
 
-    def plan(
-        self, batch_size: int = 32, tokens: int | None = None, training: bool = False
-    ) -> report.PlanReport:
+    def plan(self, batch_size: int = 32, tokens: int | None = None, training: bool = False) -> report.PlanReport:
         """What runs for a batch of this size: the forms chosen, FLOP and bytes of each step beside the reference's.
 
         Args:
