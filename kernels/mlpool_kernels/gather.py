@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .runtime import ceil_div, jit, tl, use_triton
+from .runtime import ceil_div, direct, jit, tl, use_triton
 from .tiles import tile
 
 
@@ -257,4 +257,5 @@ def gather(
 
     Returns: X0 [B, L, D] of the states' dtype. Differentiable in `states`, dense gradients.
     """
-    return _gather_op(list(states), starts, ends, last, count, keep, mean, backend)
+    arguments = (list(states), starts, ends, last, count, keep, mean, backend)
+    return (_forward if direct(states) else _gather_op)(*arguments)

@@ -29,7 +29,7 @@ from . import attend, feed_forward, mix
 from .attend import NORM_EPS
 from .gather import _gather_backward_op
 from .plan import Plan, Sizes
-from .runtime import use_triton
+from .runtime import direct, use_triton
 
 # Intermediates alive at once where nothing is kept for the backward.
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -391,11 +391,7 @@ def pool(
     Returns: p [B, D], float32 or wider; A [B, n, H·R] of the compute dtype where `output_attentions`; X0 where `rows`
     were gathered. Differentiable in states and every weight.
     """
-    tensors = (*states, *w)
-    direct = not torch.compiler.is_compiling() and not (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    )
-    if direct:
+    if direct([*states, *w]):
         out = _forward(states, rows, key_mask, w, heads, plan, backend, output_attentions)
     else:
         out = _pool_op(list(states), rows, key_mask, *w, heads, str(plan), backend, output_attentions)

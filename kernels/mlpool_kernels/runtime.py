@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,6 +55,16 @@ def use_triton(backend: str, tensor: Tensor) -> bool:
             "TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
         )
     return True
+
+
+def direct(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether an op may be called as a plain function: nothing traces it and nothing needs a gradient.
+
+    The dispatcher around a custom op costs more than a small pool.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def dot_options(dtype: torch.dtype) -> dict[str, Any]:

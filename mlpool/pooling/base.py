@@ -100,7 +100,6 @@ def gather_tokens(states: Sequence[Tensor], tokens: Tokens, token_pooling: str, 
 class Pool(nn.Module):
     """Base of all pools: the constructor's arguments are its config, and it saves to and loads from a folder."""
 
-    hidden_size: int
     normalize: bool
 
     def config(self) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from .base import TOKEN_POOLINGS, Pool, check_choice, check_hidden_states, check
 from .layers import read_layer_states, read_layers, select_layers
 
 
-def _last_state(hidden_states: Tensor | Sequence[Tensor], hidden_size: int) -> Tensor:
+def _last_state(hidden_states: Tensor | Sequence[Tensor], hidden_size: int | None) -> Tensor:
     state = hidden_states if isinstance(hidden_states, Tensor) else list(hidden_states)[-1:]
     if not isinstance(state, Tensor):
         check_hidden_states(state)
         state = state[0]
-    if state.shape[-1] != hidden_size:
+    if hidden_size is not None and state.shape[-1] != hidden_size:
         raise ValueError(f"hidden states must have D = {hidden_size}, got shape {list(state.shape)}")
     return state
 
@@ -24,9 +24,10 @@ def _last_state(hidden_states: Tensor | Sequence[Tensor], hidden_size: int) -> T
 class _LastLayer(Pool):
     token_pooling: str
 
-    def __init__(self, hidden_size: int, normalize: bool = True, backend: str = "auto") -> None:
+    def __init__(self, hidden_size: int | None = None, normalize: bool = True, backend: str = "auto") -> None:
         super().__init__()
-        check_positive(hidden_size=hidden_size)
+        if hidden_size is not None:
+            check_positive(hidden_size=hidden_size)
         self.hidden_size, self.normalize, self.backend = hidden_size, normalize, backend
 
     def forward(
@@ -53,7 +54,7 @@ class EosPool(_LastLayer):
     """The last token's state of the last layer (design 1 of arXiv 2409.02727).
 
     Args:
-        hidden_size: D. normalize: unit length. backend: "auto", "triton" or "torch".
+        hidden_size: D, checked where given. normalize: unit length. backend: "auto", "triton" or "torch".
     """
 
     token_pooling = "last"
@@ -63,7 +64,7 @@ class MeanPool(_LastLayer):
     """The masked mean over tokens of the last layer's states; padding is never read.
 
     Args:
-        hidden_size: D. normalize: unit length. backend: "auto", "triton" or "torch".
+        hidden_size: D, checked where given. normalize: unit length. backend: "auto", "triton" or "torch".
     """
 
     token_pooling = "mean"

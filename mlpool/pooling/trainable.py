@@ -37,6 +37,7 @@ class TrainablePool(Pool):
     See `MultiLayerPool` and `LastLayerPool` for the arguments.
     """
 
+    hidden_size: int
     folded: bool
     folded_queries: Tensor
     query_weight: nn.Parameter
@@ -76,6 +77,8 @@ class TrainablePool(Pool):
         # A vector, not a scalar: FSDP2 cannot shard a tensor without dimensions.
         self.gate = new(d) if residual else None
         self._cache: tuple[Any, tuple[Tensor | None, ...]] | None = None
+        # Asked once: torch.compile cannot trace the question.
+        self._device_memory = report.device_memory(self.latents.device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,7 +118,7 @@ class TrainablePool(Pool):
         )  # fmt: skip
         plan = choose(
             sizes, training=training, cached=cached, triton=use_triton(self.backend, self.latents),
-            itemsize=self._compute_dtype().itemsize, memory_bytes=report.device_memory(self.latents.device),
+            itemsize=self._compute_dtype().itemsize, memory_bytes=self._device_memory,
         )  # fmt: skip
         if not self.folded:
             return plan.override(self.choices)
@@ -164,7 +167,9 @@ class TrainablePool(Pool):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._cache = None
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        self._device_memory = report.device_memory(self.latents.device)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._cache = None

@@ -1,0 +1,44 @@
+# make bench   environment, install, a quick benchmark on whatever device is there
+# make test    environment, install, lint, types and the whole CPU suite
+# make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every preset, a summary (PY=python3 uses that one)
+PYTHON ?= python3
+VENV ?= .venv
+PY ?= $(VENV)/bin/python
+INSTALL = $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Two workers share the cores: without a limit every process would start a thread per core.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+# The checkout itself, for interpreters into which mlpool was not installed.
+HERE = PYTHONPATH=.:kernels
+
+.PHONY: bench test lint gpu
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlpool needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.bench: $(VENV)/bin/python pyproject.toml setup.cfg constraints.txt
+	$(INSTALL) -e . numpy matplotlib
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml setup.cfg constraints.txt
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+bench: $(VENV)/.bench
+	$(PY) benchmarks/throughput.py --quick
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	MYPYPATH=kernels $(PY) -m mypy
+
+test: lint
+	MLPOOL_LOAD_TRITON=1 $(PYTEST) tests/kernels/test_binaries.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py
+	$(PYTEST) tests
+
+gpu:
+	$(HERE) $(PY) -m pytest -m gpu tests
+	$(HERE) $(PY) benchmarks/tune.py
+	MLPOOL_TILES=benchmarks/results/tiles.json $(HERE) $(PY) benchmarks/throughput.py
+	$(HERE) $(PY) benchmarks/summary.py
