@@ -19,18 +19,16 @@ import functools
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from mlpool.pooling.tokens import Tokens, select_tokens
-
-if TYPE_CHECKING:
-    from typing import Self
+from .pooling.tokens import Tokens, select_tokens
 
 _LIST_NAMES = ("layers", "layer", "h", "block", "blocks")
 _MARK = "_mlpool_taps"  # on the trunk: its Taps; on a tapped layer: (its Taps, its index)
+_NO_COPY = "a model cannot be copied or pickled while it is tapped; detach the taps first"
 
 
 class Taps:
@@ -128,8 +126,8 @@ class Taps:
         self._forget()
         if kept:
             warnings.warn(
-                f"taps are off, but could not be removed from {', '.join(kept)}: replaced by others after the taps were "
-                "attached; detach before, or leave it so",
+                f"taps are off, but {', '.join(kept)} was replaced by others after they were attached and stays so; "
+                "to have everything as before, detach in the opposite order",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -141,10 +139,10 @@ class Taps:
         self.detach()
 
     def _attach(self, modules: nn.ModuleList) -> None:
-        if _MARK in self.trunk.__dict__:
-            raise RuntimeError(f"this {type(self.trunk).__name__} has taps already; detach them first")
         # The last state is the trunk's output, behind the final norm, not the last layer's.
         self._tapped = {index: modules[index] for index in self.layers if index != self.num_layers - 1}
+        if any(_MARK in module.__dict__ for module in (self.trunk, *self._tapped.values())):
+            raise RuntimeError(f"this {type(self.trunk).__name__} has taps already; detach them first")
         self.trunk.__dict__[_MARK] = self
         self._forward = _TrunkForward(self)
         for index, layer in self._tapped.items():
@@ -163,7 +161,8 @@ class Taps:
         self._forget()
         self._grad = torch.is_grad_enabled()
         try:
-            self._tokens = self._select({**dict(zip(self._forward.names, args)), **kwargs}, expected)
+            call = {**dict(zip(self._forward.names, args, strict=False)), **kwargs}
+            self._tokens = self._select(call, expected)
             output = forward(*args, **kwargs)
             if self.num_layers - 1 in self.layers:
                 last = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
@@ -182,7 +181,7 @@ class Taps:
         inputs = call.get("inputs_embeds") if call.get("inputs_embeds") is not None else call.get("input_ids")
         if inputs is None:
             raise ValueError(f"taps need input_ids or inputs_embeds in the call; got {sorted(call)}")
-        shape = (*inputs.shape[:2], self.trunk.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
+        shape = (*inputs.shape[:2], getattr(self.trunk.config, "hidden_size", -1))  # the width only for messages
         offsets, mask = expected.get("cu_seqlens"), expected.get("attention_mask")
         if offsets is None and mask is None:
             offsets, mask = call.get("cu_seq_lens_q"), call.get("attention_mask")
@@ -208,10 +207,11 @@ class Taps:
         assert tokens is not None
         if index in self._rows:
             raise RuntimeError(f"layer {index} ran twice in one forward; taps need every layer to run once")
-        if hidden.dim() != 3 or hidden.shape[:2] != tokens.shape:
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != tokens.shape:
+            given = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise RuntimeError(
-                f"layer {index} returned {list(hidden.shape)}, expected {[*tokens.shape, 'D']} as the call's inputs "
-                "are; a model that removes padding inside cannot be tapped (turn its unpadding off)"
+                f"layer {index} returned {given}, expected {[*tokens.shape, 'D']} as the call's inputs are; "
+                "a model that removes padding inside cannot be tapped (turn its unpadding off)"
             )
         if self._grad and not torch.is_grad_enabled():
             raise RuntimeError(
@@ -238,7 +238,7 @@ class _TrunkForward:
         taps.trunk.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _MARK not in self.taps.trunk.__dict__:  # detached beneath someone else's patch
+        if self.taps.trunk.__dict__.get(_MARK) is not self.taps:  # detached beneath someone else's patch
             return self.original(*args, **kwargs)
         return self.taps._run(self.original, args, kwargs)
 
@@ -265,10 +265,9 @@ class _TappedLayer:
         return output if mark is None else mark[0]._tap_output(mark[1], output)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise RuntimeError(_NO_COPY)
-
-
-_NO_COPY = "a model cannot be copied or pickled while it is tapped; detach the taps first"
+        if _MARK in self.__dict__:
+            raise RuntimeError(_NO_COPY)
+        return super().__reduce_ex__(protocol)
 
 
 @functools.cache
@@ -304,6 +303,7 @@ def _pool_rows(hidden: Tensor, tokens: Tokens, token_pooling: str) -> Tensor:
         return hidden.index_select(0, tokens.last)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     # Rows left out are summed apart: what padding holds (NaN, inf) reaches no text, as it would by a product with 0.
+    # On CUDA, index_add adds in no fixed order unless torch.use_deterministic_algorithms is on.
     sums = hidden.new_zeros(tokens.batch_size + 1, hidden.shape[1], dtype=wide)
     sums.index_add_(0, _text_of_row(tokens), hidden.to(wide))
     return (sums[:-1] / tokens.count.unsqueeze(1)).to(hidden.dtype)
@@ -346,33 +346,36 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
             layer that is in the list twice.
     """
     modules = dict(model.named_modules())
-    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
-    trunks = {name: _trunk_of(name, modules) for name in lists}
     if any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in modules.values()):
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder model, whose two stacks have no one list of hidden states; "
             "load its encoder alone (for T5: T5EncoderModel)"
         )
-    found = {
-        name: trunk
-        for name, trunk in trunks.items()
-        if trunk is not None and name.split(".")[-1] in _LIST_NAMES and len(lists[name]) == _num_layers(modules[trunk])
-    }
-    # Experts may be as many as layers: keep outermost lists. A vision tower may be as deep: keep innermost trunks.
-    found = {name: trunk for name, trunk in found.items() if not any(_inside(name, other) for other in found)}
-    found = {name: trunk for name, trunk in found.items() if not any(_inside(t, trunk) for t in found.values())}
+    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    fitting = [
+        (name, trunk)
+        for name, entries in lists.items()
+        if name.split(".")[-1] in _LIST_NAMES
+        and (trunk := _trunk_of(name, modules)) is not None
+        and len(entries) == _num_layers(modules[trunk])
+    ]
+    # Experts may be as many as layers: take the outermost list. A vision tower may be as deep: the innermost trunk.
+    found = [
+        (name, trunk)
+        for name, trunk in fitting
+        if not any(_inside(name, other) or _inside(other_trunk, trunk) for other, other_trunk in fitting)
+    ]
     if len(found) != 1:
-        seen = [f"{name} ({len(entries)})" for name, entries in lists.items()]
         raise ValueError(
-            f"{'no list' if not found else 'several lists'} of layers in {type(model).__name__}: looked for one "
-            f"ModuleList called {', '.join(_LIST_NAMES)} with config.num_hidden_layers entries, inside a module with a "
-            f"config that takes input_ids; fitting: {sorted(found)}; all ModuleLists (entries): {', '.join(seen) or 'none'}"
+            f"{'several lists' if found else 'no list'} of layers in {type(model).__name__}: looked for one ModuleList "
+            f"called {', '.join(_LIST_NAMES)} with config.num_hidden_layers entries, inside a module that has a config "
+            f"and takes input_ids; fitting: {', '.join(name for name, _ in found) or 'none'}; all ModuleLists "
+            f"(entries): {', '.join(f'{name} ({len(entries)})' for name, entries in lists.items()) or 'none'}"
         )
-    name, trunk_name = found.popitem()
-    layers = lists[name]
-    if len(set(map(id, layers))) < len(layers):
+    ((name, trunk_name),) = found
+    if len(set(map(id, lists[name]))) < len(lists[name]):
         raise ValueError(f"{name} holds the same layer more than once; taps need every layer to run once")
-    return modules[trunk_name], layers
+    return modules[trunk_name], lists[name]
 
 
 def _trunk_of(name: str, modules: dict[str, nn.Module]) -> str | None:
@@ -396,7 +399,7 @@ def _num_layers(trunk: nn.Module) -> int | None:
 
 
 def _inside(name: str, other: str) -> bool:
-    return name != other and name.startswith(f"{other}." if other else "")
+    return name != other and (not other or name.startswith(f"{other}."))
 
 
 def _check_indices(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
