@@ -22,8 +22,10 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
+from mlpool_kernels.gather import text_of_row
 from torch import Tensor, nn
 
+from .pooling.base import gather_tokens
 from .pooling.tokens import Tokens, select_tokens
 
 _LIST_NAMES = ("layers", "layer", "h", "block", "blocks")
@@ -223,7 +225,7 @@ class Taps:
         if self._grad and hidden.requires_grad:
             hidden, self._rows[index] = _Tap.apply(hidden, tokens, self.token_pooling)
         else:
-            self._rows[index] = _pool_rows(hidden.flatten(0, 1), tokens, self.token_pooling)
+            self._rows[index] = _pool_rows(hidden, tokens, self.token_pooling)
         return hidden
 
 
@@ -286,7 +288,7 @@ class _Tap(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.tokens, ctx.token_pooling = tokens, token_pooling
         # detach: an input returned as it is would be a view, which models may not change in place
-        return hidden.detach(), _pool_rows(hidden.flatten(0, 1), tokens, token_pooling)
+        return hidden.detach(), _pool_rows(hidden, tokens, token_pooling)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -298,15 +300,8 @@ class _Tap(torch.autograd.Function):
 
 
 def _pool_rows(hidden: Tensor, tokens: Tokens, token_pooling: str) -> Tensor:
-    """hidden [rows, D] → the last kept token or the mean of the kept tokens of each text, [B, D], same dtype."""
-    if token_pooling == "last":
-        return hidden.index_select(0, tokens.last)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    # Rows left out are summed apart: what padding holds (NaN, inf) reaches no text, as it would by a product with 0.
-    # On CUDA, index_add adds in no fixed order unless torch.use_deterministic_algorithms is on.
-    sums = hidden.new_zeros(tokens.batch_size + 1, hidden.shape[1], dtype=wide)
-    sums.index_add_(0, _text_of_row(tokens), hidden.to(wide))
-    return (sums[:-1] / tokens.count.unsqueeze(1)).to(hidden.dtype)
+    """hidden [B, T, D] (packed [1, total, D]) → the rows of its texts, [B, D], same dtype."""
+    return gather_tokens([hidden], tokens, token_pooling, "auto")[:, 0]
 
 
 def _add_rows(grad_hidden: Tensor | None, grad_rows: Tensor, tokens: Tokens, token_pooling: str) -> Tensor:
@@ -314,24 +309,15 @@ def _add_rows(grad_hidden: Tensor | None, grad_rows: Tensor, tokens: Tokens, tok
 
     In place would change gradients that autograd shares with other operands.
     """
+    rows = tokens.shape[0] * tokens.shape[1]
     if token_pooling == "last":
         if grad_hidden is not None:
             return grad_hidden.index_add(0, tokens.last, grad_rows)
-        rows = tokens.shape[0] * tokens.shape[1]
         return grad_rows.new_zeros(rows, grad_rows.shape[1]).index_add_(0, tokens.last, grad_rows)
     each = grad_rows / tokens.count.unsqueeze(1)
-    spread = torch.cat([each, torch.zeros_like(each[:1])]).index_select(0, _text_of_row(tokens))
+    text = text_of_row(rows, tokens.starts, tokens.ends, tokens.keep)
+    spread = torch.cat([each, torch.zeros_like(each[:1])]).index_select(0, text)
     return spread if grad_hidden is None else spread.add_(grad_hidden)
-
-
-def _text_of_row(tokens: Tokens) -> Tensor:
-    """int64 [rows]: the text each row counts for, B for rows that are left out."""
-    row = torch.arange(tokens.shape[0] * tokens.shape[1], device=tokens.ends.device)
-    text = torch.searchsorted(tokens.ends, row, right=True)  # B behind the last text
-    left_out = row < tokens.starts[0]
-    if tokens.keep is not None:
-        left_out = left_out | ~tokens.keep
-    return text.masked_fill(left_out, tokens.batch_size)
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

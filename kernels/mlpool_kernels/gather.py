@@ -148,20 +148,22 @@ def _pool_torch(
 
 
 def _mean_torch(state: Tensor, starts: Tensor, ends: Tensor, count: Tensor, keep: Tensor | None) -> Tensor:
-    batch, hidden = len(starts), state.shape[-1]
-    if state.dim() == 3 and state.shape[0] == batch and keep is not None:
-        mask = keep.view(batch, 1, -1)
-        total = torch.bmm(mask.to(state.dtype), state).squeeze(1)
-        # A product with the mask is the fast way; a NaN or Inf in the padding would leak through it.
-        if not torch.isfinite(total).all():
-            total = torch.where(mask.transpose(1, 2), state, 0).sum(1)
-        return (total / count[:, None]).to(state.dtype)
-    flat = state.reshape(-1, hidden)
-    out = flat.new_empty(batch, hidden)
-    for text, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-        rows = flat[start:end] if keep is None else flat[start:end][keep[start:end]]
-        out[text] = rows.mean(0)
-    return out
+    flat = state.flatten(0, -2)
+    text = text_of_row(len(flat), starts, ends, keep)
+    # Rows left out are summed apart: a product with a mask would let NaN in the padding through.
+    sums = flat.new_zeros(len(starts) + 1, flat.shape[1], dtype=torch.promote_types(flat.dtype, torch.float32))
+    sums.index_add_(0, text, flat.to(sums.dtype))
+    return (sums[:-1] / count[:, None]).to(state.dtype)
+
+
+def text_of_row(rows: int, starts: Tensor, ends: Tensor, keep: Tensor | None) -> Tensor:
+    """int64 [rows]: the text that each flat row counts for, B for rows that are left out."""
+    row = torch.arange(rows, device=ends.device)
+    text = torch.searchsorted(ends, row, right=True)
+    left_out = row < starts[0]
+    if keep is not None:
+        left_out = left_out | ~keep
+    return text.masked_fill(left_out, len(ends))
 
 
 def _row_scale(
@@ -169,15 +171,13 @@ def _row_scale(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """For each flat row its text [rows] int64 and the factor [rows] its text's gradient reaches it with."""
-    row = torch.arange(rows, device=last.device)
     if not mean:
+        row = torch.arange(rows, device=last.device)
         text = torch.searchsorted(last, row).clamp(max=len(last) - 1)
         return text, (row == last[text]).to(dtype)
-    text = torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
-    kept = (row >= starts[text]) & (row < ends[text])
-    if keep is not None:
-        kept = kept & keep
-    return text, kept.to(dtype) / count[text]
+    text = text_of_row(rows, starts, ends, keep)
+    inverse = torch.cat([1 / count.to(dtype), count.new_zeros(1, dtype=dtype)])
+    return text.clamp(max=len(ends) - 1), inverse[text]
 
 
 def _backward(

@@ -39,7 +39,9 @@ class Tokens:
 
     def to(self, device: torch.device) -> Tokens:
         """The same selection with its tensors on `device`."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 
