@@ -114,9 +114,9 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     first = states[0]
     if not (use_triton(backend, first) and one_launch(states)):
-        home = states[-1].device
-        rows = [_pool_torch(s, starts, ends, last, count, keep, mean).to(home) for s in states]
-        return torch.stack(rows, 1)
+        # Layer by layer; which text a row counts for is worked out once.
+        text = text_of_row(first.shape[:-1].numel(), starts, ends, keep) if mean else None
+        return torch.stack([_pool_torch(s, last, count, text).to(states[-1].device) for s in states], 1)
     hidden, layers, batch = first.shape[-1], len(states), len(last)
     out = first.new_empty(batch, layers, hidden)
     tokens, stride_text, stride_token = token_strides(first)
@@ -136,24 +136,17 @@ def _forward(
     return out
 
 
-def _pool_torch(
-    state: Tensor, starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None, mean: bool
-) -> Tensor:
-    """One layer: [B, D]."""
-    starts, ends, last, count = (t.to(state.device) for t in (starts, ends, last, count))
-    if mean:
-        return _mean_torch(state, starts, ends, count, None if keep is None else keep.to(state.device))
-    tokens = state.shape[-2]
-    return state[last] if state.dim() == 2 else state[last // tokens, last % tokens]
-
-
-def _mean_torch(state: Tensor, starts: Tensor, ends: Tensor, count: Tensor, keep: Tensor | None) -> Tensor:
+def _pool_torch(state: Tensor, last: Tensor, count: Tensor, text: Tensor | None) -> Tensor:
+    """One layer: [B, D]; the mean where `text` [rows] says what each row counts for, else the last token."""
+    device, tokens = state.device, state.shape[-2]
+    if text is None:
+        last = last.to(device)
+        return state[last] if state.dim() == 2 else state[last // tokens, last % tokens]
     flat = state.flatten(0, -2)
-    text = text_of_row(len(flat), starts, ends, keep)
     # Rows left out are summed apart: a product with a mask would let NaN in the padding through.
-    sums = flat.new_zeros(len(starts) + 1, flat.shape[1], dtype=torch.promote_types(flat.dtype, torch.float32))
-    sums.index_add_(0, text, flat.to(sums.dtype))
-    return (sums[:-1] / count[:, None]).to(state.dtype)
+    sums = flat.new_zeros(len(count) + 1, flat.shape[1], dtype=torch.promote_types(flat.dtype, torch.float32))
+    sums.index_add_(0, text.to(device), flat.to(sums.dtype))
+    return (sums[:-1] / count.to(device)[:, None]).to(state.dtype)
 
 
 def text_of_row(rows: int, starts: Tensor, ends: Tensor, keep: Tensor | None) -> Tensor:
