@@ -188,7 +188,8 @@ def attend_one_launch(
         tokens, stride_text, stride_token = token_strides(first)
         x0 = first.new_empty(batch, num_keys, hidden)
     else:
-        x0, (batch, num_keys) = first, first.shape[:2]
+        first = first if first.stride(-1) == 1 else first.contiguous()
+        states, x0, (batch, num_keys) = [first], first, first.shape[:2]
         tokens, stride_text, stride_token = 1, first.stride(0), first.stride(1)
     keys = first.new_empty(batch, num_keys, hidden, dtype=dtype)
     if queries is None:

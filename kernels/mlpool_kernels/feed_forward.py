@@ -158,11 +158,11 @@ def feed_forward(
     """N [B,R,D], W1 [2F,D], b1 [2F] -> ū [B,F] (at least float32), and [a|g] [B,R,2F] where `save`."""
     if triton and form == "fused" and not save:
         return _feed_forward_triton(normed, weight, bias), None
+    step = _texts_per_chunk(normed, weight)
     if save:
         both = _expand(normed, weight, bias)
-        return gate_mean(both, triton), both
-    chunks = normed.split(_texts_per_chunk(normed, weight))
-    return torch.cat([gate_mean(_expand(c, weight, bias), triton) for c in chunks]), None
+        return torch.cat([gate_mean(c, triton) for c in both.split(step)]), both
+    return torch.cat([gate_mean(_expand(c, weight, bias), triton) for c in normed.split(step)]), None
 
 
 def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -185,7 +185,9 @@ def _backward(
     text, scale = _row_scale(rows, starts, ends, last, count, keep, mean, wide)
     if not use_triton(backend, grad):
         factor = scale.to(grad.dtype)[:, None]
-        return [(factor * grad[:, layer][text]).view(shape) for layer in range(layers)]
+        # Chosen, not multiplied by 0: a NaN gradient stays with its own text.
+        parts = (grad[:, layer][text] * factor for layer in range(layers))
+        return [torch.where(factor != 0, part, 0).view(shape) for part in parts]
     grads = [grad.new_empty(shape) for _ in range(layers)]
     t = tile("gather_backward", hidden=hidden)
     grid = (ceil_div(rows, t["BLOCK_T"]), layers, ceil_div(hidden, t["BLOCK_D"]))

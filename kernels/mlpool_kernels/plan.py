@@ -136,8 +136,12 @@ def choose(s: Sizes, *, training: bool, cached: bool, triton: bool, itemsize: in
         per_text, once = flops
         return s.batch * per_text + (0 if cached else once)
 
-    keys = min(KEYS, key=lambda form: cost(key_flops(s, form)))
-    values = min(VALUES, key=lambda form: cost(value_flops(s, form)))
+    # Written out, as torch.compile traces no `min` with a key over symbolic sizes.
+    keys, values = KEYS[0], VALUES[0]
+    for form in KEYS[1:]:
+        keys = form if cost(key_flops(s, form)) < cost(key_flops(s, keys)) else keys
+    for form in VALUES[1:]:
+        values = form if cost(value_flops(s, form)) < cost(value_flops(s, values)) else values
     one = triton and keys == "absorbed" and s.heads * s.latents <= ONE_LAUNCH_COLUMNS and s.keys <= 128
     fused = triton and (s.hidden <= FUSED_HIDDEN or s.latents <= FUSED_LATENTS)
     plan = Plan(keys, values, "one" if one else "two", "fused" if fused else "chunked")

@@ -127,7 +127,7 @@ def _attention(
         x0, keys, attention = attend.attend_one_launch(states, rows, *norm, w.queries, dtype)
         assert attention is not None
         return x0, keys, attention, None
-    if triton and states[0].stride(-1) == 1:
+    if triton:
         x0, keys, _ = attend.attend_one_launch(states, rows, *norm, None, dtype)
     else:
         x0, keys = states[0], attend.norm_keys(states[0], *norm, dtype)

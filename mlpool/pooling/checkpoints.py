@@ -62,7 +62,10 @@ def read_released(path: str | Path, multi_layer: bool) -> dict[str, Tensor]:
     try:
         released = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than plain tensors and is not loaded: {error}") from error
+        # Torch's own message advises to load it all the same; that advice is not passed on.
+        raise ValueError(
+            f"{path} is damaged or holds more than plain tensors, and is not loaded; expected a dict of tensors"
+        ) from error
     except Exception as error:
         raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
     if not isinstance(released, dict) or not all(isinstance(t, Tensor) for t in released.values()):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import checkpoints
-from .base import check_hidden_states, gather_tokens
+from .base import gather_tokens
+from .layers import last_state
 from .tokens import Tokens, select_tokens
 from .trainable import PAPER, TrainablePool
 
@@ -80,10 +81,7 @@ class LastLayerPool(TrainablePool):
 
         Returns: embedding [B, D].
         """
-        state = hidden_states if isinstance(hidden_states, Tensor) else list(hidden_states)[-1]
-        check_hidden_states([state])
-        if state.shape[-1] != self.hidden_size:
-            raise ValueError(f"hidden states must have D = {self.hidden_size}, got shape {list(state.shape)}")
+        state = last_state(hidden_states, self.hidden_size)
         tokens = select_tokens(state.shape, state.device, attention_mask, cu_seqlens, token_mask)
         home = self.latents.device
         one_key = self.token_pooling == "last"

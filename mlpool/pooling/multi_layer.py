@@ -12,7 +12,7 @@ from mlpool_kernels.runtime import use_triton
 from torch import Tensor
 
 from . import checkpoints
-from .base import gather_tokens, log_once
+from .base import check_positive, gather_tokens, log_once
 from .layers import read_layer_states, read_layers, select_layers
 from .tokens import select_tokens
 from .trainable import PAPER, TrainablePool
@@ -54,8 +54,7 @@ class MultiLayerPool(TrainablePool):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f"num_layers must be an integer of at least 1, got {num_layers!r}")
+        check_positive(num_layers=num_layers)
         selected = select_layers(layers, num_layers)
         super().__init__(
             hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend,

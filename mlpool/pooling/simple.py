@@ -7,18 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import TOKEN_POOLINGS, Pool, check_choice, check_hidden_states, check_positive, gather
-from .layers import read_layer_states, read_layers, select_layers
-
-
-def _last_state(hidden_states: Tensor | Sequence[Tensor], hidden_size: int | None) -> Tensor:
-    state = hidden_states if isinstance(hidden_states, Tensor) else list(hidden_states)[-1:]
-    if not isinstance(state, Tensor):
-        check_hidden_states(state)
-        state = state[0]
-    if hidden_size is not None and state.shape[-1] != hidden_size:
-        raise ValueError(f"hidden states must have D = {hidden_size}, got shape {list(state.shape)}")
-    return state
+from .base import TOKEN_POOLINGS, Pool, check_choice, check_positive, gather
+from .layers import last_state, read_layer_states, read_layers, select_layers
 
 
 class _LastLayer(Pool):
@@ -42,7 +32,7 @@ class _LastLayer(Pool):
 
         attention_mask, cu_seqlens, token_mask and the errors: see `mlpool.gather`.
         """
-        state = _last_state(hidden_states, self.hidden_size)
+        state = last_state(hidden_states, self.hidden_size)
         rows = gather(
             [state], attention_mask, token_pooling=self.token_pooling, token_mask=token_mask, cu_seqlens=cu_seqlens,
             backend=self.backend,

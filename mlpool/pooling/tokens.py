@@ -124,6 +124,8 @@ def _packed(shape, device, cu_seqlens: Tensor, token_mask: Tensor | None) -> Tok
 
 
 def _as_bool(name: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor of 0 and 1, got {type(mask).__name__}")
     if mask.dtype.is_complex:
         raise TypeError(f"{name} must be bool, integer or float of 0 and 1, got {mask.dtype}")
     if tuple(mask.shape) != shape:

@@ -211,10 +211,8 @@ class TrainablePool(Pool):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The mean over latents [B, D], A [B, H, R, n] where asked, X0 where `rows` were gathered."""
         batch, keys = (rows.shape[0], len(states)) if rows is not None else states[0].shape[:2]
-        training = torch.is_grad_enabled() and (
-            states[0].requires_grad or any(p.requires_grad for p in self.parameters())
-        )
-        if self.folded and training and states[0].requires_grad:
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in (*states, *self.parameters()))
+        if self.folded and training:
             raise RuntimeError("a folded pool is for inference; use the pool it was folded from to train")
         plan = self._choose(batch, keys, training=training, cached=self._may_cache() or self.folded)
         queries, key, value, output = self._folded_weights(plan, one_key=keys == 1)

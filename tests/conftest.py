@@ -1,0 +1,199 @@
+"""Shared by all tests: which device and backend, random pools and batches, and parity with the paper's equations."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from mlpool_kernels import reference
+from torch import Tensor
+
+from mlpool import LastLayerPool, MultiLayerPool
+
+
+class Target(NamedTuple):
+    """Where a test runs: the same parity tests serve the torch path, the interpreter and the GPU."""
+
+    device: str
+    backend: str
+
+
+TORCH, INTERPRETER, GPU = Target("cpu", "torch"), Target("cpu", "triton"), Target("cuda", "triton")
+TARGETS = [pytest.param(TORCH, id="torch"), pytest.param(GPU, id="gpu", marks=pytest.mark.gpu)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The evaluation data: MLPOOL_DATA, or shared/data in or beside the repository; without it the test is skipped."""
+    root = Path(__file__).resolve().parents[1]
+    places = [os.environ.get("MLPOOL_DATA"), root / "shared/data", root.parent / "shared/data"]
+    for place in places:
+        if place and Path(place).is_dir():
+            return Path(place)
+    pytest.skip("no data: set MLPOOL_DATA to a folder, or put it in shared/data")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every uninitialised tensor holds NaN: what nobody writes shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# --- pools and batches ---------------------------------------------------------------------------------------------
+
+SMALL = {"num_latents": 5, "num_heads": 2, "head_dim": 8}
+
+
+def randomise(pool: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """No parameter at its start: gate, norms and biases too, or what stands behind them is not tested."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in pool.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm_weight"):
+                noise = 1 + 0.3 * noise
+            elif name.endswith("bias"):
+                noise = 0.3 * noise
+            elif name.endswith("weight"):
+                noise = noise * parameter.shape[1] ** -0.5
+            parameter.copy_(noise)
+    return pool
+
+
+def multi(hidden: int = 16, layers: int = 4, target: Target = TORCH, **options) -> MultiLayerPool:
+    """A small random MultiLayerPool."""
+    pool = MultiLayerPool(hidden, layers, **{**SMALL, "backend": target.backend, **options})
+    return randomise(pool).to(target.device)
+
+
+def last(hidden: int = 16, target: Target = TORCH, **options) -> LastLayerPool:
+    """A small random LastLayerPool."""
+    return randomise(LastLayerPool(hidden, **{**SMALL, "backend": target.backend, **options})).to(target.device)
+
+
+def make_mask(batch: int, tokens: int, padding: str = "right", seed: int = 0) -> Tensor:
+    """[B, T] int64: a full row, rows of random length, and from three texts on one of a single token."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, tokens + 1, (batch,), generator=generator)
+    lengths[0] = tokens
+    if batch > 2:
+        lengths[-1] = 1
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    return {"right": mask, "left": mask.flip(1), "none": torch.ones_like(mask)}[padding]
+
+
+def make_states(layers: int, shape: Sequence[int], target: Target = TORCH, seed: int = 0, dtype=torch.float32):
+    """`layers` random hidden states of `shape`, with mean and scale that differ from layer to layer."""
+    generator = torch.Generator().manual_seed(seed)
+    states = [torch.randn(tuple(shape), generator=generator) * (1 + 0.1 * i) + 0.3 * i / layers for i in range(layers)]
+    return [s.to(target.device, dtype) for s in states]
+
+
+# --- parity --------------------------------------------------------------------------------------------------------
+
+Results = dict[str, Tensor]
+
+
+def differentiate(out: Tensor, leaves: dict[str, Tensor]) -> Results:
+    """The output and the gradient of a fixed random projection of it by every leaf; an unused leaf is an error."""
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    grads = torch.autograd.grad(out, list(leaves.values()), weights.to(out))
+    return {"output": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def leaves_of(pool: torch.nn.Module, states: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {**dict(pool.named_parameters()), **{f"states[{i}]": s for i, s in enumerate(states)}}
+
+
+def ours(pool, states: Sequence[Tensor], call: Callable[..., Tensor], *arguments, **options) -> Results:
+    """Embedding and all gradients of `call(pool, states, *arguments, **options)`."""
+    states = [s.detach().requires_grad_() for s in states]
+    return differentiate(call(pool, states, *arguments, **options), leaves_of(pool, states))
+
+
+def equations(pool, states: Sequence[Tensor], mask: Tensor, dtype: torch.dtype) -> Results:
+    """The same by the paper's equations, step by step in `dtype`, from the very numbers that pool and states hold."""
+    parameters = {name: p.detach().to(dtype).requires_grad_() for name, p in pool.named_parameters()}
+    states = [s.detach().to(dtype).requires_grad_() for s in states]
+    if isinstance(pool, MultiLayerPool):
+        out = reference.multi_layer_pool(states, mask, parameters, pool.num_heads, pool.token_pooling)
+    else:
+        out = reference.last_layer_pool(states[-1], mask, parameters, pool.num_heads, pool.token_pooling)
+    return differentiate(out, {**parameters, **leaves_of(torch.nn.Module(), states)})
+
+
+def errors(got: Results, exact: Results) -> dict[str, float]:
+    """Relative error, in norm, of the output and of each gradient."""
+    assert got.keys() == exact.keys()
+    # What is zero in exact arithmetic (the keys' bias under a softmax) is compared with the largest gradient.
+    least = 1e-3 * max(g.norm().item() for name, g in exact.items() if name != "output")
+    result = {}
+    for name, want in exact.items():
+        assert got[name].shape == want.shape, name
+        scale = want.norm().item()
+        result[name] = (got[name].double() - want).norm().item() / (scale if name == "output" else max(scale, least))
+    return result
+
+
+# Largest absolute error of an embedding, relative error of a gradient.
+LIMITS = {torch.float32: (1e-5, 1e-4), torch.float64: (1e-12, 1e-10)}
+
+
+def assert_close_to_equations(
+    pool, states: Sequence[Tensor], mask: Tensor, dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Forward and every gradient of `pool` against the equations in float64.
+
+    float32: 1e-5 absolute forward, 1e-4 relative gradients. Lower precision, or autocast: at most twice (gradients
+    three times) the error that the equations make when computed eagerly in that precision.
+    """
+    pool = pool.to(dtype)
+    # A pool of the last layer gives the others no gradient.
+    states = [s.to(dtype) for s in (states if isinstance(pool, MultiLayerPool) else states[-1:])]
+    mask = mask.to(states[0].device)
+    exact = equations(pool, states, mask, torch.float64)
+    with torch.autocast(states[0].device.type, autocast or dtype, enabled=autocast is not None):
+        got = ours(pool, states, use, mask)
+        wrong = errors(got, exact)
+        if autocast is None and dtype in LIMITS:
+            limit, gradient_limit = LIMITS[dtype]
+            torch.testing.assert_close(got["output"].double(), exact["output"], atol=limit, rtol=0)
+            limits = dict.fromkeys(wrong, gradient_limit)
+        else:
+            # Where eager happens to round to the exact value, half a unit in the last place is still no error.
+            floor = torch.finfo(autocast or dtype).eps / 4
+            eager = errors(equations(pool, states, mask, dtype), exact)
+            limits = {name: max((2 if name == "output" else 3) * e, floor) for name, e in eager.items()}
+    # "not <=": NaN is wrong too.
+    wrong = {name: f"{e:.1e} > {limits[name]:.1e}" for name, e in wrong.items() if not e <= limits[name]}
+    assert not wrong, wrong
+
+
+def use_rows(pool, states: Sequence[Tensor]) -> Tensor:
+    """Call a multi-layer pool on gathered rows, the only entry of `states`."""
+    return pool(layer_states=states[0])
+
+
+def use(pool, states: Sequence[Tensor], mask: Tensor, **options) -> Tensor:
+    """Call either kind of trainable pool on exactly these layers."""
+    if isinstance(pool, MultiLayerPool):
+        return pool(states, mask, includes_embedding=False, **options)
+    return pool(states, mask, **options)

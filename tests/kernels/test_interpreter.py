@@ -1,0 +1,270 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU, against the paper's equations.
+
+The interpreter must be chosen before Triton is imported, so these tests have a process of their own:
+
+    TRITON_INTERPRET=1 pytest tests/kernels/test_interpreter.py
+"""
+
+import itertools
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "needs a process of its own: TRITON_INTERPRET=1 pytest tests/kernels/test_interpreter.py",
+        allow_module_level=True,
+    )
+
+import torch
+from conftest import (
+    INTERPRETER,
+    TORCH,
+    assert_close_to_equations,
+    last,
+    make_mask,
+    make_states,
+    multi,
+    ours,
+    randomise,
+    use,
+    use_rows,
+)  # fmt: skip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlpool_kernels import Plan, reference
+from mlpool_kernels import plan as cost_model
+
+from mlpool import LastLayerPool, MultiLayerPool
+from mlpool.pooling import gather, select_tokens
+
+# NumPy warns: lanes past the end of a softmax row, never stored, divide zero by zero; some tests feed Inf.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+LAYERS, HIDDEN, LATENTS = (1, 6, 24, 28, 36, 80), (64, 384, 896, 1536), (1, 7, 64)
+# Every pair of two sizes; 768 latents at a small D. The forms take turns.
+FORMS = list(itertools.product(cost_model.LAUNCHES, cost_model.FEED_FORWARD, cost_model.VALUES, cost_model.MEMORY))
+SIZES = [
+    (layers, hidden, LATENTS[(i + j) % 3]) for i, layers in enumerate(LAYERS) for j, hidden in enumerate(HIDDEN)
+] + [(layers, 64, 768) for layers in LAYERS]
+PAIRWISE = [(*size, FORMS[5 * i % len(FORMS)]) for i, size in enumerate(SIZES)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def forms(form) -> dict[str, str]:
+    return dict(zip(("launches", "feed_forward", "values", "memory"), form, strict=True))
+
+
+def name(form) -> str:
+    return "-".join(form)
+
+
+@pytest.mark.parametrize(("layers", "hidden", "latents", "form"), PAIRWISE)
+def test_sizes(layers, hidden, latents, form):
+    pool = multi(hidden, layers, INTERPRETER, num_latents=latents, num_heads=1, head_dim=8, choices=forms(form))
+    batch = 1 if hidden == 1536 else 2
+    assert_close_to_equations(pool, make_states(layers, (batch, 2, hidden)), make_mask(batch, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", cost_model.KEYS)
+@pytest.mark.parametrize("form", FORMS, ids=name)
+def test_every_form(form, keys, dtype):
+    """Odd sizes, tiles that end inside D, R and F; bfloat16 too, which the interpreter's dot gets wrong."""
+    choices = {**forms(form), "keys": keys}
+    pool = multi(72, 5, INTERPRETER, num_latents=9, num_heads=2, head_dim=8, choices=choices)
+    assert_close_to_equations(pool, make_states(5, (2, 3, 72)), make_mask(2, 3), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", cost_model.VALUES)
+@pytest.mark.parametrize("token_pooling", ["last", "mean"])
+def test_last_layer(token_pooling, values, dtype):
+    """Design 2, one key, and design 4, whose softmax streams over 70 tokens with the padding mask."""
+    pool = last(40, INTERPRETER, num_latents=9, token_pooling=token_pooling, choices={"values": values})
+    assert_close_to_equations(pool, make_states(1, (3, 70, 40)), make_mask(3, 70), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("token_pooling", ["last", "mean"])
+@pytest.mark.parametrize("kind", ["multi", "last"])
+def test_paper(kind, token_pooling, dtype):
+    sizes = {"num_latents": 20, "num_heads": 2, "head_dim": 16, "token_pooling": token_pooling}
+    pool = (
+        MultiLayerPool.paper(24, 6, backend="triton", **sizes)
+        if kind == "multi"
+        else LastLayerPool.paper(24, backend="triton", **sizes)
+    )
+    assert_close_to_equations(randomise(pool), make_states(6, (3, 5, 24)), make_mask(3, 5, "left"), dtype)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    hidden=st.integers(4, 70), layers=st.integers(1, 9), num_latents=st.integers(1, 20), num_heads=st.integers(1, 3),
+    batch=st.integers(1, 3), tokens=st.integers(1, 7), kind=st.sampled_from([multi, last]), seed=st.integers(0, 99),
+    token_pooling=st.sampled_from(["last", "mean"]), form=st.sampled_from(FORMS),
+    padding=st.sampled_from(["left", "right"]),
+)  # fmt: skip
+def test_any_size(kind, hidden, layers, batch, tokens, seed, form, padding, **options):
+    if kind is multi:
+        options["layers"] = layers
+    pool = randomise(kind(hidden, target=INTERPRETER, choices=forms(form), **options), seed)
+    assert_close_to_equations(
+        pool, make_states(layers, (batch, tokens, hidden), seed=seed), make_mask(batch, tokens, padding, seed)
+    )
+
+
+# --- gather --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layers", "hidden"), [(1, 7), (3, 300), (80, 16)])
+def test_gather(layers, hidden, how, dtype):
+    """Values and gradients of padded states, and of the same texts packed."""
+    batch, tokens = (2, 3) if layers == 80 else (3, 20)
+    mask = make_mask(batch, tokens, "left")
+    states = [s.requires_grad_() for s in make_states(layers, (batch, tokens, hidden), dtype=dtype)]
+    wide = [s.detach().double().requires_grad_() for s in states]
+    got, want = gather(states, mask, token_pooling=how, backend="triton"), reference.gather(wide, mask, how)
+    eps = torch.finfo(dtype).eps
+    close = {"rtol": 4 * eps, "atol": 8 * eps} if dtype == torch.float32 else {"rtol": eps, "atol": eps}
+    torch.testing.assert_close(got.double(), want, **close)
+    grad = torch.randn(want.shape).to(dtype)
+    for mine, exact in zip(
+        torch.autograd.grad(got, states, grad), torch.autograd.grad(want, wide, grad.double()), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), exact, **close)
+
+    packed = [s.detach()[mask.bool()] for s in states]
+    offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    for view in (packed, [p[None] for p in packed]):
+        again = gather(view, cu_seqlens=offsets, token_pooling=how, backend="triton")
+        torch.testing.assert_close(again.double(), want, **close)
+
+
+@pytest.mark.parametrize("how", ["last", "mean"])
+def test_strided_hidden_states(how):
+    """Transposed and sliced states are read where they lie, in one launch or, where D is strided, layer by layer."""
+    base = torch.randn(6, 3, 64)
+    pool = multi(32, 2, INTERPRETER, token_pooling=how)
+    mask = make_mask(3, 6)
+    for view in (base.transpose(0, 1)[:, :, :32], base.transpose(0, 1)[:, :, ::2], base.transpose(0, 1)[..., 32:]):
+        assert_close_to_equations(pool, [view, view.flip(0) if view.stride(2) == 1 else view], mask)
+
+
+@pytest.mark.parametrize("launches", cost_model.LAUNCHES)
+@pytest.mark.parametrize("memory", cost_model.MEMORY)
+def test_strided_layer_states(launches, memory):
+    """X0 given as it lies: every stride, also that of D, is respected, forward and backward."""
+    pool = multi(32, 5, INTERPRETER, choices={"launches": launches, "memory": memory})
+    plain = multi(32, 5, TORCH)
+    base = torch.randn(3, 5, 64)
+    views = (base[:, :, :32], torch.randn(5, 3, 32).transpose(0, 1), base[:, :, ::2], torch.randn(3, 32, 5).mT)
+    for view in views:
+        got, want = (ours(p, [view], use_rows) for p in (pool, plain))
+        for key, value in want.items():
+            torch.testing.assert_close(got[key], value, atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+# --- what a kernel may not do --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("form", FORMS[::2], ids=name)
+def test_nothing_is_left_unwritten(form, dtype):
+    """Uninitialised memory holds NaN; every output and gradient is written all the same."""
+    for pool in (multi(24, 3, INTERPRETER, choices=forms(form)), last(24, INTERPRETER, choices=forms(form))):
+        assert_close_to_equations(pool, make_states(3, (2, 4, 24)), make_mask(2, 4), dtype)
+
+
+@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("kind", [multi, last])
+def test_nan_in_padding_and_in_one_text(kind, how):
+    """Padding reaches nothing; a text that holds NaN is NaN alone, and so are its gradients."""
+    pool, mask = kind(16, target=INTERPRETER, token_pooling=how), make_mask(4, 5)
+    states = make_states(4 if kind is multi else 1, (4, 5, 16))
+    clean = ours(pool, states, use, mask)
+    soiled = [torch.where(mask[:, :, None] == 0, torch.nan, s) for s in states]
+    for key, value in ours(pool, soiled, use, mask).items():
+        assert torch.equal(value, clean[key]), key
+    states = [s.index_fill(0, torch.tensor([2]), torch.nan) for s in states]
+    result = ours(pool, states, use, mask)
+    others = torch.tensor([0, 1, 3])
+    assert result["output"][2].isnan().all()
+    for key in ("output", *(f"states[{i}]" for i in range(len(states)))):
+        assert torch.isfinite(result[key][others]).all(), key
+
+
+@pytest.mark.parametrize("form", FORMS[::5], ids=name)
+def test_bitwise_from_run_to_run(form):
+    pool = multi(40, 3, INTERPRETER, num_latents=20, choices=forms(form))
+    states, mask = make_states(3, (2, 3, 40)), make_mask(2, 3)
+    first, second = (ours(pool, states, use, mask) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("memory", cost_model.MEMORY)
+@pytest.mark.parametrize("launches", cost_model.LAUNCHES)
+@pytest.mark.parametrize("keys", cost_model.KEYS)
+@pytest.mark.parametrize("kind", [multi, last])
+def test_attention_weights_and_their_gradient(kind, keys, launches, memory):
+    """As on the torch path, with every form of the scores."""
+    choices = {"keys": keys, "launches": launches, "memory": memory}
+    got, want = (
+        ours(kind(24, target=target, choices=choices), make_states(4 if kind is multi else 1, (2, 4, 24)), attend)
+        for target in (INTERPRETER, TORCH)
+    )
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, atol=1e-5, rtol=1e-4)
+
+
+def attend(pool, states):
+    """Embedding and attention weights of a batch, in one tensor [B, ·]."""
+    both = use(pool, states, make_mask(2, 4), output_attentions=True)
+    return torch.cat([t.flatten(1) for t in both], 1)
+
+
+@pytest.mark.parametrize("how", ["last", "mean"])
+def test_opcheck(how):
+    """torch's checks of the registrations with the kernels behind them, hidden states read by the pool's own launch."""
+    pool = multi(24, 3, INTERPRETER)
+    mask = make_mask(2, 4)
+    states = [s.requires_grad_() for s in make_states(3, (2, 4, 24))]
+    t = select_tokens(states[0].shape, states[0].device, mask)
+    arguments = (states, t.starts, t.ends, t.last, t.count, t.keep, how == "mean", "triton")
+    torch.library.opcheck(torch.ops.mlpool.gather.default, arguments)
+    if how == "mean":
+        return
+    for plan in (Plan(launches="one"), Plan("plain", "late", memory="recompute"), Plan(memory="recompute_ff")):
+        weights = pool._fold(plan, one_key=False)
+        weights = [None if w is None else w.detach().requires_grad_() for w in weights]
+        arguments = (
+            states, t.last, None, pool.layer_weights, pool.key_norm_weight, pool.key_norm_bias, *weights, pool.latents,
+            pool.ff_norm_weight, pool.ff_norm_bias, pool.ff_in_weight, pool.ff_in_bias, 2, str(plan), "triton", True,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.mlpool.pool.default, arguments)
+
+
+def test_evaluation_uses_the_folded_cache():
+    """no_grad and eval: the direct call, chunk by chunk, equals the differentiable one; also folded."""
+    pool, mask = multi(24, 3, INTERPRETER).eval(), make_mask(3, 4)
+    states = make_states(3, (3, 4, 24))
+    want = use(pool, states, mask)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(use(pool, states, mask), want, atol=1e-6, rtol=0)
+        torch.testing.assert_close(use(pool.fold(), states, mask), want, atol=1e-6, rtol=0)
+
+
+def test_gradients_for_the_upper_layers_alone():
+    """LoRA on the last layers: the first state needs no gradient, the last gets its own; a folded pool refuses."""
+    states, mask = make_states(3, (2, 4, 24)), make_mask(2, 4)
+    for frozen in (False, True):
+        want, got = (multi(24, 3, target).requires_grad_(not frozen) for target in (TORCH, INTERPRETER))
+        states[-1].requires_grad_()
+        grads = [torch.autograd.grad(use(pool, states, mask)[:, 0].sum(), states[-1])[0] for pool in (got, want)]
+        torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="a folded pool is for inference"):
+        use(multi(24, 3, INTERPRETER).fold(), states, mask)

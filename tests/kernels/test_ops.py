@@ -1,0 +1,320 @@
+"""The two ops by themselves: torch's own checks, exact gradients in float64, strides, NaN, and the cost model."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import GPU, make_mask, make_states
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlpool_kernels import Plan, Sizes, Weights, choose, fold_queries, fold_values, gather, pool, reference, tiles
+from mlpool_kernels import plan as cost_model
+from mlpool_kernels.runtime import use_triton
+
+from mlpool.pooling import gather as gather_states
+from mlpool.pooling import select_tokens
+
+FORMS = list(itertools.product(cost_model.KEYS, cost_model.VALUES, cost_model.MEMORY))
+
+
+def spans(shape, mask=None, **options):
+    t = select_tokens(torch.Size(shape), torch.device("cpu"), mask, **options)
+    return t.starts, t.ends, t.last, t.count, t.keep
+
+
+def weights(form_keys, form_values, *, keys=3, hidden=8, latents=4, heads=2, head_dim=4, one_key=False, dtype=None):
+    """Random weights of the op in the forms named, each a leaf."""
+    generator = torch.Generator().manual_seed(1)
+
+    def new(*shape):
+        t = torch.randn(shape, generator=generator, dtype=torch.float64) * shape[-1] ** -0.5
+        return t.to(dtype or torch.float64).requires_grad_()
+
+    inner = heads * head_dim
+    queries, key = (
+        (new(heads * latents, hidden), None) if form_keys == "absorbed" else (new(heads, latents, head_dim), None)
+    )
+    if form_keys == "plain":
+        key = new(inner, hidden)
+    if one_key:
+        queries = key = None
+    value, output = (
+        (new(heads * hidden, hidden), None) if form_values == "absorbed" else (new(inner, hidden), new(hidden, inner))
+    )
+    w = Weights(
+        new(keys, hidden), new(hidden), new(hidden), queries, key, value, output, new(latents, hidden), new(hidden),
+        new(hidden), new(2 * hidden, hidden), new(2 * hidden),
+    )  # fmt: skip
+    return w, new(hidden, hidden), new(hidden)
+
+
+def pool_arguments(w, states, key_mask, plan, attentions):
+    return ([states], None, key_mask, *w, 2, str(plan), "torch", attentions)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("batch", ["padded", "packed", "packed and masked"])
+def test_opcheck_gather(batch, mean):
+    if batch == "padded":
+        shape, where = (3, 5, 8), spans((3, 5, 8), make_mask(3, 5))
+    else:
+        shape = (1, 9, 8)
+        mask = torch.tensor([[1, 0, 1, 0, 1, 1, 0, 1, 0]]) if "masked" in batch else None
+        where = spans(shape, cu_seqlens=torch.tensor([0, 4, 9]), token_mask=mask)
+    states = [s.requires_grad_() for s in make_states(3, shape)]
+    torch.library.opcheck(torch.ops.mlpool.gather.default, (states, *where, mean, "torch"))
+
+
+@pytest.mark.parametrize("attentions", [False, True])
+@pytest.mark.parametrize(("keys", "values", "memory"), FORMS)
+def test_opcheck_pool(keys, values, memory, attentions):
+    states, mask = make_states(1, (2, 3, 8))[0].requires_grad_(), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    w, *_ = weights(keys, values, dtype=torch.float32)
+    arguments = pool_arguments(w, states, mask, Plan(keys, values, memory=memory), attentions)
+    torch.library.opcheck(torch.ops.mlpool.pool.default, arguments)
+
+
+@pytest.mark.parametrize("memory", cost_model.MEMORY)
+def test_opcheck_pool_of_one_key(memory):
+    w, *_ = weights("absorbed", "late", keys=1, one_key=True, dtype=torch.bfloat16)
+    states = make_states(1, (2, 1, 8), dtype=torch.bfloat16)[0].requires_grad_()
+    arguments = pool_arguments(w, states, None, Plan(values="late", memory=memory), True)
+    torch.library.opcheck(torch.ops.mlpool.pool.default, arguments, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_gradcheck_gather(mean):
+    states = [s.requires_grad_() for s in make_states(2, (3, 4, 3), dtype=torch.float64)]
+    where = spans((3, 4, 3), make_mask(3, 4, "left"))
+    assert torch.autograd.gradcheck(lambda *s: gather(s, *where, mean, "torch"), states)
+
+
+@pytest.mark.parametrize(("keys", "values", "memory"), FORMS)
+def test_gradcheck_pool(keys, values, memory):
+    """Every input of the op, both outputs, in the form that the plan names."""
+    states = make_states(1, (2, 3, 4), dtype=torch.float64)[0].requires_grad_()
+    mask = torch.tensor([[1, 0, 1], [1, 1, 1]]).bool()
+    w, *out = weights(keys, values, hidden=4, latents=2, head_dim=2)
+    given = [t for t in (states, *w, *out) if t is not None]
+
+    def run(*tensors):
+        left = iter(tensors)
+        x, *rest = (None if t is None else next(left) for t in (states, *w, *out))
+        embedding, attention, _ = pool(
+            [x], None, mask, Weights(*rest[:12]), *rest[12:], 2, Plan(keys, values, memory=memory), "torch", True
+        )
+        return embedding, attention
+
+    assert torch.autograd.gradcheck(run, given, fast_mode=True)
+
+
+def test_gradcheck_folds():
+    (w, *_), plain = weights("plain", "early"), [torch.randn(4, 8, dtype=torch.float64).requires_grad_()]
+    norm = (w.key_norm_weight, w.key_norm_bias)
+    query = torch.randn_like(w.key_weight).requires_grad_()
+    for key in (None, w.key_weight):
+        assert torch.autograd.gradcheck(
+            lambda z, a, b, q, *k: fold_queries(z, a, b, q, k[0] if k else None, 2),
+            [*plain, *norm, query, *([] if key is None else [key])], fast_mode=True,
+        )  # fmt: skip
+    values = [w.value_weight, w.output_weight]
+    assert torch.autograd.gradcheck(lambda v, o: fold_values(v, o, 2), values, fast_mode=True)
+
+
+# --- gather --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layers=st.integers(1, 5), batch=st.integers(1, 5), tokens=st.integers(1, 9), hidden=st.integers(1, 17),
+    how=st.sampled_from(["last", "mean"]), padding=st.sampled_from(["left", "right", "none"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_gather_of_any_size(layers, batch, tokens, hidden, how, padding, seed):
+    mask = make_mask(batch, tokens, padding, seed)
+    states = [s.requires_grad_() for s in make_states(layers, (batch, tokens, hidden), seed=seed, dtype=torch.float64)]
+    got, want = gather_states(states, mask, token_pooling=how), reference.gather(states, mask, how)
+    torch.testing.assert_close(got, want)
+    grad = torch.randn_like(want)
+    for mine, theirs in zip(
+        torch.autograd.grad(got, states, grad), torch.autograd.grad(want, states, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+        assert mine.layout == torch.strided
+
+
+@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gather_of_strided_states(how, dtype, target):
+    """Transposed, sliced and expanded states, layers of different strides, and one layer alone."""
+    mask = make_mask(3, 4).to(target.device)
+    base = torch.randn(4, 3, 32, device=target.device).to(dtype)
+    views = [
+        base.transpose(0, 1)[:, :, :16],
+        base.transpose(0, 1)[:, :, ::2],
+        base.transpose(0, 1)[:, :1, 16:].expand(3, 4, 16),
+        base[0, :, :4, None].expand(3, 4, 16),
+    ]
+    for states in (views, [views[0], views[0] + 1], [views[1], views[1]], views[:1], views[1:2]):
+        got = gather_states(states, mask, token_pooling=how, backend=target.backend)
+        want = reference.gather([s.double() for s in states], mask, how)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), want, rtol=eps, atol=eps if how == "mean" else 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mean_of_many_large_float16_states(packed, target):
+    """The sum of 512 tokens leaves float16's range, their mean does not: it is accumulated in float32."""
+    state = torch.full((1, 512, 8), 200.0, dtype=torch.float16, device=target.device)
+    where = {"cu_seqlens": torch.tensor([0, 512])} if packed else {"attention_mask": torch.ones(1, 512)}
+    got = gather_states([state], token_pooling="mean", backend=target.backend, **where)
+    torch.testing.assert_close(got, torch.full_like(got, 200.0))
+
+
+def test_mean_is_accumulated_in_float32(target):
+    """Within a unit in the last place of the exact mean: a rounding of the sum and one of the mean, no more."""
+    for dtype in (torch.bfloat16, torch.float16):
+        state = (torch.randn(2, 300, 64) + 1).to(target.device, dtype)
+        mask = make_mask(2, 300).to(target.device)
+        got = gather_states([state], mask, token_pooling="mean", backend=target.backend)
+        want = reference.gather([state.double()], mask, "mean")
+        limit = torch.finfo(dtype).eps * want.abs() + 1e-5
+        assert ((got.double() - want).abs() <= limit).all(), f"{dtype}: {(got.double() - want).abs().max():.2e}"
+
+
+# --- nothing uninitialised, no NaN from elsewhere ------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("keys", "values", "memory"), FORMS)
+def test_every_output_is_written(keys, values, memory):
+    """What torch.empty returns is filled with NaN; none is left in an output or gradient."""
+    states = make_states(1, (3, 3, 8))[0].requires_grad_()
+    w, *out = weights(keys, values, dtype=torch.float32)
+    result = pool([states], None, None, w, *out, 2, Plan(keys, values, memory=memory), "torch", True)[:2]
+    given = [t for t in (states, *w, *out) if t is not None]
+    for t in (*result, *torch.autograd.grad([r.sum() for r in result], given)):
+        assert torch.isfinite(t).all()
+    layers = [s.requires_grad_() for s in make_states(2, (3, 4, 8))]
+    for how, mask in itertools.product(("last", "mean"), (make_mask(3, 4), make_mask(3, 4, "left"))):
+        rows = gather_states(layers, mask, token_pooling=how, backend="torch")
+        assert all(torch.isfinite(t).all() for t in (rows, *torch.autograd.grad(rows.sum(), layers)))
+
+
+# --- backend and tiles ---------------------------------------------------------------------------------------------
+
+
+def test_backends(monkeypatch):
+    tensor = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"backend must be one of .*'auto'.* got 'cuda'"):
+        use_triton("cuda", tensor)
+    monkeypatch.setattr("mlpool_kernels.runtime.INTERPRETED", False)
+    with pytest.raises(ValueError, match=r'backend="triton" needs CUDA tensors, got cpu.*TRITON_INTERPRET=1'):
+        use_triton("triton", tensor)
+    monkeypatch.setattr("mlpool_kernels.runtime.HAS_TRITON", False)
+    with pytest.raises(ModuleNotFoundError, match='pip install "triton'):
+        use_triton("triton", tensor)
+    assert not use_triton("auto", tensor)
+
+
+@pytest.mark.gpu
+def test_auto_means_triton_on_a_gpu():
+    assert use_triton("auto", torch.zeros(1, device=GPU.device))
+    assert not use_triton("torch", torch.zeros(1, device=GPU.device))
+
+
+def test_tile_overrides(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("MLPOOL_TILES", str(path))
+    try:
+        path.write_text(json.dumps({"softmax": {"BLOCK_K": 8, "BLOCK_N": 16, "num_warps": 2}}))
+        tiles._overrides.cache_clear()
+        assert tiles.tile("softmax")["BLOCK_K"] == 8
+        assert tiles.tile("mix", hidden=20)["BLOCK_D"] == 32
+        path.write_text(json.dumps({"softmix": {}}))
+        tiles._overrides.cache_clear()
+        with pytest.raises(ValueError, match=r"unknown kernels \['softmix'\].*known: .*'softmax'"):
+            tiles.tile("softmax")
+    finally:
+        tiles._overrides.cache_clear()
+
+
+# --- cost model ----------------------------------------------------------------------------------------------------
+
+RELEASED = {"D=4096": Sizes(1, 32, 4096, 768, 32, 2048, 4 * 4096), "D=896": Sizes(1, 24, 896, 768, 32, 2048, 4 * 896)}
+
+
+@pytest.mark.parametrize(("name", "reference_gflop", "here"), [("D=4096", 1175, 254), ("D=896", 206, 17.6)])
+def test_flops_of_the_released_sizes(name, reference_gflop, here):
+    """No more than the design's own table."""
+    s = RELEASED[name]
+    assert sum(cost_model.reference_flops(s).values()) / 1e9 == pytest.approx(reference_gflop, rel=0.01)
+    plan = choose(s, training=False, cached=True, triton=True, itemsize=2, memory_bytes=1 << 37)
+    cost = cost_model.key_flops(s, plan.keys)[0] + cost_model.value_flops(s, plan.values)[0]
+    assert (cost + cost_model.feed_forward_flops(s)) / 1e9 <= 1.01 * here
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    s=st.builds(
+        Sizes, *(st.integers(1, most) for most in (256, 600, 4096, 768, 32, 2048, 16384))
+    ), training=st.booleans(), triton=st.booleans(), memory=st.sampled_from([1 << 28, 1 << 33, 1 << 37]),
+)  # fmt: skip
+def test_the_cheapest_form_is_chosen(s, training, triton, memory):
+    cached = not training
+    plan = choose(s, training=training, cached=cached, triton=triton, itemsize=2, memory_bytes=memory)
+
+    def cost(flops):
+        return s.batch * flops[0] + (0 if cached else flops[1])
+
+    for chosen, forms, flops in (
+        (plan.keys, cost_model.KEYS, cost_model.key_flops), (plan.values, cost_model.VALUES, cost_model.value_flops)
+    ):  # fmt: skip
+        assert cost(flops(s, chosen)) == min(cost(flops(s, form)) for form in forms)
+    if not training:
+        assert plan.memory == "recompute"
+    elif plan.memory == "save":
+        assert s.batch * cost_model.saved_bytes(s, plan, 2) <= 0.1 * memory
+    assert triton or (plan.launches, plan.feed_forward) == ("two", "chunked")
+    assert Plan.parse(str(plan)) == plan
+
+
+def test_plan_overrides():
+    assert Plan().override({"keys": "plain"}) == Plan(keys="plain")
+    with pytest.raises(ValueError, match=r"unknown plan entry 'key'; known: keys, values"):
+        Plan().override({"key": "plain"})
+    with pytest.raises(ValueError, match=r"plan entry 'keys' must be one of .*'absorbed', 'plain'.* got 'late'"):
+        Plan().override({"keys": "late"})
+
+
+# --- GPU only ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["last", "mean"])
+def test_offsets_past_2_to_the_31(how):
+    """A hidden state of more than 2³¹ numbers: the second text lies past what 32 bits address, forward and backward."""
+    tokens, hidden = 2**20 + 8, 2048
+    if torch.cuda.mem_get_info()[0] < 12 * tokens * hidden:
+        pytest.skip("needs 26 GB of GPU memory")
+    state = torch.empty(2, tokens, hidden, dtype=torch.bfloat16, device="cuda")
+    state[:, -3:] = torch.randn(2, 3, hidden, device="cuda")
+    state.requires_grad_()
+    mask = torch.zeros(2, tokens, dtype=torch.bool, device="cuda")
+    mask[:, -3:] = True
+    got = gather_states([state], mask, token_pooling=how, backend="triton")
+    want = state[:, -1].float() if how == "last" else state[:, -3:].float().mean(1)
+    torch.testing.assert_close(got[:, 0].float(), want, rtol=8e-3, atol=8e-3)
+    grad = torch.autograd.grad(got.float().sum(), state)[0]
+    torch.testing.assert_close(grad[:, -1], torch.full_like(grad[:, -1], 1 if how == "last" else 1 / 3))
+    assert not grad[:, :-3].any()
+
+
+def test_index_arithmetic_is_64_bit():
+    """The interpreter and the GPU multiply row numbers of int64; the tensors that carry them are int64."""
+    for tensor in spans((2, 3, 4), make_mask(2, 3))[:4]:
+        assert tensor.dtype == torch.int64
+    for tensor in spans((1, 5, 4), cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32))[:4]:
+        assert tensor.dtype == torch.int64
+
+
