@@ -316,5 +316,3 @@ def test_index_arithmetic_is_64_bit():
         assert tensor.dtype == torch.int64
     for tensor in spans((1, 5, 4), cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32))[:4]:
         assert tensor.dtype == torch.int64
-
-

@@ -265,9 +265,7 @@ def test_fold_of_every_kind(kind, token_pooling, residual, target):
     states, mask = make_states(L, (3, 5, D), target), make_mask(3, 5).to(target.device)
     for values in ("early", "absorbed", "late"):
         pool.choices = {"values": values}
-        torch.testing.assert_close(
-            use(pool.fold(), states, mask), use(pool, states, mask).detach(), atol=1e-6, rtol=0
-        )
+        torch.testing.assert_close(use(pool.fold(), states, mask), use(pool, states, mask).detach(), atol=1e-6, rtol=0)
 
 
 def test_fold_of_the_released_sizes_is_smaller():

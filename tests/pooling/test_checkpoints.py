@@ -138,10 +138,10 @@ def test_released_files_that_are_broken(kind, write, tmp_path):
     content = path.read_bytes()
     for size in (0, 1, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        with pytest.raises(ValueError, match=r"attn_pool.pt (cannot be read, is it cut short|is damaged or holds more than plain)"):
+        with pytest.raises(ValueError, match=r"attn_pool.pt (cannot be read|is damaged)"):
             kind.from_released(path)
     for bad in (Evil(), {**released(kind), "latents": Evil()}):
-        with pytest.raises(ValueError, match="holds more than plain tensors and is not loaded"):
+        with pytest.raises(ValueError, match="holds more than plain tensors, and is not loaded"):
             kind.from_released(write(bad))
     path.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match=r"holds more than plain tensors|cannot be read"):

@@ -260,5 +260,3 @@ def test_folded_pool_with_gradients_for_some_layers():
     states[-1].requires_grad_()
     with raises(RuntimeError, "a folded pool is for inference"):
         multi(D, L).fold()(states, MASK)
-
-

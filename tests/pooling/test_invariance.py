@@ -151,9 +151,7 @@ def test_strided_layer_states(target):
         torch.randn(B, 1, D).expand(B, L, D),
     ):  # fmt: skip
         rows = rows.to(target.device)
-        want, got = (
-            ours(pool, [x], use_rows) for x in (rows.contiguous(), rows)
-        )
+        want, got = (ours(pool, [x], use_rows) for x in (rows.contiguous(), rows))
         for name, value in want.items():
             close(got[name], value)
 
