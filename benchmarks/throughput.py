@@ -1,0 +1,317 @@
+"""Speed and memory of the pools: the eager reference, torch.compile of it, and mlpool, with parity beside every speed.
+
+    python benchmarks/throughput.py --quick            minutes on two CPU cores
+    python benchmarks/throughput.py                    every size of the design, on the GPU where there is one
+    python benchmarks/throughput.py --preset qwen2-0.5b
+    python benchmarks/throughput.py --model minilm --texts sentences.txt     a real encode, backbone and pool
+
+Prints a table, writes CSV and a plot to benchmarks/results/. A row whose error is out of bounds shows the error and no
+speed, and the exit status is 1. What the columns mean:
+
+    extra MiB   peak above weights, weight gradients and inputs; in evaluation the folded weights and folding them are
+                counted
+    x floor     time over that of our plan's FLOP at the rate of a large matrix product, measured in the same run
+    error       relative, of the embedding and, behind |, of the gradient closest to its bound
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import ALL, CASES, EVAL, PRESETS, STEP, Case, Preset
+from measure import (
+    RESULTS,
+    Clock,
+    Row,
+    copy_rate,
+    device_name,
+    device_slug,
+    extra_memory,
+    facts,
+    free_memory,
+    number,
+    product_rate,
+    progress,
+    quantiles,
+    rounds,
+    table,
+    touch,
+    write,
+)  # fmt: skip
+from torch import nn
+from work import Forward, Parity, Work, build_pool, needed_bytes
+
+HEADER = ["", "median ms", "20-80 %", "texts/s", "FLOP/s", "extra MiB", "vs eager", "vs compiled", "x floor"]
+HEADER += ["error", "target"]
+# Share of the free memory that an estimate may fill.
+FILL = 0.85
+# The bandwidth of an H200 in the design's table of floors.
+H200_BANDWIDTH = 4.3e12
+
+
+class Bench:
+    """Measures case after case on one device and collects the rows."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, quick: bool, compiled: bool) -> None:
+        self.device, self.dtype, self.compiled = device, dtype, compiled
+        self.clock = Clock(device)
+        gpu = device.type == "cuda"
+        self.budget, self.most = (0.5, 100) if gpu else (2.5 if quick else 8.0, 50)
+        # The reference is measured once where one call takes this long.
+        self.slow = 5.0 if quick else 10.0
+        progress("rate of a matrix product")
+        self.facts = facts(device)
+        self.product, self.copy = product_rate(device, dtype), copy_rate(device)
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.red = False
+        busy = self.facts["load"] or 0.0
+        if device.type == "cpu" and busy > 0.6:
+            self.notes.append(
+                f"load {busy:.1f} before the start: others use the cores, so no time here is to be trusted"
+            )
+            progress(f"{self.notes[-1]}; --threads 1 suffers least")
+        self.pool: nn.Module | None = None
+        self.preset_name = ""
+
+    def title(self) -> str:
+        f = self.facts
+        return (
+            f"{f['device']}, {f['threads']} threads, {str(self.dtype)[6:]}, torch {f['torch']}, triton {f['triton']}, "
+            f"mlpool {f['mlpool']} ({f['commit']}); product {number(self.product / 1e9)} GFLOP/s, "
+            f"copy {number(self.copy / 1e9)} GB/s"
+        )
+
+    def note(self, case: Case, text: str) -> None:
+        line = f"{case.preset} B={case.batch} {case.mode}: {text}"
+        self.notes.append(line)
+        progress(line)
+
+    # --- one case ------------------------------------------------------------------------------------------------
+
+    def measure(self, case: Case) -> None:
+        preset = PRESETS[case.preset]
+        batch = self._load(case, preset)
+        if not batch:
+            return
+        work = Work(case, preset, batch, self.pool, self.device, self.dtype)
+        progress(f"{case.preset} B={batch} {case.mode}: reference on {len(work.texts)} texts")
+        work.settle()
+        forwards, parities = self._check(work)
+        work.true_gradients = {}
+        group = self._time(work, forwards, parities)
+        self.rows += group
+        print(f"\n{self._heading(work)}\n{table(HEADER, map(cells, group))}", flush=True)
+
+    def _load(self, case: Case, preset: Preset) -> int:
+        """Have the preset's pool, and how many texts fit; 0 is none."""
+        if self.preset_name != case.preset:
+            self.pool, self.preset_name = None, case.preset
+            blank = build_pool(preset, "meta", self.dtype)
+            weights = sum(p.numel() for p in blank.parameters()) * self.dtype.itemsize if blank is not None else 0
+            free = free_memory(self.device)
+            if weights > FILL * free:
+                self.preset_name = ""
+                self.note(case, f"skipped, the weights take {weights >> 20:,} MiB and {free >> 20:,} are free")
+                return 0
+            progress(f"{case.preset}: {weights >> 20:,} MiB of weights")
+            torch.manual_seed(0)
+            self.pool = build_pool(preset, self.device, self.dtype)
+        if self.pool is not None:
+            self.pool.train()  # drops folded weights
+            for p in self.pool.parameters():
+                p.grad = None
+        count = 0 if self.pool is None else sum(p.numel() for p in self.pool.parameters())
+        free, batch = free_memory(self.device), case.batch
+        while batch and needed_bytes(case, preset, batch, count, self.dtype.itemsize) > FILL * free:
+            batch //= 2
+        if not batch:
+            self.note(case, f"skipped, not even one text is estimated to fit the {free >> 20:,} MiB that are free")
+        elif batch < case.batch:
+            self.note(case, f"B={batch}, as the reference at B={case.batch} is estimated not to fit {free >> 20:,} MiB")
+        return batch
+
+    def _check(self, work: Work) -> tuple[dict[str, Forward], dict[str, Parity]]:
+        """Each provider's forward and its errors; a provider that cannot run is left out with a line."""
+        forwards, parities = {}, {}
+        for provider in work.case.providers:
+            if provider == "compiled" and not self.compiled:
+                continue
+            progress(f"{work.case.preset} B={work.batch} {work.case.mode}: parity of {provider}")
+            forward = work.forward(provider)
+            try:
+                # In float32 eager is the reference, or is checked against float64 by the tests.
+                known = provider == "eager" and work.low is None
+                parities[provider] = Parity(0.0, 0.0) if known else work.parity(provider, forward)
+            except Exception as error:
+                if provider != "compiled" and not isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+                self.note(work.case, f"{provider} left out: {reason}")
+                continue
+            forwards[provider] = forward
+            if not parities[provider].green:
+                self.red = True
+                self.note(work.case, f"{provider} IS WRONG: {parities[provider]}")
+        return forwards, parities
+
+    def _time(self, work: Work, forwards: dict[str, Forward], parities: dict[str, Parity]) -> list[Row]:
+        calls = {name: work.call(forward) for name, forward in forwards.items() if parities[name].green}
+        extra, samples, due = {}, {}, {}
+        for name, call in calls.items():
+            progress(f"{work.case.preset} B={work.batch} {work.case.mode}: memory of {name}")
+            # Once for what only a first call allocates; on a CPU the check has done it.
+            if self.device.type == "cuda":
+                work.prepare()
+                call()
+            work.prepare_memory()
+            if name == "eager":
+                count = sum(p.numel() for p in work.parameters.values())
+                touch(needed_bytes(work.case, work.preset, work.batch, count, self.dtype.itemsize), self.device)
+            peak, seconds = extra_memory(call, self.device)
+            extra[name] = None if peak is None else max(0, peak - work.gradient_bytes)
+            if seconds > self.slow and name == "eager":
+                samples[name] = [seconds]
+            else:
+                due[name] = (work.prepare, call)
+        progress(f"{work.case.preset} B={work.batch} {work.case.mode}: time")
+        # Beside what it is compared with: on a shared machine the rate changes.
+        self.product, self.copy = product_rate(self.device, self.dtype), copy_rate(self.device)
+        samples |= rounds(due, self.clock, self.budget, self.most, work.case.latency)
+        work.prepare()
+        return [self._row(work, name, parities, samples, extra) for name in forwards]
+
+    # --- rows ----------------------------------------------------------------------------------------------------
+
+    def _row(self, work: Work, name: str, parities: dict[str, Parity], samples: Any, extra: Any) -> Row:
+        case, pool, parity = work.case, self.pool, parities[name]
+        flops, floor_flops, plan = work.cost(name)
+        row: Row = {
+            "case": f"{case.preset} B={work.batch} {case.mode}", "preset": case.preset, "mode": case.mode,
+            "provider": name, "batch": work.batch, "tokens": case.tokens, "layers": work.preset.layers,
+            "hidden": work.preset.hidden, "latents": getattr(pool, "num_latents", None),
+            "heads": getattr(pool, "num_heads", None), "head_dim": getattr(pool, "head_dim", None),
+            "width": pool.ff_mult * pool.hidden_size if pool is not None else None, "dtype": str(self.dtype)[6:],
+            "plan": plan, "error": parity.error, "limit": parity.limit, "gradient_error": parity.gradient,
+            "gradient_limit": parity.gradient_limit, "green": parity.green,
+        }  # fmt: skip
+        if name in samples:
+            low, median, high = quantiles(samples[name])
+            rate, unit = (self.product, "flops_per_s") if pool is not None else (self.copy, "bytes_per_s")
+            row |= {
+                "runs": len(samples[name]), "p20_ms": low * 1e3, "median_ms": median * 1e3, "p80_ms": high * 1e3,
+                "texts_per_s": work.batch / median, unit: flops / median,
+                "extra_mib": None if extra[name] is None else extra[name] / 2**20,
+                "floor_ms": floor_flops / rate * 1e3, "ratio_floor": median / (floor_flops / rate),
+            }  # fmt: skip
+            for other in ("eager", "compiled"):
+                if other in samples:
+                    row[f"ratio_{other}"] = quantiles(samples[other])[1] / median
+            if extra.get("eager") and extra[name] is not None:
+                row["memory_share"] = extra[name] / extra["eager"]
+        row["target"], row["target_met"] = target(case.targets.get(name, {}), row)
+        if pool is None and self.device.type == "cuda" and "bytes_per_s" in row:
+            row["target"] = f"{row['bytes_per_s'] / H200_BANDWIDTH:.0%} of 4.3 TB/s"
+        return row | self.facts
+
+    def _heading(self, work: Work) -> str:
+        case, pool, preset = work.case, self.pool, work.preset
+        tokens = "" if case.tokens is None else f" T={case.tokens}"
+        sizes = f"B={work.batch}{tokens} L={preset.layers} D={preset.hidden}"
+        if pool is not None:
+            sizes += f" R={pool.num_latents} H={pool.num_heads} d={pool.head_dim} F={pool.ff_mult * pool.hidden_size}"
+        return f"{case.preset}  {case.mode}  {sizes}"
+
+
+def target(wanted: Any, row: Row) -> tuple[str, bool | None]:
+    """The design's targets for a row beside whether they are met."""
+    if not wanted or "median_ms" not in row:
+        return "", None
+    keys = {"eager": "ratio_eager", "compiled": "ratio_compiled", "floor": "ratio_floor", "memory": "memory_share"}
+    texts, met = [], []
+    for what, bound in wanted.items():
+        value, at_most = row.get(keys[what]), what in ("floor", "memory")
+        if value is not None:
+            met.append(value <= bound if at_most else value >= bound)
+            texts.append(f"{'<=' if at_most else '>='} {bound:g}x {what} {'met' if met[-1] else 'MISSED'}")
+    return ", ".join(texts), all(met) if met else None
+
+
+def shown(p: Parity) -> str:
+    if p.limit == 0.0:
+        return "reference"
+    return f"{p.error:.0e}" + ("" if p.gradient is None else f" | {p.gradient:.0e}")
+
+
+def cells(row: Row) -> list[str]:
+    parity = Parity(row["error"], row["limit"], row["gradient_error"], row["gradient_limit"])
+    if "median_ms" not in row:
+        return [row["provider"], *["-"] * 8, shown(parity), "WRONG"]
+    rate = row.get("flops_per_s") or row["bytes_per_s"]
+    unit = "" if "flops_per_s" in row else "B/s"
+    spread = f"{number(row['p20_ms'])}-{number(row['p80_ms'])}" if row["runs"] > 1 else "1 run"
+
+    def times(key: str) -> str:
+        return f"{number(row[key])}x" if key in row else "-"
+
+    return [
+        row["provider"], number(row["median_ms"]), spread, number(row["texts_per_s"]),
+        (f"{number(rate / 1e12)} T" if rate >= 1e12 else f"{number(rate / 1e9)} G") + unit,
+        "n/a" if row["extra_mib"] is None else number(row["extra_mib"]), times("ratio_eager"), times("ratio_compiled"),
+        times("ratio_floor"), shown(parity), row["target"],
+    ]  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few sizes, few repetitions")
+    parser.add_argument("--preset", action="append", choices=PRESETS, help="only this one; may be repeated")
+    parser.add_argument("--mode", action="append", help=f"only this one of {EVAL}, forward+backward, {STEP}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU; 1 where others use the cores too")
+    parser.add_argument("--no-compile", action="store_true", help=f"leave out {ALL[1]}")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for CSV and plot")
+    parser.add_argument("--model", help="measure a real encode instead: a model's folder or name, or minilm")
+    parser.add_argument("--texts", type=Path, help="for --model: a sentence per line, or JSONL; default: made-up ones")
+    parser.add_argument("--token-pooling", choices=("last", "mean"), help="for --model; default: mean for minilm")
+    parser.add_argument("--paper", action="store_true", help="for --model: the released sizes, not the default pool")
+    parser.add_argument("--batch-size", type=int, default=32, help="for --model")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: there is no CUDA GPU here; leave it out to run on the CPU", file=sys.stderr)
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    name = f"{device_slug(device)}-{'quick' if args.quick else 'full'}"
+    name += "".join(f"-{part}" for part in (*(args.preset or []), *(args.mode or []), *filter(None, [args.dtype])))
+    if args.model:
+        from encode import measure_encode
+
+        return measure_encode(args, device, dtype)
+    bench = Bench(device, dtype, args.quick, not args.no_compile)
+    print(bench.title(), flush=True)
+    for case in CASES[device.type, "quick" if args.quick else "full"]:
+        if (not args.preset or case.preset in args.preset) and (not args.mode or case.mode in args.mode):
+            bench.measure(case)
+            gc.collect()
+    for line in bench.notes:
+        print(f"note: {line}")
+    if bench.rows:
+        write(bench.rows, args.results, f"throughput-{name}", f"mlpool on {device_name(device)}, {str(dtype)[6:]}")
+    return int(bench.red)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
