@@ -40,5 +40,5 @@ test: lint
 gpu:
 	$(HERE) $(PY) -m pytest -m gpu tests
 	$(HERE) $(PY) benchmarks/tune.py
-	MLPOOL_TILES=benchmarks/results/tiles.json $(HERE) $(PY) benchmarks/throughput.py
+	MLPOOL_TILES=$$(ls -t benchmarks/results/tiles-*.json | head -1) $(HERE) $(PY) benchmarks/throughput.py
 	$(HERE) $(PY) benchmarks/summary.py
