@@ -181,13 +181,15 @@ def _backward(
     layers, hidden = grad.shape[1:]
     grad = grad.contiguous()
     rows = torch.Size(shape).numel() // hidden
+    if not use_triton(backend, grad):
+        if mean:
+            text = text_of_row(rows, starts, ends, keep)
+            each = torch.cat([grad / count[:, None, None], grad.new_zeros(1, layers, hidden)])
+            return [each[:, layer].index_select(0, text).view(shape) for layer in range(layers)]
+        zeros = [grad.new_zeros(rows, hidden) for _ in range(layers)]
+        return [zero.index_copy_(0, last, grad[:, layer]).view(shape) for layer, zero in enumerate(zeros)]
     wide = torch.promote_types(grad.dtype, torch.float32)
     text, scale = _row_scale(rows, starts, ends, last, count, keep, mean, wide)
-    if not use_triton(backend, grad):
-        factor = scale.to(grad.dtype)[:, None]
-        # Chosen, not multiplied by 0: a NaN gradient stays with its own text.
-        parts = (grad[:, layer][text] * factor for layer in range(layers))
-        return [torch.where(factor != 0, part, 0).view(shape) for part in parts]
     grads = [grad.new_empty(shape) for _ in range(layers)]
     t = tile("gather_backward", hidden=hidden)
     grid = (ceil_div(rows, t["BLOCK_T"]), layers, ceil_div(hidden, t["BLOCK_D"]))
