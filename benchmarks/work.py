@@ -288,8 +288,8 @@ def needed_bytes(case: Case, preset: Preset, batch: int, weights: int, itemsize:
         width = mult * preset.hidden
         keys = preset.layers if preset.kind == "multi" else case.tokens or 1
         # Queries, their repeated norm, heads' outputs and a copy of them in another order; twice more to go back.
-        numbers += batch * latents * ((5 if training else 3) * inner + (10 if training else 5) * width)
+        numbers += batch * latents * ((3.5 if training else 3) * inner + (8 if training else 5) * width)
         numbers += batch * (4 if training else 2) * keys * (heads * latents + inner)
     copies = {EVAL: 0, TRAIN: 2, STEP: 4}[case.mode]
     check = 4 // itemsize * (2 if training else 1) if itemsize < 4 else int(training)
-    return itemsize * (numbers + (copies + check) * weights)
+    return int(itemsize * (numbers + (copies + check) * weights))

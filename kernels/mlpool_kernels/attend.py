@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .gather import _select, token_strides
-from .runtime import ceil_div, dot_options, jit, power_of_2, tl
+from .runtime import ceil_div, dot_options, jit, power_of_2, product_by_head, tl
 from .tiles import tile
 
 NORM_EPS = 1e-5
@@ -246,11 +246,8 @@ def scores(keys: Tensor, queries: Tensor, key_weight: Tensor | None) -> tuple[Te
     batch, num_keys, _ = keys.shape
     if key_weight is None:
         return keys @ queries.T, None
-    heads, latents, head_dim = queries.shape
-    k = (keys.flatten(0, 1) @ key_weight.T).view(-1, heads, head_dim)
-    out = keys.new_empty(batch * num_keys, heads, latents)
-    torch.bmm(k.transpose(0, 1), queries.transpose(1, 2), out=out.transpose(0, 1))
-    return out.view(batch, num_keys, -1), k
+    k = (keys.flatten(0, 1) @ key_weight.T).unflatten(1, (queries.shape[0], -1))
+    return product_by_head(k, queries.transpose(1, 2)).view(batch, num_keys, -1), k
 
 
 def softmax_(s: Tensor, key_mask: Tensor | None, triton: bool) -> Tensor:
@@ -289,9 +286,7 @@ def scores_backward(
         return grad @ queries, grad.T @ x, None
     assert k is not None
     heads, latents, _ = queries.shape
-    by_head = grad.view(-1, heads, latents).transpose(0, 1)
-    dk = torch.empty_like(k)
-    torch.bmm(by_head, queries, out=dk.transpose(0, 1))
-    dqueries = torch.bmm(by_head.transpose(1, 2), k.transpose(0, 1))
-    dk = dk.flatten(1)
+    by_head = grad.view(-1, heads, latents)
+    dk = product_by_head(by_head, queries).flatten(1)
+    dqueries = torch.bmm(by_head.permute(1, 2, 0), k.transpose(0, 1))
     return dk @ key_weight, dqueries, dk.T @ x

@@ -23,6 +23,8 @@ from .tiles import tile
 
 # The chunk of [a|g] that is alive at once; large enough for products at full speed.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+# On a CPU without saving: units of F in a block, and numbers of its product.
+CPU_UNITS, CACHED_NUMBERS = 1024, 1 << 20
 
 
 @jit
@@ -162,7 +164,25 @@ def feed_forward(
     if save:
         both = _expand(normed, weight, bias)
         return torch.cat([gate_mean(c, triton) for c in both.split(step)]), both
-    return torch.cat([gate_mean(_expand(c, weight, bias), triton) for c in normed.split(step)]), None
+    if normed.is_cuda or triton:
+        return torch.cat([gate_mean(_expand(c, weight, bias), triton) for c in normed.split(step)]), None
+    return _feed_forward_cpu(normed, weight, bias), None
+
+
+def _feed_forward_cpu(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Blocks of units and of texts: what a block makes stays in the cache, and its memory is used again."""
+    batch, num_latents, _ = normed.shape
+    width = weight.shape[0] // 2
+    out = normed.new_empty(batch, width, dtype=_wide(normed))
+    step = max(1, CACHED_NUMBERS // (num_latents * CPU_UNITS))
+    for unit in range(0, width, CPU_UNITS):
+        part = slice(unit, min(unit + CPU_UNITS, width))
+        (wa, wg), (ba, bg) = ((t[:width][part], t[width:][part]) for t in (weight, bias.to(normed.dtype)))
+        for first in range(0, batch, step):
+            x = normed[first : first + step].flatten(0, 1)
+            u = F.gelu(torch.addmm(bg, x, wg.T)).mul_(torch.addmm(ba, x, wa.T))
+            out[first : first + step, part] = u.view(-1, num_latents, u.shape[1]).mean(1, dtype=out.dtype)
+    return out
 
 
 def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

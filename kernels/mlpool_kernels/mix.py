@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attend import NORM_EPS
-from .runtime import dot_options, jit, power_of_2, tl
+from .runtime import dot_options, jit, power_of_2, product_by_head, tl
 from .tiles import tile
 
 
@@ -103,10 +103,7 @@ def values(keys: Tensor, value_weight: Tensor, output_weight: Tensor | None, hea
     if form != "early":
         return [v]
     assert output_weight is not None
-    hidden = keys.shape[-1]
-    vo = v.new_empty(v.shape[0], heads, hidden)
-    torch.bmm(v.transpose(0, 1), _by_head(output_weight, heads).transpose(1, 2), out=vo.transpose(0, 1))
-    return [vo, v]
+    return [product_by_head(v, _by_head(output_weight, heads).transpose(1, 2)), v]
 
 
 def _by_head(output_weight: Tensor, heads: int) -> Tensor:
@@ -122,11 +119,10 @@ def values_backward(
     if form == "early":
         assert output_weight is not None
         v, heads = mixed[1], mixed[1].shape[1]
-        dv = torch.empty_like(v)
-        by_head = grads.transpose(0, 1)
-        torch.bmm(by_head, _by_head(output_weight, heads), out=dv.transpose(0, 1))
+        dv = product_by_head(grads, _by_head(output_weight, heads))
         dwo = torch.empty_like(output_weight)
-        torch.bmm(by_head.transpose(1, 2), v.transpose(0, 1), out=_by_head(dwo, heads))
+        by_head, v_by_head = (t.transpose(0, 1) if t.is_cuda else t.transpose(0, 1).contiguous() for t in (grads, v))
+        torch.bmm(by_head.transpose(1, 2), v_by_head, out=_by_head(dwo, heads))
     dv = dv.flatten(1)
     return dv @ value_weight, dv.T @ keys.flatten(0, 1), dwo
 

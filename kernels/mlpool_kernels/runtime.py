@@ -77,6 +77,16 @@ def dot_options(dtype: torch.dtype) -> dict[str, Any]:
     return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": INTERPRETED and dtype == torch.bfloat16}
 
 
+def product_by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, H, a] times weight [H, a, b], head by head -> [N, H, b], contiguous."""
+    out = x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
+    if x.is_cuda:
+        torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
+        return out
+    # A CPU's product of rows that lie H·a apart takes twice as long as copying them together first (measured).
+    return out.copy_(torch.bmm(x.transpose(0, 1).contiguous(), weight).transpose(0, 1))
+
+
 def power_of_2(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least n and `least`."""
     return max(least, 1 << (n - 1).bit_length())
