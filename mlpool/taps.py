@@ -277,7 +277,12 @@ def _tapped_class(cls: type) -> type:
     # One subclass for all layers of a class, so that code compiled for one layer serves the others; and of the same
     # name, since sharding and saving look layers up by it.
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (_TappedLayer, cls), names)
+    tapped = type(cls.__name__, (_TappedLayer, cls), names)
+    # transformers 5.23 wraps the forward of every new subclass, to checkpoint in the outermost wrapper: a recompute
+    # after detach would then find another one outermost than the forward did, and checkpoint within the checkpoint.
+    if "forward" in tapped.__dict__:
+        del tapped.forward  # type: ignore[attr-defined]
+    return tapped
 
 
 class _Tap(torch.autograd.Function):

@@ -1,0 +1,382 @@
+"""The self-test of a model's attention: which way each layer looks, and whether padding changes anything.
+
+A patch that reaches some layers only, one backend only or unpadded batches only is silent: the loss still falls and
+the embeddings are merely worse. Two short forwards tell. In them, at every layer:
+
+- A copy of a text enters the layer with random noise on its last token. The layer is bidirectional if its output at
+  the first token answers. The copy is made anew from each layer's own input: noise put into the tokens once would
+  reach the first token of all later layers through a single bidirectional one. It is random because a norm removes a
+  constant.
+- A text padded left and the same padded right enter as the text entered when alone, and must leave as it left then.
+  So a fault is found in the layer that makes it, and rounding does not add up over the layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..pooling.base import check_choice
+from ..taps import _MARK as _TAPS
+from ..taps import find_layers
+from .families import PACKED_MARK, attentions, backend_of, family_of, window_of
+
+_LONG, _SHORT = 8, 5  # tokens of the two texts
+# The least change of the first token that counts as an answer, relative to its elements: above rounding that depends
+# on the row, below what attention of a thousandth makes.
+_ANSWER = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-6, torch.bfloat16: 2e-5}
+# The largest error that padding may make, relative to what the layer adds. In low precision rotating by another
+# position alone makes some hundredths; padding that is attended to makes a third and more. In float64 too the library
+# works out rotations in float32.
+_AGREE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class AttentionCheckError(RuntimeError):
+    """A model's attention is not as it claims or was asked to be; names family, backend and layers."""
+
+
+@dataclass
+class LayerReport:
+    """What one layer did.
+
+    Attributes:
+        answers: batch → relative change of the first token's output when the last token changes; 0.0 for none.
+        errors: padding → error against the lone text, relative to what the layer adds.
+        rounding: how large that error may be for rounding alone, where the layer adds little to a large input.
+    """
+
+    answers: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    rounding: float = 0.0
+
+
+@dataclass
+class AttentionReport:
+    """What was measured: of the model as it ran, of each layer, and of the input of the first (`input_errors`)."""
+
+    family: str
+    backend: str
+    dtype: torch.dtype
+    layers: list[LayerReport]
+    input_errors: dict[str, float]
+
+    @property
+    def bidirectional(self) -> bool:
+        """Every layer looks both ways, padded or not."""
+        return all(answer for layer in self.layers for answer in layer.answers.values())
+
+    @property
+    def causal(self) -> bool:
+        """No layer looks ahead, padded or not."""
+        return not any(answer for layer in self.layers for answer in layer.answers.values())
+
+    @property
+    def padding_error(self) -> float:
+        """The largest error of any layer."""
+        return max(error for layer in self.layers for error in layer.errors.values())
+
+
+def check_attention(model: nn.Module, expect: str | None = None) -> AttentionReport:
+    """Test a model's attention by two short forwards, on the backend and in the dtype it has.
+
+    In every layer the first token's output must answer to noise on the last token of that layer's own input (for a
+    causal model: must not), in padded and in unpadded batches; and one text padded left, padded right and alone must
+    come out the same of every layer (encoders: padded right and alone; packed models: packed and alone). The
+    last token is the last one within the sliding window, where that is shorter than the texts. The model stays as it
+    was: mode, gradients, random state, hooks, config. Under `torch.autocast` the tolerances are its dtype's.
+
+    Args:
+        model: as for `bidirectional`.
+        expect: "bidirectional" or "causal"; None is what the model claims to be. Causal families that need
+            position_ids for left padding (GPT-2) get them.
+
+    Returns: what was measured.
+
+    Raises:
+        AttentionCheckError: the model is otherwise (names family, backend, layers and the cause where it is known),
+            its forward fails, or its layers cannot be watched (compiled ones, padding removed inside the model).
+        ValueError: an unknown `expect`, an encoder-decoder, a model whose layers are not found.
+    """
+    if expect is not None:
+        check_choice("expect", expect, ("bidirectional", "causal"))
+    trunk, layers = find_layers(model)
+    if expect is None:
+        expect = "bidirectional" if claims_bidirectional(trunk, layers) else "causal"
+    report = measure(trunk, layers, give_positions=expect == "causal")
+    ignored = ("padded left",) if expect == "bidirectional" and is_encoder(trunk, layers) else ()
+    problems = _problems(report, expect, ignored)
+    if problems:
+        advice = family_of(trunk.config).advice
+        raise AttentionCheckError(
+            f"{report.family} on {report.backend} ({str(report.dtype).removeprefix('torch.')}) is not sound as a "
+            f"{expect} model: {'; '.join(problems)}{f'. Known of {report.family}: {advice}' if advice else ''}"
+        )
+    return report
+
+
+def claims_bidirectional(trunk: nn.Module, layers: nn.Module) -> bool:
+    """What config and modules say; only `measure` says what is true."""
+    config: Any = trunk.config
+    if getattr(config, "is_causal", None) is False or getattr(config, "use_bidirectional_attention", None):
+        return True
+    return is_encoder(trunk, layers)
+
+
+def is_encoder(trunk: nn.Module, layers: nn.Module) -> bool:
+    """Bidirectional from the start: no flag says causal, or, where no attention has a flag, it was measured."""
+    flags = [module.is_causal for module in attentions(layers)]
+    config: Any = trunk.config
+    if getattr(config, "is_decoder", False) or any(flags) or getattr(config, "is_causal", None) is False:
+        return False
+    if getattr(config, "use_bidirectional_attention", None):
+        return False
+    return bool(flags) or measure(trunk, layers).bidirectional
+
+
+def measure(trunk: nn.Module, layers: nn.Module, give_positions: bool = False) -> AttentionReport:
+    """Run both forwards and say what came of them."""
+    assert isinstance(layers, nn.ModuleList)
+    probe = _Probe(trunk, layers, give_positions)
+    with _undisturbed(trunk):
+        probe.run()
+    config: Any = trunk.config
+    family = getattr(config, "model_type", type(trunk).__name__)
+    return AttentionReport(family, backend_of(config), probe.dtype, probe.reports, probe.input_errors)
+
+
+def _problems(report: AttentionReport, expect: str, ignored: Sequence[str] = ()) -> list[str]:
+    """What is wrong, as parts of a sentence."""
+    problems, tolerance = [], _AGREE[report.dtype]
+    silent, verb = expect == "bidirectional", "does not answer" if expect == "bidirectional" else "answers"
+    for batch in report.layers[0].answers:
+        wrong = [i for i, layer in enumerate(report.layers) if (layer.answers[batch] == 0.0) == silent]
+        if wrong:
+            problems.append(f"in {_layers(wrong)} the first token {verb} to the last ({batch} text)")
+    for side in report.input_errors:
+        if side in ignored:
+            continue
+        error = report.input_errors[side]
+        if not error <= tolerance:
+            problems.append(f"the input of layer 0 differs by {error:.1e} between a text {side} and alone")
+        errors = [layer.errors[side] for layer in report.layers]
+        wrong = [i for i, layer in enumerate(report.layers) if not errors[i] <= tolerance + layer.rounding]  # or NaN
+        if wrong:
+            worst = max(errors[i] for i in wrong)
+            problems.append(f"in {_layers(wrong)} a text {side} and alone differ by up to {worst:.1e} (padding read?)")
+    return problems
+
+
+def _layers(indices: Sequence[int]) -> str:
+    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
+
+
+class _Probe:
+    """Two batches, and what the hooks around every layer do with them."""
+
+    def __init__(self, trunk: nn.Module, layers: nn.ModuleList, give_positions: bool):
+        self.trunk, self.layers = trunk, layers
+        config: Any = trunk.config
+        self.packed = PACKED_MARK in trunk.__dict__  # the backend alone, without `pack`, takes padded batches
+        self.give_positions = give_positions and family_of(config).text_positions
+        # flash-attention counts a window without its end, the others with it
+        self.reach = max((window_of(config) or _LONG) - 1, 1)
+        self.generator = torch.Generator().manual_seed(0)
+        self.reports = [LayerReport() for _ in layers]
+        self.input_errors: dict[str, float] = {}
+        self.inputs: dict[int, Tensor] = {}  # of each layer, the lone text's
+        self.outputs: dict[int, Tensor] = {}
+        self.dtype = torch.float32
+
+    def run(self) -> None:
+        """The lone text first: the second forward is compared with it."""
+        long, short = (self._tokens(n) for n in (_LONG, _SHORT))
+        if self.packed:
+            self._forward([short], {}, {})
+            rows, padded = [long] * 3 + [short] * 2, {"packed": 3}
+            pairs = {"first packed": (0, 1), "last packed": (3, 4)}
+        else:
+            self._forward([short] * 3, {"unpadded": (0, 1)}, {})
+            rows, padded = [long] * 3 + [short] * 4, {"padded right": 3, "padded left": 5}
+            pairs = {"longest": (0, 1), "right-padded": (3, 4), "left-padded": (5, 6)}
+        self._forward(rows, pairs, padded)
+
+    def _tokens(self, count: int) -> Tensor:
+        config: Any = self.trunk.config
+        special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
+        size = getattr(config, "vocab_size", None) or self.trunk.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        drawn = torch.randint(size, (64 + count,), generator=self.generator).tolist()
+        return torch.tensor([token for token in drawn if token not in special][:count])
+
+    def _forward(self, rows: list[Tensor], pairs: dict[str, tuple[int, int]], padded: dict[str, int]) -> None:
+        """One forward of these rows; with several, row 2 is an unchanged copy of row 0."""
+        call, places = self._lay_out(rows, left=[5, 6])
+        handles = []
+        self.rows, self.places, self.pairs, self.padded = rows, places, pairs, padded
+        self.seen: list[int] = []
+        try:
+            for index, layer in enumerate(self.layers):
+                handles += [
+                    layer.register_forward_pre_hook(self._before(index), with_kwargs=True),
+                    layer.register_forward_hook(self._after(index)),
+                ]
+            self.trunk(**call)
+        except AttentionCheckError:
+            raise
+        except Exception as error:
+            config: Any = self.trunk.config
+            raise AttentionCheckError(
+                f"{getattr(config, 'model_type', '?')} on {backend_of(config)}: the forward of the self-test failed "
+                f"behind layer {self.seen[-1] if self.seen else '-'}: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.seen != list(range(len(self.layers))):
+            raise AttentionCheckError(
+                f"of {len(self.layers)} layers of {type(self.trunk).__name__}, {self.seen} ran where the self-test "
+                "sees them; check the attention before the layers are compiled or wrapped"
+            )
+
+    def _lay_out(self, rows: list[Tensor], left: list[int]) -> tuple[dict[str, Any], list[Tensor]]:
+        """The call's arguments, and each row's places among all tokens of the batch in one line."""
+        device = self._device()
+        lengths = [len(row) for row in rows]
+        if self.packed:
+            ends = torch.tensor(lengths).cumsum(0)
+            places = [torch.arange(end - n, end) for n, end in zip(lengths, ends.tolist(), strict=True)]
+            offsets = torch.cat([torch.zeros(1, dtype=torch.long), ends]).to(device, torch.int32)
+            call: dict[str, Any] = {
+                "input_ids": torch.cat(rows)[None].to(device),
+                "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
+                **{f"cu_seq_lens_{x}": offsets for x in "qk"},
+                **{f"max_length_{x}": max(lengths) for x in "qk"},
+            }
+        else:
+            width, pad = max(lengths), getattr(self.trunk.config, "pad_token_id", None)
+            starts = [width - n if i in left else 0 for i, n in enumerate(lengths)]
+            places = [torch.arange(n) + i * width + s for i, (n, s) in enumerate(zip(lengths, starts, strict=True))]
+            mask = torch.zeros(len(rows) * width, dtype=torch.long)
+            ids = torch.full_like(mask, pad if isinstance(pad, int) and pad >= 0 else 0)
+            mask[torch.cat(places)] = 1
+            ids[torch.cat(places)] = torch.cat(rows)
+            mask, ids = (t.view(len(rows), width).to(device) for t in (mask, ids))
+            call = {"input_ids": ids, "attention_mask": mask}
+            if self.give_positions:
+                call["position_ids"] = text_positions(mask)
+        if "use_cache" in inspect.signature(type(self.trunk).forward).parameters:
+            call["use_cache"] = False
+        return call, [place.to(device) for place in places]
+
+    def _device(self) -> torch.device:
+        weight: Any = self.trunk.get_input_embeddings().weight  # type: ignore[operator]
+        return torch.device("cpu") if weight.device.type == "meta" else weight.device  # offloaded: its hook moves
+
+    def _before(self, index: int) -> Any:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            changed = self._change(index, self._flat(index, hidden)).view_as(hidden)
+            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+        return hook
+
+    def _after(self, index: int) -> Any:
+        def hook(_: nn.Module, __: tuple, output: Any) -> None:
+            self._judge(index, self._flat(index, output[0] if isinstance(output, tuple) else output))
+            self.seen.append(index)
+
+        return hook
+
+    def _flat(self, index: int, hidden: Tensor) -> Tensor:
+        tokens = sum(map(len, self.rows)) if self.packed else len(self.rows) * max(map(len, self.rows))
+        if hidden.dim() < 2 or hidden.numel() != tokens * hidden.shape[-1]:
+            raise AttentionCheckError(
+                f"layer {index} works on {list(hidden.shape)}, expected {tokens} tokens: a model that removes padding "
+                "inside cannot be checked (turn its unpadding off)"
+            )
+        return hidden.reshape(tokens, hidden.shape[-1])
+
+    def _change(self, index: int, hidden: Tensor) -> Tensor:
+        """The layer's own input [tokens, D] → with what this test puts into it."""
+        hidden, places = hidden.clone(), [place.to(hidden.device) for place in self.places]
+        if index not in self.inputs:
+            self.inputs[index] = hidden[places[0]]
+        for side, row in self.padded.items():
+            if index == 0:
+                self.input_errors[side] = _error(hidden[places[row]], self.inputs[0], self.inputs[0])
+            hidden[places[row]] = self.inputs[index].to(hidden.dtype)
+        if self.pairs:
+            hidden[places[2]] = hidden[places[0]]
+        for base, noisy in self.pairs.values():
+            hidden[places[noisy]] = hidden[places[base]]
+            last = places[noisy][min(len(self.rows[noisy]) - 1, self.reach)]
+            noise = torch.randn(hidden.shape[-1], generator=self.generator).to(hidden.device)
+            hidden[last] += (noise * hidden[last].float().square().mean().sqrt().clamp_min(1e-6)).to(hidden.dtype)
+        return hidden
+
+    def _judge(self, index: int, output: Tensor) -> None:
+        """What came out of the layer, [tokens, D]."""
+        self.dtype = _precision(output)
+        report, places = self.reports[index], [place.to(output.device) for place in self.places]
+        if index not in self.outputs:
+            self.outputs[index] = output[places[0]]
+        alone = self.outputs[index]
+        added = alone - self.inputs[index].to(alone.dtype)
+        report.rounding = 4 * torch.finfo(self.dtype).eps * _size(alone) / max(_size(added), 1e-30)
+        for side, row in self.padded.items():
+            report.errors[side] = _error(output[places[row]], alone, added)
+        if not self.pairs:
+            return
+        first = output[torch.stack([place[0] for place in places])].double()
+        floor = _change_of(first[0], first[2])
+        for batch, (base, noisy) in self.pairs.items():
+            change = _change_of(first[base], first[noisy])
+            report.answers[batch] = change if change > max(_ANSWER[self.dtype], 4 * floor) else 0.0
+
+
+def text_positions(mask: Tensor) -> Tensor:
+    """attention_mask [B, T] → position_ids [B, T] int64, counted from each text's first token; 0 before it."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def _change_of(one: Tensor, other: Tensor) -> float:
+    """Mean relative difference of two tokens' elements; no element counts alone, however large."""
+    scale = one.abs() + other.abs() + one.abs().median()
+    return ((one - other).abs() / scale.clamp_min(1e-30)).mean().item()
+
+
+def _error(got: Tensor, expected: Tensor, scale: Tensor) -> float:
+    return _size(got.double() - expected.double()) / max(_size(scale), 1e-30)
+
+
+def _size(tensor: Tensor) -> float:
+    return tensor.double().square().mean().sqrt().item()
+
+
+def _precision(output: Tensor) -> torch.dtype:
+    device = output.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
+    return dtype if dtype in _AGREE else torch.bfloat16
+
+
+@contextlib.contextmanager
+def _undisturbed(trunk: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients, dropout or taps; afterwards everything is as before, random state included."""
+    training = [module for module in trunk.modules() if module.training]
+    devices = sorted({p.device.index for p in trunk.parameters() if p.device.type == "cuda"})
+    taps = trunk.__dict__.pop(_TAPS, None)  # without the mark, taps let a forward pass
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        if taps is not None:
+            trunk.__dict__[_TAPS] = taps

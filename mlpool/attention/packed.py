@@ -1,0 +1,404 @@
+"""Packed execution: a padded batch goes in and comes out, and in between no layer computes padding.
+
+`pack(model)` makes the model's trunk unpad a batch once, to one row [1, total] with offsets, run every layer on it and
+pad the result again. The attention is `attn_implementation="mlpool_packed"` (see varlen.py); loading a model with that
+alone works too, with padding, once `from mlpool.attention import pack` has registered it.
+
+How it is attached, and why: the trunk becomes, as an instance, a subclass of its own class whose `forward` is a data
+descriptor. Whatever others put on the instance as `forward`, before or after (taps, `bidirectional`, accelerate), is
+found beneath it and so sees the packed call, as the layers do; an override of `__call__` would be missed by peft, which
+calls `trunk.forward`. A call that is packed already goes through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..pooling.tokens import select_tokens
+from ..taps import find_layers
+from .check import AttentionCheckError, _error, _precision, _undisturbed
+from .families import PACKED, backend_of
+from .varlen import PackedCall, has_flash_attn, register, require_no_softcap, running
+
+_MARK = "_mlpool_packed"  # on the trunk: its Packing
+_ROWS = ("input_ids", "inputs_embeds", "token_type_ids")  # [B, T, ...], packed with the batch
+_OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
+# Relative, over all layers: above rounding, below what another position or one foreign token makes.
+_LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+_LENGTHS = ("max_length_q", "max_length_k")
+
+
+def pack(model: nn.Module, padded_output: bool = True, check: bool = True) -> nn.Module:
+    """Make a Hugging Face decoder or encoder run packed, in place; return the model.
+
+        pack(model)
+        model(input_ids=..., attention_mask=...)  # as before: padding is neither computed nor stored
+        unpack(model)
+
+    The call and its results stay as they were: `last_hidden_state` (and `hidden_states`) [B, T, D], zero at padding.
+    Positions count from each text's first token, whichever side is padded. Causal or bidirectional, windows, heads,
+    taps, peft, checkpointing and autocast are as on the padded model; taps and pools read the packed states themselves.
+    A batch that the caller packed (input_ids [1, total], `cu_seq_lens_q`) is run and returned as it is. While packed
+    there is no cache, whatever `use_cache` says. The model may be saved, copied and pickled. With gradient
+    checkpointing the backward belongs before `unpack`: the recompute asks the config for the attention anew.
+
+    Args:
+        model: a bare model, one with a head, wrapped by peft or DDP, or a SentenceTransformer. For FSDP pack first.
+        padded_output: False returns [1, total, D] with the offsets as `output.cu_seqlens`, int32 [B+1], for pools
+            that take `cu_seqlens`. For calls of the bare model; a head or SentenceTransformer expects padding.
+        check: run a padded batch of two short texts before and after, and undo the change if they differ.
+
+    Raises:
+        ValueError: an encoder-decoder, a model whose layers are not found (see `find_layers`), attention that does
+            not go through the library's registry, soft-capping where no kernel has it.
+        AttentionCheckError: packed and padded results differ (the model is unchanged then).
+        ImportError: transformers is missing or older than 5.17.
+
+    A call raises ValueError for past_key_values, position_ids, output_attentions, encoder states, a mask that is not
+    [B, T], has no token in a row or a gap within one, or 2³¹ tokens and more.
+    """
+    register()
+    trunk, layers = find_layers(model)
+    packing: Packing | None = trunk.__dict__.get(_MARK)
+    if packing is not None:
+        packing.padded_output = padded_output
+        return model
+    _refuse(trunk)
+    expected = _probe(trunk) if check else None
+    assert isinstance(layers, nn.ModuleList)
+    packing = Packing(len(layers), backend_of(trunk.config), _position_offset(trunk))
+    trunk.set_attn_implementation(PACKED)  # type: ignore[operator]
+    trunk.__dict__[_MARK] = packing
+    if not isinstance(trunk, _PackedTrunk):  # it is one when an earlier unpack had to leave the class
+        cls: type = type(trunk)
+        trunk.__class__ = _packed_class(cls)
+    try:
+        if check:
+            _compare(trunk, _probe(trunk), expected, packing.backend)
+    except BaseException:
+        unpack(model)
+        raise
+    packing.padded_output = padded_output
+    return model
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """Undo `pack`, with the attention implementation of before; return the model. Harmless when not packed.
+
+    Where the trunk's class was replaced by others after `pack` (FSDP2 does so), theirs stays, packing stops all the
+    same, and a RuntimeWarning says so.
+    """
+    trunk, _ = find_layers(model)
+    packing: Packing | None = trunk.__dict__.pop(_MARK, None)
+    if packing is None:
+        return model
+    if backend_of(trunk.config) == PACKED:
+        trunk.set_attn_implementation(packing.backend)  # type: ignore[operator]
+    if type(trunk).__bases__[0] is _PackedTrunk:
+        trunk.__class__ = type(trunk).__bases__[1]
+    else:
+        warnings.warn(
+            f"packing is off, but the class of the trunk (now {type(trunk).__name__}) was replaced by others after it "
+            "and stays so; to have everything as before, unpack in the opposite order",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+class Packing:
+    """What is known of one packed trunk, and its forward.
+
+    Attributes:
+        layers: how many. backend: the attention implementation of before. position_offset: the position_id of a text's
+        first token (RoBERTa starts behind its padding index). padded_output: see `pack`. seen: whether a forward has
+        shown that every layer attends through the registry.
+    """
+
+    def __init__(self, layers: int, backend: str, position_offset: int):
+        self.layers, self.backend, self.position_offset = layers, backend, position_offset
+        self.padded_output, self.seen = True, False
+
+    def run(self, trunk: nn.Module, below: Any, args: tuple, kwargs: dict) -> Any:
+        """One forward of the trunk, by what is beneath the packing."""
+        names = inspect.signature(type(trunk).forward).parameters
+        call = {**dict(zip(list(names)[1:], args, strict=False)), **kwargs}
+        packed, active = call.get("cu_seq_lens_q"), running.get()
+        if packed is not None and active is not None and active.offsets is packed:
+            return below(*args, **kwargs)  # others hold the packed forward beneath their own
+        _refuse_arguments(trunk, call)
+        if "use_cache" in names:
+            call["use_cache"] = False
+        if packed is not None:
+            call, packed_call = self._given(call)
+            return self._forward(trunk, below, call, packed_call)
+        call, packed_call, rows, shape = self._pack(call)
+        config: Any = trunk.config
+        given = call.pop("return_dict", None)
+        as_tuple = not (config.return_dict if given is None else given)
+        call["return_dict"] = True
+        output = self._forward(trunk, below, call, packed_call)
+        hidden = output["last_hidden_state"]
+        if output.get("pooler_output") is not None:  # it pooled the first text alone
+            first = hidden[:, packed_call.offsets[:-1].long()].transpose(0, 1)
+            output["pooler_output"] = trunk.pooler(first)  # type: ignore[operator]
+        if self.padded_output:
+            for name, value in list(output.items()):
+                output[name] = _pad(value, rows, shape)
+        else:
+            output["cu_seqlens"] = packed_call.offsets
+        return output.to_tuple() if as_tuple else output
+
+    def _forward(self, trunk: nn.Module, below: Any, call: dict[str, Any], packed_call: PackedCall) -> Any:
+        before = running.set(packed_call)
+        try:
+            output = below(**call)
+        finally:
+            running.reset(before)
+        if not self.seen and not (trunk.training and getattr(trunk, "layerdrop", False)):
+            if packed_call.attended < self.layers:
+                raise RuntimeError(
+                    f"of {self.layers} layers of {type(trunk).__name__}, {packed_call.attended} attend by "
+                    f"{PACKED}; the others mix the texts of a packed batch; call mlpool.attention.unpack(model)"
+                )
+            self.seen = True
+        return output
+
+    def _pack(self, call: dict[str, Any]) -> tuple[dict[str, Any], PackedCall, Tensor, tuple[int, int]]:
+        """A padded call → the packed one, and the rows of its tokens among the B·T."""
+        inputs = _inputs(call)
+        if call.get("position_ids") is not None:
+            raise ValueError(
+                "position_ids were given to a packed model, which counts positions from each text's first token; leave "
+                "them out (or pack the batch yourself: input_ids [1, total], position_ids and cu_seq_lens_q)"
+            )
+        shape, device = (inputs.shape[0], inputs.shape[1]), inputs.device
+        mask = call.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(shape, dtype=torch.bool, device=device)
+        elif not isinstance(mask, Tensor):
+            raise TypeError(f"attention_mask must be [B, T] of 0 and 1 on a packed model, got {type(mask).__name__}")
+        tokens = select_tokens((*shape, 1), device, mask)
+        counts = tokens.count
+        starts = tokens.last - counts + 1
+        # kept tokens are one run if the first of them is where the last one and their number say
+        assert tokens.keep is not None
+        first = tokens.starts + tokens.keep.view(shape).int().argmax(1)
+        lengths, gaps = torch.stack([counts, first - starts]).tolist()  # the one wait for the device
+        if any(gaps):
+            rows = [i for i, gap in enumerate(gaps) if gap]
+            raise ValueError(f"attention_mask has a gap within the text of row(s) {rows[:10]}; packing needs one run")
+        total = _check_total(sum(lengths))
+        offsets = _offsets(counts)
+        begins = offsets[:-1].long()
+        # the text's own first row, less its place in the packed row, then counted on
+        shift = torch.repeat_interleave(torch.stack([starts - begins, -begins]), counts, 1, output_size=total)
+        rows, positions = shift + torch.arange(total, device=device)
+        packed = {name: value for name, value in call.items() if name not in ("attention_mask", "position_ids")}
+        for name in _ROWS:
+            if isinstance(value := call.get(name), Tensor):
+                packed[name] = value.expand(shape + value.shape[2:]).flatten(0, 1).index_select(0, rows)[None]
+        packed |= {"position_ids": positions[None] + self.position_offset, "attention_mask": None}
+        packed |= dict.fromkeys(_OFFSETS, offsets) | dict.fromkeys(_LENGTHS, max(lengths))
+        return packed, PackedCall(offsets, [0, *itertools.accumulate(lengths)]), rows, shape
+
+    def _given(self, call: dict[str, Any]) -> tuple[dict[str, Any], PackedCall]:
+        """A call that the caller packed, completed."""
+        inputs, offsets = _inputs(call), call["cu_seq_lens_q"]
+        if call.get("attention_mask") is not None:
+            raise ValueError("got both attention_mask and cu_seq_lens_q; a packed row has no padding, leave it out")
+        if inputs.shape[0] != 1:
+            raise ValueError(f"with cu_seq_lens_q the batch must be one row [1, total], got {list(inputs.shape[:2])}")
+        total = _check_total(inputs.shape[1])
+        select_tokens((1, total, 1), inputs.device, cu_seqlens=offsets)
+        ends = offsets.tolist()
+        if ends[0] != 0 or ends[-1] != total:
+            raise ValueError(
+                f"cu_seq_lens_q runs from {ends[0]} to {ends[-1]} in a row of {total} tokens; it must cover the row"
+            )
+        lengths = [end - start for start, end in itertools.pairwise(ends)]
+        call = dict(call)
+        if call.get("position_ids") is None:
+            positions = torch.cat([torch.arange(n) for n in lengths]) + self.position_offset
+            call["position_ids"] = positions[None].to(inputs.device)
+        offsets = offsets.to(inputs.device, torch.int32)
+        call |= dict.fromkeys(_OFFSETS, offsets) | dict.fromkeys(_LENGTHS, max(lengths))
+        return call, PackedCall(offsets, ends)
+
+
+class _Forward:
+    """`forward` of a packed trunk: a data descriptor, so that it stands before the instance's own attribute."""
+
+    def __get__(self, trunk: Any, owner: type) -> Any:
+        if trunk is None:
+            return super(_PackedTrunk, owner).forward  # type: ignore[arg-type, misc]
+        below = trunk.__dict__.get("forward")
+        return _BoundForward(trunk, super(_PackedTrunk, trunk).forward if below is None else below)  # type: ignore[misc]
+
+    def __set__(self, trunk: Any, value: Any) -> None:
+        trunk.__dict__["forward"] = value
+
+    def __delete__(self, trunk: Any) -> None:
+        if "forward" not in trunk.__dict__:
+            raise AttributeError("forward")
+        del trunk.__dict__["forward"]
+
+
+class _BoundForward:
+    """What `trunk.forward` is. Slots, so that wrappers which copy a function's `__dict__` take nothing from it."""
+
+    __slots__ = ("below", "trunk")
+
+    def __init__(self, trunk: nn.Module, below: Any):
+        self.trunk, self.below = trunk, below
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.below)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        packing: Packing | None = self.trunk.__dict__.get(_MARK)
+        if packing is None:  # undone beneath someone else's patch
+            return self.below(*args, **kwargs)
+        return packing.run(self.trunk, self.below, args, kwargs)
+
+
+class _PackedTrunk:
+    """Mixed in before a trunk's own class."""
+
+    forward = _Forward()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).__mro__[type(self).__mro__.index(_PackedTrunk) + 1],), self.__dict__
+
+
+@functools.cache
+def _packed_class(cls: type) -> type:
+    # of the same name, since saving and sharding look modules up by it
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (_PackedTrunk, cls), names)
+
+
+def _rebuild(cls: type) -> Any:
+    """An empty packed trunk, for copies and pickles."""
+    register()
+    packed: Any = _packed_class(cls)
+    return packed.__new__(packed)
+
+
+def _refuse(trunk: nn.Module) -> None:
+    """Models that cannot run packed, with the reason."""
+    config: Any = trunk.config
+    name = getattr(config, "model_type", type(trunk).__name__)
+    parameters = inspect.signature(type(trunk).forward).parameters
+    reason = ""
+    if not hasattr(trunk, "set_attn_implementation") or not trunk._can_set_attn_implementation():  # type: ignore[operator]
+        reason = "its attention does not go through transformers' AttentionInterface, so no other function reaches it"
+    elif "position_ids" not in parameters:
+        reason = "it takes no position_ids, so texts in one row cannot start anew"
+    elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        reason = f"{type(trunk).__name__}.forward takes no further arguments, so the offsets do not reach its attention"
+    if reason:
+        raise ValueError(f"{name} cannot run packed: {reason}")
+    if not (has_flash_attn() and torch.cuda.is_available()):
+        require_no_softcap(getattr(config, "attn_logit_softcapping", None))
+
+
+def _refuse_arguments(trunk: nn.Module, call: dict[str, Any]) -> None:
+    if call.get("past_key_values") is not None:
+        raise ValueError(
+            f"past_key_values were passed to a packed {type(trunk).__name__}, which keeps no cache (so no generation, "
+            "no prefix tuning); call mlpool.attention.unpack(model) first"
+        )
+    if call.get("output_attentions"):
+        raise ValueError("output_attentions=True: packed attention has no weights to return; use eager, unpacked")
+    if call.get("encoder_hidden_states") is not None:
+        raise ValueError("encoder_hidden_states were passed: packed execution has no cross-attention")
+
+
+def _inputs(call: dict[str, Any]) -> Tensor:
+    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    inputs = ids if embeds is None else embeds
+    if inputs is None:
+        raise ValueError(f"a packed model needs input_ids or inputs_embeds in the call; got {sorted(call)}")
+    if inputs.dim() != (2 if embeds is None else 3):
+        raise ValueError(f"input_ids must be [B, T] and inputs_embeds [B, T, D], got {list(inputs.shape)}")
+    return inputs
+
+
+def _check_total(total: int) -> int:
+    if total >= 2**31:
+        raise ValueError(f"{total} tokens in one batch: packed offsets are int32, up to {2**31 - 1}; split the batch")
+    return total
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def _pad(value: Any, rows: Tensor, shape: tuple[int, int]) -> Any:
+    """Hidden states [1, total, D] → [B, T, D], zero at padding; also in tuples."""
+    if isinstance(value, tuple):
+        return tuple(_pad(each, rows, shape) for each in value)
+    if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[:2] != (1, rows.shape[0]):
+        return value
+    empty = value.new_zeros(shape[0] * shape[1], value.shape[2])
+    return empty.index_copy(0, rows.to(value.device), value[0]).unflatten(0, shape)
+
+
+def _position_offset(trunk: nn.Module) -> int:
+    """The position_id of a text's first token: 0, or in RoBERTa and its kin the one behind the padding index."""
+    for name, module in trunk.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1  # type: ignore[arg-type]
+    return 0
+
+
+def _probe(trunk: nn.Module) -> list[Tensor] | None:
+    """Last hidden states of two short texts, run as one right-padded batch; None where weights are not there yet."""
+    config: Any = trunk.config
+    table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
+    device = table.weight.device
+    if device.type == "meta":
+        if not hasattr(trunk, "_hf_hook"):
+            return None
+        device = torch.device("cpu")  # offloaded: its hook moves
+    drawn = torch.randint(table.num_embeddings, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
+    text = [token for token in drawn if token not in special]
+    lengths, pad = (8, 5), getattr(config, "pad_token_id", None)
+    ids = torch.full((2, 8), pad if isinstance(pad, int) and pad >= 0 else 0)
+    mask = torch.zeros_like(ids)
+    for row, n in enumerate(lengths):
+        ids[row, :n], mask[row, :n] = torch.tensor(text[8 * row : 8 * row + n]), 1
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(type(trunk).forward).parameters else {}
+    with _undisturbed(trunk):
+        output = trunk(input_ids=ids.to(device), attention_mask=mask.to(device), **cache)
+    hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    return [hidden[row, :n] for row, n in enumerate(lengths)]
+
+
+def _compare(trunk: nn.Module, got: list[Tensor] | None, expected: list[Tensor] | None, backend: str) -> None:
+    if got is None or expected is None:
+        return
+    limit = _LIMITS[_precision(got[0])]
+    errors = [_error(one, other, other) for one, other in zip(got, expected, strict=True)]
+    if not all(error <= limit for error in errors):  # or NaN
+        config: Any = trunk.config
+        raise AttentionCheckError(
+            f"{getattr(config, 'model_type', type(trunk).__name__)} gives other hidden states packed than padded on "
+            f"{backend}: relative errors {', '.join(f'{error:.1e}' for error in errors)} (at most {limit:.0e} is "
+            "rounding); the model was left unpacked"
+        )
+
+
+with contextlib.suppress(ImportError):  # which pack says
+    register()  # so that attn_implementation="mlpool_packed" is known from here on
