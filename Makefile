@@ -41,4 +41,5 @@ gpu:
 	$(HERE) $(PY) -m pytest -m gpu tests
 	$(HERE) $(PY) benchmarks/tune.py
 	MLPOOL_TILES=$$(ls -t benchmarks/results/tiles-*.json | head -1) $(HERE) $(PY) benchmarks/throughput.py
+	$(HERE) $(PY) benchmarks/attention.py
 	$(HERE) $(PY) benchmarks/summary.py

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from measure import RESULTS, number
 
-HEADER = ["case", "provider", "median ms", "texts/s", "vs eager", "vs compiled", "x floor"]
+HEADER = ["case", "provider", "median ms", "texts/s", "vs eager", "vs compiled", "vs sdpa", "x floor"]
 HEADER += ["extra MiB", "error", "target"]
-PATTERNS = ("throughput-*.csv", "encode-*.csv", "tune-*.csv")
+PATTERNS = ("throughput-*.csv", "attention-*.csv", "encode-*.csv", "tune-*.csv")
 
 
 def main(paths: list[Path]) -> int:
@@ -40,7 +40,9 @@ def section(path: Path, rows: list[dict[str, str]]) -> list[str]:
     )
     met = f"Targets met in {goals.count('True')} of the {len(goals)} rows that have one" if goals else "No targets here"
     verdict = f"{met}; {wrong or 'no'} row(s) out of bounds."
-    return [f"## {path.stem}", "", versions, verdict, "", *markdown(HEADER, [cells(row) for row in rows])]
+    columns = [column for column in zip(HEADER, *map(cells, rows), strict=True) if any(column[1:])]
+    header, *lines = map(list, zip(*columns, strict=True))
+    return [f"## {path.stem}", "", versions, verdict, "", *markdown(header, lines)]
 
 
 def cells(row: dict[str, str]) -> list[str]:
@@ -56,7 +58,7 @@ def cells(row: dict[str, str]) -> list[str]:
     )
     return [
         row["case"], row["provider"], value("median_ms"), value("texts_per_s"), value("ratio_eager", "x"),
-        value("ratio_compiled", "x"), value("ratio_floor", "x"), value("extra_mib"), error,
+        value("ratio_compiled", "x"), value("ratio_sdpa", "x"), value("ratio_floor", "x"), value("extra_mib"), error,
         "WRONG, no speed" if row["green"] == "False" else row.get("target", ""),
     ]  # fmt: skip
 
