@@ -78,7 +78,9 @@ class Plan:
 
 
 def key_flops(s: Sizes, form: str) -> tuple[int, int]:
-    """(per text, once) of the scores. Once: Q itself, and absorbing Wk into it."""
+    """(per text, once) of the scores. Once: Q itself, and absorbing Wk into it. One key: its softmax is 1 unscored."""
+    if s.keys == 1:
+        return 0, 0
     once = 2 * s.latents * s.hidden * s.inner
     if form == "absorbed":
         return 2 * s.keys * s.hidden * s.heads * s.latents, once + 2 * s.latents * s.inner * s.hidden

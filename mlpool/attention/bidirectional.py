@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..pooling.base import check_choice, log_once
 from ..taps import find_layers
 from .check import check_attention, claims_bidirectional, is_encoder, measure, text_positions
-from .families import FLOOR, NO_LIMIT, Family, attentions, check_backend, family_of, warning_of
+from .families import NO_LIMIT, Family, attentions, check_backend, family_of, require_transformers, warning_of
 
 _MARK = "_mlpool_attention"  # on the trunk: its patch
 _WINDOWS = ("keep", "full")
@@ -70,7 +70,7 @@ class bidirectional:  # called like a function; an object so that `with` can und
         self.model = model
         self._owner = False  # whether leaving `with` undoes it
         check_choice("sliding_window", sliding_window, _WINDOWS)
-        _require_transformers()
+        require_transformers()
         trunk, layers = find_layers(model)
         _refuse(model, trunk)
         patch: _Patch | None = trunk.__dict__.get(_MARK)
@@ -114,7 +114,7 @@ def causal(model: nn.Module) -> nn.Module:
         ValueError: an encoder, which has no causal form to go back to; an encoder-decoder.
         ImportError: transformers is missing or older than 5.17.
     """
-    _require_transformers()
+    require_transformers()
     trunk, layers = find_layers(model)
     patch: _Patch | None = trunk.__dict__.get(_MARK)
     if patch is not None:
@@ -246,22 +246,6 @@ class _Forward:
             del self.trunk.forward
         else:
             self.trunk.forward = self.below
-
-
-def _require_transformers() -> None:
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "bidirectional attention works on Hugging Face models: pip install 'mlpool[st]'"
-        ) from error
-    version = transformers.__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
-        floor = ".".join(map(str, FLOOR))
-        raise ImportError(
-            f"transformers {version} is too old: before {floor} `is_causal=False` does not reach all masks; "
-            f"pip install 'transformers>={floor}' (pip install 'mlpool[st]' does so)"
-        )
 
 
 def _refuse(model: nn.Module, trunk: nn.Module) -> None:

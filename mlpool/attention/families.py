@@ -97,6 +97,21 @@ def warning_of(config: Any) -> str:
     return _ALIBI if getattr(config, "alibi", False) else family_of(config).warning
 
 
+def require_transformers() -> Any:
+    """transformers, or an ImportError that says what to install."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("mlpool.attention patches Hugging Face models: pip install 'mlpool[st]'") from error
+    version, floor = transformers.__version__, ".".join(map(str, FLOOR))
+    if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
+        raise ImportError(
+            f"transformers {version} is too old: before {floor} `is_causal=False` and packed offsets do not reach "
+            f"every family; pip install 'transformers>={floor}' (pip install 'mlpool[st]' does so)"
+        )
+    return transformers
+
+
 def check_backend(config: Any) -> None:
     """Refuse an attention backend that is unknown, or that this family cannot use.
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..pooling.base import log_once
-from .families import FLOOR, PACKED
+from .families import PACKED, require_transformers
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -68,17 +68,7 @@ def register() -> None:
     Raises:
         ImportError: transformers is missing or older than 5.17.
     """
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("packed execution works on Hugging Face models: pip install 'mlpool[st]'") from error
-    version = transformers.__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
-        floor = ".".join(map(str, FLOOR))
-        raise ImportError(
-            f"transformers {version} is too old for packed execution: before {floor} not every family passes packed "
-            f"offsets and masks on as it must; pip install 'transformers>={floor}' (pip install 'mlpool[st]' does so)"
-        )
+    transformers = require_transformers()
     # Both: without its mask function padding would be attended to.
     transformers.AttentionInterface.register(PACKED, packed_attention)
     transformers.AttentionMaskInterface.register(PACKED, packed_mask)

@@ -54,7 +54,9 @@ class PlanReport:
         triton = use_triton(pool.backend, pool.latents)
         where = "Triton" if triton else "torch"
         launch = f"{where}, one launch" if plan.launches == "one" and triton else f"{where}, then matrix product"
-        ff_where = "Triton, fused" if plan.feed_forward == "fused" and triton else "chunks of W1, gate and mean"
+        # Saved [a|g] is a plain product's, whatever the plan says of fusing.
+        fused = triton and plan.feed_forward == "fused" and plan.memory != "save"
+        ff_where = "Triton, fused" if fused else "chunks of W1, gate and mean"
         values_reference = reference["keys, values"] // 2 + reference["attention"] // 2 + reference["output"]
         scores_reference = reference["queries"] + reference["keys, values"] // 2 + reference["attention"] // 2
         rows = [

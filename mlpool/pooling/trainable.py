@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checkpoints, report
-from .base import TOKEN_POOLINGS, Pool, check_choice, check_positive, log_once
+from .base import TOKEN_POOLINGS, Pool, check_choice, check_positive
 
 # The sizes of the paper's released module.
 PAPER = {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "ff_mult": 4, "residual": False}
@@ -299,7 +299,6 @@ def _zero_gradients(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def _require_plain(pool: nn.Module) -> None:
     sharded = [name for name, p in pool.named_parameters() if hasattr(p, "full_tensor")]
     if sharded:
-        log_once("parameters are sharded (FSDP2)")
         raise RuntimeError(
             f"{type(pool).__name__} is sharded ({sharded[0]}, …); gather it first, for example with "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict(full_state_dict=True)"

@@ -624,8 +624,10 @@ def test_encoders_are_left_as_they_are(name, backend, caplog):
         with bidirectional(model):
             assert state(model) == before
         bidirectional(model)
-    assert len(caplog.messages) == 1
-    assert "reads both directions by itself: nothing is changed" in caplog.text
+    # transformers warns of tiny configs in the same log, once a process
+    said = [record.getMessage() for record in caplog.records if record.name == "mlpool"]
+    assert len(said) == 1
+    assert "reads both directions by itself: nothing is changed" in said[0]
     assert is_bidirectional(model)
     assert check_attention(model).bidirectional
     with pytest.raises(ValueError, match=r"is an encoder.*no causal form"):
