@@ -7,28 +7,29 @@ from .pooling import EosPool, LastLayerPool, LayerWeightsPool, MeanPool, MultiLa
 
 if TYPE_CHECKING:
     from .attention import pack, unpack
+    from .embedder import DESIGNS, Embedder, add_lora, load, merge
 
 __version__ = "0.1.0"
+# Not imported with `import mlpool`, which needs torch alone.
+_LATE = {
+    "pack": "attention", "unpack": "attention", "DESIGNS": "embedder", "Embedder": "embedder", "add_lora": "embedder",
+    "load": "embedder", "merge": "embedder",
+}  # fmt: skip
 __all__ = [
-    "EosPool",
-    "LastLayerPool",
-    "LayerWeightsPool",
-    "MeanPool",
-    "MultiLayerPool",
-    "bidirectional",
-    "causal",
-    "check_attention",
-    "gather",
-    "is_bidirectional",
-    "pack",
-    "unpack",
-]
+    "DESIGNS", "Embedder", "EosPool", "LastLayerPool", "LayerWeightsPool", "MeanPool", "MultiLayerPool", "add_lora",
+    "bidirectional", "causal", "check_attention", "gather", "is_bidirectional", "load", "merge", "pack", "unpack",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    # Packing registers itself with transformers, which `import mlpool` alone must not need.
-    if name not in ("pack", "unpack"):
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import attention
+    import importlib
 
-    return getattr(attention, name)
+    try:
+        module = importlib.import_module(f".{_LATE[name]}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("sentence_transformers", "safetensors"):
+            raise
+        raise ModuleNotFoundError(f"mlpool.{name} needs {error.name}: pip install 'mlpool[st]'") from error
+    return getattr(module, name)

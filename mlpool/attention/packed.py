@@ -114,6 +114,11 @@ def unpack(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether `pack` has been applied to this model."""
+    return _MARK in find_layers(model)[0].__dict__
+
+
 class Packing:
     """What is known of one packed trunk, and its forward.
 

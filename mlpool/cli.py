@@ -1,0 +1,62 @@
+"""The command `mlpool`: each subcommand is a module with `add_arguments` and `run`, imported when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+COMMANDS = {
+    "encode": ("mlpool.embedder.encode_files", "embed a file of texts, in shards, resumable"),
+    "train": ("mlpool.training.train", "fine-tune an embedder from a YAML config"),
+    "merge": ("mlpool.embedder.commands:merge", "fold a LoRA adapter into the weights"),
+    "export": ("mlpool.embedder.commands:export", "write a folder or file that serving tools read"),
+    "import-released": ("mlpool.embedder.commands:import_released", "turn the paper's released folder into ours"),
+    "eval": ("mlpool.evaluation.evaluate", "evaluate a model on MTEB tasks or local data"),
+    "compare": ("mlpool.evaluation.compare", "compare results with statistics"),
+    "layers": ("mlpool.evaluation.layers", "look inside the layers of a model"),
+    "study": ("mlpool.evaluation.study", "train, evaluate and compare designs, with a report"),
+}
+# What a user can mend; anything else is a fault and keeps its traceback.
+_EXPECTED = (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError, ModuleNotFoundError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status, 2 for input that a user can mend."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="mlpool", description="Turn a language model into a text-embedding model.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    command = parser.parse_args(given[:1]).command
+    module, summary = COMMANDS[command]
+    try:
+        target = _find(module)
+        own = argparse.ArgumentParser(prog=f"mlpool {command}", description=summary[0].upper() + summary[1:] + ".")
+        target.add_arguments(own)
+        return int(target.run(own.parse_args(given[1:])) or 0)
+    except _EXPECTED as error:
+        print(f"mlpool: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mlpool: stopped", file=sys.stderr)
+        return 130
+
+
+def _find(place: str) -> Any:
+    module, _, name = place.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
+def _version() -> str:
+    from . import __version__
+
+    return f"mlpool {__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

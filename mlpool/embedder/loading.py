@@ -1,0 +1,144 @@
+"""`mlpool.load`: a base model and a design, or a folder that was saved before, as an embedder."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .backbone import Backbone, load_model
+from .designs import build_pool, find_design
+from .embedder import Embedder
+from .folder import check_folder
+from .pooler import Pooler
+
+_OURS = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in (Backbone, Pooler)}
+
+
+def load(
+    model: str | Path,
+    design: str | int | None = None,
+    pooler: str | Mapping[str, Any] = "default",
+    *,
+    layers: Sequence[int] | None = None,
+    max_seq_length: int | None = None,
+    prompts: Mapping[str, str] | None = None,
+    append_eos: bool = True,
+    include_prompt: bool = True,
+    include_bos: bool = True,
+    packing: str = "auto",
+    sliding_window: str = "keep",
+    base: str | Path | None = None,
+    device: str | None = None,
+    dtype: Any = "auto",
+    attn_implementation: str | None = None,
+    verify: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_folder: str | None = None,
+    local_files_only: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Embedder:
+    """Make an embedder of a base model, or load a saved one.
+
+        embedder = mlpool.load("Qwen/Qwen3-0.6B-Base", design="multi-layer-bidirectional")
+        embedder.encode(["a text", "another"])  # numpy [2, D], unit length
+        embedder = mlpool.load("folder-saved-before")
+
+    Args:
+        model: a folder or Hub name: a base model, a sentence-transformers model (its transformer is the base), or what
+            an embedder saved.
+        design: a name of DESIGNS or the paper's number, for a base model.
+        pooler: "default", "paper" (the released sizes and equations) or a dict of the pool's arguments.
+        layers: indices of the layers to read, for designs that read all.
+        max_seq_length: tokens, EOS counted. None: what was saved, or the model's own limit.
+        prompts: texts put before queries, documents or others, e.g. {"query": "Instruct: ...\\nQuery: "}; stored.
+        append_eos: append EOS where the tokenizer does not. include_prompt, include_bos: whether they are pooled.
+        packing: "auto", "always" or "never"; see `Backbone`. sliding_window: see `mlpool.bidirectional`.
+        base: the base model of a saved adapter, where it is no longer at the place it was trained from.
+        device, dtype, attn_implementation, model_kwargs: as of `AutoModel.from_pretrained`; dtype "auto" is the saved.
+        verify: hash every weight file of a saved folder, however large.
+        trust_remote_code: for base models whose own code is on the Hub; a saved embedder needs none.
+
+    Raises:
+        ValueError: no or an unknown design, a causal design on an encoder, options that a saved folder has decided, a
+            damaged file (named), an adapter for another base model.
+        FileNotFoundError: no such folder (nearest names), a missing file (named).
+    """
+    name = str(model)
+    _check_place(name)
+    hub: dict[str, Any] = {
+        "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
+    }  # fmt: skip
+    kwargs: dict[str, Any] = {"dtype": dtype, **(model_kwargs or {})}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    modules = _read_json(name, "modules.json", hub)
+    if modules is not None and any(module["type"] in _OURS for module in modules):
+        decided = {"pooler": pooler != "default", "layers": layers is not None, "append_eos": not append_eos}
+        if wrong := [option for option, given in decided.items() if given]:
+            raise ValueError(f"{name} is a saved embedder, which has decided {', '.join(wrong)}; leave it out")
+        check_folder(name, whole=verify)
+        if base is not None:
+            kwargs["base"] = str(base)
+        embedder: Embedder = Embedder._load_with_module_classes(
+            name, _OURS, device=device, prompts=dict(prompts or {}), trust_remote_code=trust_remote_code,
+            model_kwargs=kwargs, **hub,
+        )  # fmt: skip
+        saved = embedder[0].design  # type: ignore[union-attr]
+        if design is not None and find_design(design).name != saved:
+            raise ValueError(f"{name} was saved as {saved}, not as {find_design(design).name}; leave design out")
+        if max_seq_length is not None:
+            embedder.max_seq_length = max_seq_length
+        return embedder
+    if base is not None:
+        raise ValueError(f"base={str(base)!r} is for saved adapters, and {name} is a base model itself")
+    chosen = find_design(design)
+    subfolder = "" if modules is None else modules[0]["path"]
+    if max_seq_length is None and modules is not None:
+        max_seq_length = (_read_json(name, "sentence_bert_config.json", hub) or {}).get("max_seq_length")
+    transformer, tokenizer = load_model(name, {**hub, "trust_remote_code": trust_remote_code}, kwargs, subfolder)
+    backbone = Backbone(
+        transformer, tokenizer, chosen.name, layers, max_seq_length, append_eos, include_prompt, include_bos, packing,
+        sliding_window,
+    )  # fmt: skip
+    pool = build_pool(chosen, backbone.hidden_size, backbone.num_layers, pooler, layers)
+    embedder = Embedder(
+        modules=OrderedDict(  # type: ignore[arg-type]
+            backbone=backbone, pooler=Pooler(pool)
+        ),
+        device=device,
+        prompts=dict(prompts or {}),
+        trust_remote_code=trust_remote_code,
+    )
+    if not Path(name).exists():
+        embedder.model_card_data.base_model = name
+    return embedder
+
+
+def _check_place(name: str) -> None:
+    """A local path that is not there is an error here; a name with one slash may be on the Hub."""
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.is_file():
+        raise NotADirectoryError(f"{name} is a file; pass the folder of a model, or a Hub name")
+    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if local:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=3)
+        raise FileNotFoundError(f"no folder {name}" + (f"; near it: {', '.join(near)}" if near else ""))
+
+
+def _read_json(name: str, file: str, hub: dict[str, Any]) -> Any:
+    path = Backbone.load_file_path(name, file, **hub)
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error

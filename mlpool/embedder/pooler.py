@@ -1,0 +1,75 @@
+"""The second module of an embedder: token_embeddings or layer_states → sentence_embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from sentence_transformers.base.modules import Module
+from torch import Tensor
+
+from .. import pooling
+from ..pooling.base import CONFIG_NAME, Pool
+
+
+class Pooler(Module):
+    """A pool of `mlpool.pooling` as a module of a SentenceTransformer.
+
+    Args:
+        pool: reads `layer_states` [B, L, D] where the backbone gives them, `token_embeddings` otherwise.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Put sentence_embedding [B, D], of unit length, into the features."""
+        if "layer_states" in features:
+            embedding = self.pool(layer_states=features["layer_states"])
+        else:
+            masks: dict[str, Tensor | None] = {"token_mask": features.get("token_mask")}
+            if "cu_seqlens" in features:
+                masks["cu_seqlens"] = features["cu_seqlens"]
+            else:
+                masks["attention_mask"] = features["attention_mask"]
+            embedding = self.pool(features["token_embeddings"], **masks)
+        features["sentence_embedding"] = embedding
+        return features
+
+    def get_embedding_dimension(self) -> int:
+        """D."""
+        return self.pool.hidden_size  # type: ignore[return-value]
+
+    def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
+        """Write `config.json` and `pool.safetensors`."""
+        self.pool.save_pretrained(output_path)
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **_: Any,
+    ) -> Self:
+        """Load what `save` wrote, from a folder or a Hub repository.
+
+        Raises:
+            FileNotFoundError, ValueError: a missing, damaged or foreign file, named; see `Pool.from_pretrained`.
+        """
+        hub: dict[str, Any] = {
+            "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
+        }  # fmt: skip
+        kind = cls.load_config(model_name_or_path, subfolder, CONFIG_NAME, **hub).get("pool")
+        pool_class = getattr(pooling, str(kind), None)
+        if not (isinstance(pool_class, type) and issubclass(pool_class, Pool)):
+            raise ValueError(
+                f"{model_name_or_path}/{subfolder}/{CONFIG_NAME} names the pool {kind!r}, which is none of mlpool's; "
+                "the file is missing or damaged, or was written by a newer mlpool"
+            )
+        folder = cls.load_dir_path(model_name_or_path, subfolder, **hub)
+        return cls(pool_class.from_pretrained(Path(str(folder))))

@@ -1,0 +1,185 @@
+"""Texts to token ids: what the model expects around a text, EOS exactly once, and a cut that is counted.
+
+A tokenizer's own frame (BOS or CLS before, EOS or SEP behind) is found by tokenizing short probes with and without
+special tokens. Where it puts nothing behind a text, as decoders' tokenizers do, the EOS token is appended. Only the
+content is cut, so the frame is there however long a text is; and its full length is known, so the cut can be reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PROBES = ("a", "two words")
+_UNLIMITED = 10**9  # tokenizers without a limit say 10^30
+
+
+@dataclass
+class Truncated:
+    """What has been cut. count: texts. longest: tokens of the longest of them. limit: tokens that are kept."""
+
+    count: int = 0
+    longest: int = 0
+    limit: int = 0
+
+
+@dataclass
+class TokenIds:
+    """Token ids of a batch of texts.
+
+    Attributes:
+        ids: one list of token ids a text, framed. skipped: how many of its first tokens are BOS and prompt, and not
+        to be pooled; None where everything is pooled.
+    """
+
+    ids: list[list[int]]
+    skipped: list[int] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
+
+    def padded(self, rows: Sequence[int], pad: int) -> dict[str, Tensor]:
+        """Padded on the right: input_ids and attention_mask, int64 [B, T], and token_mask where tokens are skipped."""
+        lengths = torch.tensor([len(self.ids[row]) for row in rows])
+        input_ids = torch.full((len(rows), int(lengths.max())), pad)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(self.ids[row])] = torch.tensor(self.ids[row])
+        place = torch.arange(input_ids.shape[1])
+        features = {"input_ids": input_ids, "attention_mask": (place < lengths[:, None]).long()}
+        if self.skipped is not None:
+            skipped = torch.tensor([self.skipped[row] for row in rows])
+            features["token_mask"] = (place >= skipped[:, None]).long() * features["attention_mask"]
+        return features
+
+    def packed(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """One row: input_ids int64 [1, total], cu_seqlens int32 [B+1]; token_mask [total] where tokens are skipped."""
+        lengths = torch.tensor([0] + [len(self.ids[row]) for row in rows])
+        features = {
+            "input_ids": torch.tensor([token for row in rows for token in self.ids[row]])[None],
+            "cu_seqlens": lengths.cumsum(0).int(),
+        }
+        if self.skipped is not None:
+            place = torch.cat([torch.arange(len(self.ids[row])) - self.skipped[row] for row in rows])
+            features["token_mask"] = (place >= 0).long()
+        return features
+
+
+class TextTokenizer:
+    """A Hugging Face tokenizer, fast or slow, as embedders need it.
+
+    Args:
+        tokenizer: left as it is, but for a pad token where it has none (its EOS or UNK; no vocabulary is resized).
+        append_eos: append EOS where the tokenizer puts nothing behind a text.
+        include_prompt, include_bos: whether those tokens are pooled, or only read by the model.
+
+    Raises:
+        ValueError: append_eos with a tokenizer that has no EOS token; a frame that depends on the text.
+    """
+
+    def __init__(
+        self, tokenizer: Any, append_eos: bool = True, include_prompt: bool = True, include_bos: bool = True
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.include_prompt, self.include_bos = include_prompt, include_bos
+        self.prefix, self.suffix = self._frame()
+        if append_eos and not self.suffix:
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    f"{type(tokenizer).__name__} puts no token behind a text and has no EOS token to append; set "
+                    "tokenizer.eos_token, or load with append_eos=False (the last token of the text then counts)"
+                )
+            self.suffix = [tokenizer.eos_token_id]
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        # Behind a mask nothing reads it; 0 is in every vocabulary.
+        self.pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.truncated = Truncated()
+
+    def limit(self) -> int | None:
+        """The tokenizer's own limit of tokens, if it has one."""
+        limit = getattr(self.tokenizer, "model_max_length", None)
+        return limit if limit is not None and limit < _UNLIMITED else None
+
+    def __call__(self, texts: Sequence[str], prompt: str | None = None, max_length: int | None = None) -> TokenIds:
+        """Tokenize texts.
+
+        Args:
+            prompt: put before each text as it is. max_length: tokens, the frame counted; None is no limit.
+
+        Raises:
+            ValueError: a row that is no string, a prompt that leaves no room, a text without any token.
+        """
+        check_texts(texts)
+        contents, prompts = self._contents([prompt + text for text in texts] if prompt else texts, prompt or "")
+        frame = len(self.prefix) + len(self.suffix)
+        longest_prompt = max(prompts, default=0)
+        if max_length is not None and frame + longest_prompt >= max_length:
+            raise ValueError(
+                f"max_seq_length is {max_length} tokens, and {longest_prompt} of prompt with {frame} of BOS and EOS "
+                "leave no room for a text; raise max_seq_length or shorten the prompt"
+            )
+        ids = []
+        for row, content in enumerate(contents):
+            while self.suffix and content and content[-1] == self.suffix[-1]:  # written out in the text
+                content = content[:-1]
+            if not content and not frame:
+                raise ValueError(f"row {row} ({texts[row]!r}) has no token; leave it out, or load with append_eos=True")
+            if max_length is not None and len(content) + frame > max_length:
+                self._count(len(content) + frame, max_length)
+                content = content[: max_length - frame]
+            ids.append(self.prefix + content + self.suffix)
+        if self.include_prompt and self.include_bos:
+            return TokenIds(ids)
+        # BOS stands before the prompt: without the prompt it is not pooled either. One token always is.
+        bos = 0 if self.include_bos else len(self.prefix)
+        skipped = [len(self.prefix) + n if n and not self.include_prompt else bos for n in prompts]
+        return TokenIds(ids, [min(n, len(row) - 1) for n, row in zip(skipped, ids, strict=True)])
+
+    def _contents(self, texts: Sequence[str], prompt: str) -> tuple[list[list[int]], list[int]]:
+        """Token ids without the frame, and how many of each are the prompt's."""
+        options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        if not texts:
+            return [], []
+        if not prompt or self.include_prompt:
+            length = len(self.tokenizer(prompt, **options)["input_ids"]) if prompt else 0
+            return self.tokenizer(list(texts), **options)["input_ids"], [length] * len(texts)
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                "include_prompt=False needs a fast tokenizer, which tells where in the text a token stands"
+            )
+        batch = self.tokenizer(list(texts), return_offsets_mapping=True, **options)
+        # A token that reaches into the text is the text's.
+        inside = [sum(end <= len(prompt) for _, end in offsets) for offsets in batch["offset_mapping"]]
+        return batch["input_ids"], inside
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer itself puts before and behind a text."""
+        frames = []
+        for text in _PROBES:
+            inner = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            outer = self.tokenizer(text)["input_ids"]
+            starts = [i for i in range(len(outer) - len(inner) + 1) if outer[i : i + len(inner)] == inner]
+            frames += [(outer[:i], outer[i + len(inner) :]) for i in starts[:1]]
+        if len(frames) < len(_PROBES) or any(frame != frames[0] for frame in frames):
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} does not put the same special tokens around every text (probes "
+                f"{_PROBES}: {frames}), so where EOS belongs is not known"
+            )
+        return frames[0]
+
+    def _count(self, length: int, limit: int | None) -> None:
+        seen = self.truncated
+        self.truncated = Truncated(seen.count + 1, max(seen.longest, length), limit or 0)
+
+
+def check_texts(texts: Sequence[Any]) -> None:
+    """Raises ValueError, with the rows named, where a text is no string."""
+    wrong = [(i, text) for i, text in enumerate(texts) if not isinstance(text, str)]
+    if wrong:
+        rows = ", ".join(f"row {i} is {type(text).__name__} ({str(text)[:40]!r})" for i, text in wrong[:5])
+        raise ValueError(f"texts must be strings, but {len(wrong)} of {len(texts)} are not: {rows}")
