@@ -1,0 +1,1 @@
+"""Evaluation: MTEB and local folders, statistics on the scores, what each layer holds, plots."""
