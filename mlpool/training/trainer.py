@@ -1,0 +1,147 @@
+"""sentence-transformers' trainer, where it would lose something of an embedder: checkpoints, sharding, resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sentence_transformers import SentenceTransformerTrainer
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+from ..embedder.adapters import has_adapter
+from ..embedder.embedder import Embedder
+from ..embedder.folder import check_folder
+from ..pooling.base import WEIGHTS_NAME
+from ..taps import find_layers
+
+STATE = "trainer_state.json"  # the last file of a checkpoint that transformers writes
+
+
+class EmbedderTrainer(SentenceTransformerTrainer):
+    """A `SentenceTransformerTrainer` for embedders.
+
+    What differs: the model is prepared by `prepare`; a checkpoint is written whole or not at all, and by all processes
+    in step; weights sharded by FSDP2 are gathered to be saved and spread again to resume; resuming reads trained
+    weights in the precision they were trained in.
+    """
+
+    def __init__(self, model: Embedder, **kwargs: Any) -> None:
+        prepare(model)
+        super().__init__(model=model, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the embedder, verified; every process returns when the folder is there."""
+        if self.is_fsdp_enabled:
+            # Asked of all processes; the first has the tensors.
+            state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if self.args.should_save:
+                with whole(self.model, dict(state)):
+                    self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
+        # The others write their random states into the folder that the first is about to put in place.
+        if dist.is_initialized():
+            dist.barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        embedder: Any = getattr(self.model, "_orig_mod", self.model)
+        state = trained_weights(embedder, Path(resume_from_checkpoint))
+        if self.is_fsdp_enabled:
+            set_model_state_dict(embedder, state, options=StateDictOptions(full_state_dict=True, strict=False))
+        else:
+            embedder.load_state_dict(state, strict=False)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def prepare(embedder: Embedder) -> None:
+    """Make an embedder ready for training, in place.
+
+    Trainable weights become float32, since an optimizer's steps are lost in half precision; an adapter that was loaded
+    becomes trainable; and what cannot get a gradient is frozen, which DDP would wait for: an encoder's unused pooler
+    and layers above the highest that is read.
+    """
+    backbone: Any = embedder[0]
+    trunk, layers = find_layers(backbone.model)
+    for name, parameter in backbone.model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    if isinstance(getattr(trunk, "pooler", None), nn.Module):
+        trunk.pooler.requires_grad_(False)  # type: ignore[union-attr]
+    highest = max(i % len(layers) for i in backbone.layers) if backbone.layers is not None else len(layers) - 1
+    for layer in list(layers)[highest + 1 :]:
+        layer.requires_grad_(False)
+    if highest < len(layers) - 1:
+        for name, module in trunk.named_children():
+            if "norm" in name:
+                module.requires_grad_(False)
+    for parameter in embedder.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    backbone.arrange()
+
+
+def trained_weights(embedder: Embedder, checkpoint: Path) -> dict[str, Tensor]:
+    """What a checkpoint holds of this embedder's weights, under their names in it: pool, and adapter or all weights."""
+    from safetensors.torch import load_file
+
+    check_folder(checkpoint)
+    backbone: Any = embedder[0]
+    state: dict[str, Tensor] = {}
+    for path in checkpoint.glob(f"*/{WEIGHTS_NAME}"):
+        state |= {f"pooler.pool.{name}": tensor for name, tensor in load_file(path).items()}
+    if has_adapter(backbone.model):
+        adapter = load_file(checkpoint / "adapter_model.safetensors")
+        for name, tensor in adapter.items():
+            stem, kind, rest = name.removeprefix("base_model.model.").rpartition(".weight")
+            state[f"backbone.model.{stem}.default{kind}{rest}"] = tensor
+    else:
+        from transformers import AutoModel
+
+        full = AutoModel.from_pretrained(checkpoint, dtype="auto")
+        state |= {f"backbone.model.{name}": tensor for name, tensor in full.state_dict().items()}
+    names = set(embedder.state_dict())
+    if unknown := [name for name in state if name not in names]:
+        raise ValueError(
+            f"{checkpoint} does not fit the model being trained: it has {', '.join(unknown[:3])}, which the model "
+            "lacks; resume with the config it was trained with"
+        )
+    return state
+
+
+@contextmanager
+def whole(model: nn.Module, state: dict[str, Any]) -> Iterator[None]:
+    """While it lasts, the model's sharded parameters are the full tensors of `state`."""
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in state}
+    sharded: dict[str, nn.Parameter] = {}
+    for name, owner in owners.items():
+        leaf = name.rpartition(".")[2]
+        if leaf in owner._parameters:
+            sharded[name] = owner._parameters[leaf]  # type: ignore[assignment]
+            owner._parameters[leaf] = nn.Parameter(state[name], requires_grad=False)
+    try:
+        yield
+    finally:
+        for name, parameter in sharded.items():
+            owners[name]._parameters[name.rpartition(".")[2]] = parameter
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end; one that a killed run left half is passed over."""
+    found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2] or 0))
+    for path in reversed(found):
+        try:
+            json.loads((path / STATE).read_text())
+            check_folder(path)
+        except (OSError, ValueError):
+            continue
+        return path
+    return None

