@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import set_seed
 
 from ..embedder import Embedder, add_lora, load
 from ..embedder.folder import recover
@@ -73,6 +74,7 @@ def train(
     held_out = None
     if config.data.get("eval"):
         held_out = load_pairs(config.data["eval"], **{k: v for k, v in data.items() if k != "limit"})
+    set_seed(int(config.arguments.get("seed", 42)))  # before the pool and LoRA are drawn
     embedder = load(config.model, **config.options)
     if config.lora is not None:
         add_lora(embedder, **config.lora)
@@ -97,6 +99,7 @@ def train(
         (output / CONFIG).write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(output))
+    trainer.accelerator.unwrap_model(embedder, keep_fp32_wrapper=False)  # of its autocast: it embeds as if loaded
     return embedder
 
 

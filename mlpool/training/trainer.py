@@ -40,14 +40,18 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         if self.is_fsdp_enabled:
             # Asked of all processes; the first has the tensors.
             state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-            if self.args.should_save:
-                with whole(self.model, dict(state)):
-                    self._save(output_dir)
+            with whole(self.model, dict(state)):
+                self._save(output_dir)
         else:
             super().save_model(output_dir, _internal_call)
         # The others write their random states into the folder that the first is about to put in place.
         if dist.is_initialized():
             dist.barrier()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # transformers asks every process since 5.0, sentence-transformers expects the first alone.
+        if self.args.should_save:
+            super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         embedder: Any = getattr(self.model, "_orig_mod", self.model)
