@@ -1,0 +1,543 @@
+"""`mlpool eval`: scores of a model on MTEB or on local folders, resumable, with what each item contributed.
+
+A results folder holds
+
+    results.csv                             one row per task (see results.py), what `mlpool compare` reads
+    results/MODEL/IDENTITY/TASK.json        mteb's own layout
+    items/MODEL/IDENTITY/TASK.SPLIT.npz     per-item results; .json beside it marks the task as done
+    predictions/MODEL/IDENTITY/             mteb's predictions where there are no per-item results (clusters, say)
+    cache/IDENTITY/                         embeddings of retrieval corpora; may be deleted
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import local, results
+from .encoder import BARE, Prompts, make_encoder, name_of
+from .local import SPLITS, local_tasks
+from .results import Score
+from .tasks import PAPER, import_mteb, mteb_tasks
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger("mlpool")
+
+
+def evaluate_local(
+    model: SentenceTransformer,
+    data: str | Path,
+    tasks: Iterable[str] | None = None,
+    output: str | Path | None = None,
+    *,
+    label: str,
+    split: str = "test",
+    prompts: Prompts | None = None,
+    **options: Any,
+) -> list[Score]:
+    """Scores on folders of one's own (see local.py), offline.
+
+    Args:
+        data, tasks, split: see `local_tasks`; tasks=None is everything there that has the split.
+        prompts: none by default but those stored in the model.
+        output, label, options: see `evaluate`.
+
+    Raises: see `local_tasks` and `evaluate`; ValueError naming file and line where data is broken.
+    """
+    import_mteb()
+    with _kept_random_state():
+        chosen = local_tasks(data, tasks, split)
+    return _run(model, chosen, output, label=label, prompts=prompts or Prompts("model"), **options)
+
+
+def evaluate(
+    model: SentenceTransformer,
+    tasks: str | Iterable[str],
+    output: str | Path | None = None,
+    *,
+    label: str,
+    prompts: Prompts | None = None,
+    **options: Any,
+) -> list[Score]:
+    """Scores on MTEB's tasks.
+
+    Args:
+        model: any SentenceTransformer.
+        tasks: "paper", a type ("STS": the paper's tasks of it), or names that mteb knows.
+        output: the results folder. What it holds for this very model is not evaluated again. None: nothing is kept.
+        label: the model's name in tables.
+        prompts: mteb's instructions, bare, by default.
+        options: seed (of the training, for the table), token_budget (largest number of tokens to a forward) or
+            batch_size, cache (keep embeddings of corpora, default yes), shard (take this process's share of the tasks,
+            by RANK and WORLD_SIZE; rank 0 returns all of them), progress (bars on stderr).
+
+    Returns: a `Score` per task, scores from 0 to 1 (correlations from -1).
+
+    Raises:
+        ValueError: unknown tasks (the nearest are given), prompts that do not cover them.
+        FileNotFoundError: data sets that are not on this machine and cannot be downloaded, after all others are done.
+        ModuleNotFoundError: mteb is missing.
+    """
+    with _kept_random_state():
+        chosen = mteb_tasks(tasks)
+    return _run(model, chosen, output, label=label, prompts=prompts or Prompts("mteb"), **options)
+
+
+def _run(
+    model: SentenceTransformer,
+    tasks: Sequence[AbsTask],
+    output: str | Path | None,
+    *,
+    label: str,
+    prompts: Prompts,
+    seed: int | None = None,
+    token_budget: int | None = None,
+    batch_size: int = 32,
+    cache: bool = True,
+    shard: bool = False,
+    progress: bool = True,
+) -> list[Score]:
+    from tqdm.auto import tqdm
+
+    if not label.strip():
+        raise ValueError("label is empty; it names the model in tables")
+    prompts.check(tasks)
+    if shard and output is None:
+        raise ValueError("sharing tasks out among processes needs an output folder, where their results meet")
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    mine = _share(tasks, rank, world) if shard else list(tasks)
+    store = None if output is None else Path(output)
+    encoder = make_encoder(
+        model, label, prompts, cache=store / "cache" if store and cache else None, token_budget=token_budget,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    design = str(getattr(next(iter(model.children()), None), "design", ""))
+    rows: dict[str, Score] = {}
+    missing: dict[str, str] = {}
+    with tqdm(mine, desc=f"evaluating {label}", unit="task", disable=not progress) as bar:
+        for task in bar:
+            bar.set_postfix_str(name_of(task))
+            try:
+                row = replace(_evaluate(encoder, task, prompts, store), seed=seed, design=design)
+            except _DataMissing as error:
+                missing[name_of(task)] = str(error)
+                continue
+            rows[name_of(task)] = row
+            if store:
+                results.append(store / results.FILE_NAME, [row])
+    if shard and world > 1:
+        assert store is not None
+        _wait_for_others()
+        key = (label, encoder.mteb_model_meta.revision, seed)
+        rows = {row.task: row for row in results.read(store) if (row.model, row.identity, row.seed) == key}
+    if missing:
+        raise FileNotFoundError(_how_to_get(missing))
+    if absent := [name_of(task) for task in tasks if name_of(task) not in rows]:
+        raise FileNotFoundError(f"another process could not evaluate {', '.join(absent)}; it says why")
+    return [rows[name_of(task)] for task in tasks]
+
+
+# --- one task ------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(encoder: Any, task: AbsTask, prompts: Prompts, store: Path | None) -> Score:
+    """Evaluate one task, or take the result that lies there for the same model, data and prompts."""
+    meta, name, split = encoder.mteb_model_meta, task.metadata.name, ",".join(task.eval_splits)
+    inputs = {
+        "dataset_revision": task.metadata.revision,
+        "prompts": [prompts.of(task.metadata, kind, encoder.model) for kind in (None, "query", "document")],
+    }
+    folder = Path("items", meta.model_name_as_path(), meta.revision)
+    marker = store / folder / f"{name}.{split}.json" if store else None
+    if marker and (row := _read_marker(marker, inputs)):
+        return replace(row, model=meta.name)
+    _load(task)
+    texts, seconds, started = encoder.texts, encoder.seconds, time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = _mteb_evaluate(encoder, task, store, Path(scratch), afresh=marker is None or marker.exists())
+        took = time.perf_counter() - started
+        texts, seconds = encoder.texts - texts, encoder.seconds - seconds
+        score, items = _score_of(found, task), ""
+        if store and (arrays := _items(task, Path(scratch), score)):
+            items = str(folder / f"{name}.{split}.npz")
+            results.write_items(store / items, **arrays)
+        elif store:
+            _keep_predictions(Path(scratch), store / "predictions" / folder.relative_to("items"), task)
+        row = Score(
+            model=meta.name, task=name_of(task), task_type=task.metadata.type, score=score, identity=meta.revision,
+            split=split, metric=task.metadata.main_score, n_items=_count(task), items=items, seconds=round(took, 3),
+            texts_per_second=round(texts / seconds, 1) if seconds else None, versions=_versions(),
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+    task.unload_data()
+    if marker:
+        _write_marker(marker, {"inputs": inputs, "row": {k: v for k, v in asdict(row).items() if k in results.COLUMNS}})
+    return row
+
+
+class _DataMissing(Exception):
+    pass
+
+
+def _load(task: AbsTask) -> None:
+    """Load a task's data: mteb itself may go on without it."""
+    if hasattr(task, "folder"):
+        task.load_data()
+        return
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        with _quiet():
+            task.load_data()
+    except (DatasetNotFoundError, HfHubHTTPError, OSError) as error:  # OSError: no connection, offline mode
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise _DataMissing(f"{task.metadata.name} ({task.metadata.dataset['path']}: {reason})") from error
+
+
+def _how_to_get(missing: dict[str, str]) -> str:
+    """Which data sets are missing, and the command that loads just what mteb needs of them."""
+    names = ", ".join(map(repr, missing))
+    return (
+        f"data sets that are not on this machine and could not be downloaded: {'; '.join(missing.values())}. Where "
+        f'there is a network, run\n    python -c "import mteb; [mteb.get_task(t).load_data() for t in ({names},)]"\n'
+        "and copy $HF_HOME (~/.cache/huggingface) to this machine; or evaluate data of your own with --local DIR. All "
+        "other tasks are done and kept. HF_HUB_OFFLINE=1 saves waiting for a network that is not there"
+    )
+
+
+def _mteb_evaluate(encoder: Any, task: AbsTask, store: Path | None, predictions: Path, afresh: bool) -> Any:
+    mteb = import_mteb()
+    cache = mteb.ResultCache(store) if store else None
+    if cache and not afresh:
+        afresh = not _can_extend(cache, encoder.mteb_model_meta, task)
+    with _kept_random_state(), _quiet(), _no_bars():
+        found = mteb.evaluate(
+            encoder, task, cache=cache, overwrite_strategy="always" if afresh else "only-missing",
+            prediction_folder=predictions, encode_kwargs={"batch_size": 1024, "show_progress_bar": False},
+            co2_tracker=False, show_progress_bar=False,
+        )  # fmt: skip
+    return found.task_results[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a line per step, and what is known: the protocols are mteb's, superseded or converged or not."""
+    log = logging.getLogger("mteb")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="(?s).*(superseded|failed to converge|Number of distinct clusters)"
+            )
+            yield
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Of the datasets library, which shows one for each copy that mteb makes."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _can_extend(cache: Any, meta: Any, task: AbsTask) -> bool:
+    """Whether mteb's file for this task is whole, about the same data, and lacks the split."""
+    path = cache.get_task_result_path(task.metadata.name, meta)
+    try:
+        old = json.loads(path.read_text())
+        return old["dataset_revision"] == task.metadata.revision and not set(task.eval_splits) & set(old["scores"])
+    except FileNotFoundError:
+        return True
+    except (ValueError, KeyError):  # cut short by a kill
+        return False
+
+
+def _score_of(found: Any, task: AbsTask) -> float:
+    """The main score, averaged over splits and subsets where there are several."""
+    values = [entry["main_score"] for split in task.eval_splits for entry in found.scores[split]]
+    score = float(sum(values) / len(values))
+    if math.isnan(score):
+        logger.warning(
+            "%s: %s is undefined (are all embeddings alike?); it counts as 0", name_of(task), task.metadata.main_score
+        )
+        return 0.0
+    return score
+
+
+# --- per-item results ----------------------------------------------------------------------------------------------
+
+
+def _data(task: AbsTask) -> list[Any]:
+    """The evaluated data of every subset and split."""
+    data: Any = task.dataset
+    return [data.get(subset, data)[split] for subset in task.hf_subsets for split in task.eval_splits]
+
+
+def _count(task: AbsTask) -> int:
+    """Pairs, queries or texts."""
+    queries = task.metadata.type in ("Retrieval", "Reranking")
+    return sum(len(data["relevant_docs"] if queries else data) for data in _data(task))
+
+
+def _keep_predictions(scratch: Path, folder: Path, task: AbsTask) -> None:
+    """mteb's own file, for what is no per-item result: clusters, similarities ranked as a whole."""
+    if (path := scratch / task.prediction_file_name).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / path.name)
+
+
+def _items(task: Any, scratch: Path, score: float) -> dict[str, Any] | None:
+    """What `results.write_items` takes; None where the score is no mean or correlation over the items of one set."""
+    import numpy as np
+
+    path, data = scratch / task.prediction_file_name, _data(task)
+    if len(data) != 1 or not path.is_file():
+        return None
+    predictions = json.loads(path.read_text())[task.hf_subsets[0]][task.eval_splits[0]]
+    kind, metric = task.metadata.type, task.metadata.main_score
+    if kind == "STS" and metric == "cosine_spearman":
+        gold = data[0]["score"]
+        return {"item": np.arange(len(gold)), "prediction": predictions["cosine_scores"], "gold": gold}
+    values: dict[Any, float]
+    if kind in ("Retrieval", "Reranking"):
+        values = _per_query(task, data[0]["relevant_docs"], predictions)
+    elif kind == "Classification" and metric == "accuracy" and not task.is_cross_validation:
+        right = np.asarray(predictions) == np.asarray(data[0][task.label_column_name])  # [experiments, n]
+        values = dict(enumerate(right.mean(0)))
+    elif kind == "Summarization" and metric == "cosine_spearman":
+        from scipy.stats import spearmanr
+
+        pairs = zip(predictions["human_scores"], predictions["cosine_scores"], strict=True)
+        values = {i: float(spearmanr(gold, predicted).statistic) for i, (gold, predicted) in enumerate(pairs)}
+    else:
+        return None
+    if not values or abs(np.mean(list(values.values())) - score) > 1e-4:
+        logger.warning("%s: no per-item results, as %s is not their mean", name_of(task), metric)
+        return None
+    return {"item": list(values), "value": list(values.values())}
+
+
+def _per_query(task: Any, relevant: Any, found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """nDCG, MAP, recall or precision at the metric's cut-off, of each query, as mteb computes it; empty for others."""
+    import pytrec_eval
+
+    name, _, cut = task.metadata.main_score.partition("_at_")
+    measure = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}.get(name)
+    if measure is None or not cut.isdigit():
+        return {}
+    if task.ignore_identical_ids:
+        found = {query: {d: s for d, s in docs.items() if d != query} for query, docs in found.items()}
+    if task.skip_first_result:
+        found = {q: dict(sorted(docs.items(), key=lambda pair: -pair[1])[1:]) for q, docs in found.items()}
+    scores = pytrec_eval.RelevanceEvaluator(relevant, {f"{measure}.{cut}"}).evaluate(found)
+    return {query: values[f"{measure}_{cut}"] for query, values in sorted(scores.items())}
+
+
+# --- resuming and sharing ------------------------------------------------------------------------------------------
+
+
+def _read_marker(path: Path, inputs: dict[str, Any]) -> Score | None:
+    try:
+        found = json.loads(path.read_text())
+        row = Score(**found["row"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    there = not row.items or (path.with_suffix(".npz")).is_file()
+    return row if found["inputs"] == inputs and there else None
+
+
+def _write_marker(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(json.dumps(content))
+    os.replace(new, path)
+
+
+def _share(tasks: Sequence[AbsTask], rank: int, world: int) -> list[AbsTask]:
+    """This process's tasks: the largest first, each to the process with the least so far."""
+    loads = [0.0] * world
+    mine = []
+    for size, _, task in sorted(((_size(t), i, t) for i, t in enumerate(tasks)), key=lambda x: (-x[0], x[1])):
+        least = loads.index(min(loads))
+        loads[least] += size
+        if least == rank:
+            mine.append(task)
+    return mine
+
+
+def _size(task: Any) -> float:
+    """Characters to encode, as far as known."""
+    if hasattr(task, "size"):
+        return float(task.size)
+    splits = task.metadata.descriptive_stats or {}
+    known = [splits[split] for split in task.eval_splits if split in splits]
+    return float(sum(s.get("number_of_characters") or 200 * s.get("num_samples", 1000) for s in known) or 1e6)
+
+
+def _wait_for_others() -> None:
+    import torch.distributed as dist
+
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    dist.barrier()
+    if own:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """mteb seeds everything, for every task; a training around it must not notice."""
+    import numpy as np
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _versions() -> str:
+    found = []
+    for name in ("mlpool", "mteb", "sentence-transformers", "transformers", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Score a model on MTEB, or offline on folders of your own; resumes where it was stopped."
+    parser.epilog = f"Several GPUs: torchrun --nproc-per-node 8 -m -- mlpool.cli eval ...\n\n{local.__doc__}".replace(
+        "%", "%%"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("model", help="folder or Hub name of an embedder, or of any sentence-transformers model")
+    add("--tasks", metavar="NAME[,NAME]", help=f"paper (47 tasks), {', '.join(PAPER)}, or mteb's names; with --local "
+        "the folders, sts/stsb, or a kind of them (default there: all)")  # fmt: skip
+    add("--local", metavar="DIR", help="evaluate the folders in DIR instead of MTEB, see below")
+    add("--split", choices=SPLITS, default="test", help="of --local (default: %(default)s)")
+    add("-o", "--output", default="results", metavar="DIR", help="results folder (default: %(default)s)")
+    add("--label", help="the model's name in tables (default: its folder's or Hub name)")
+    add("--seed", type=int, help="the seed it was trained with, for the tables")
+    add("--prompts", metavar="mteb|model|none|FILE", help="what stands before texts, queries only in retrieval: mteb's "
+        "instructions (default), the model's own prompts (default of --local), nothing, or a JSON or YAML file that "
+        "maps names or types of tasks or 'default' to instructions")  # fmt: skip
+    add("--template", default=BARE, help="of an instruction, say 'Instruct: {instruction}\\nQuery: ' (default: bare, "
+        "%(default)r)")  # fmt: skip
+    add("--token-budget", type=int, metavar="N", help="tokens a forward, of mlpool's embedders (default: theirs)")
+    add("--batch-size", type=int, default=32, metavar="N", help="texts a forward, of others (default: %(default)s)")
+    add("--no-cache", action="store_true", help="keep no embeddings of retrieval corpora")
+    add("--design", help="build this design on a base model, untrained, instead of loading an embedder")
+    add("--device", help="say cpu or cuda:1 (default: the first GPU, under torchrun each process its own)")
+    add("--dtype", default="auto", help="float32, bfloat16, ... (default: as saved)")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    import_mteb()
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()] if args.tasks else None
+    if names is None and args.local is None:
+        raise ValueError("name tasks with --tasks (paper, STS, SciFact, ...), or folders of your own with --local DIR")
+    prompts = Prompts.load(args.prompts or ("model" if args.local else "mteb"), args.template.replace("\\n", "\n"))
+    with _kept_random_state():  # names are checked before a model is loaded
+        tasks = local_tasks(args.local, names, args.split) if args.local else mteb_tasks(names or [])
+    prompts.check(tasks)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    model = load_model(args.model, args.design, args.device or _device(), args.dtype)
+    rows = _run(
+        model, tasks, args.output, label=args.label or _label(args.model), prompts=prompts, seed=args.seed,
+        token_budget=args.token_budget, batch_size=args.batch_size, cache=not args.no_cache, shard=world > 1,
+        progress=rank == 0,
+    )  # fmt: skip
+    if rank == 0:
+        print(table(rows))
+        print(f"\nin {Path(args.output) / results.FILE_NAME}; compare models with: mlpool compare", file=sys.stderr)
+    return None
+
+
+def load_model(name: str, design: str | None = None, device: str | None = None, dtype: str = "auto") -> Any:
+    """A saved embedder, any other SentenceTransformer as it is, or with `design` a new embedder on a base model.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: a base model without a design, a folder of another design.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    from ..embedder.loading import _OURS, _check_place, _read_json, load
+
+    _check_place(name)
+    modules = _read_json(name, "modules.json", {})
+    if design is None and modules and not any(module["type"] in _OURS for module in modules):
+        return SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
+    if not modules and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        there = ", ".join(sorted(path.name for path in Path(name).iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"{name} holds no model: expected modules.json (an embedder) or config.json (a base model, with --design), "
+            f"found {there}"
+        )
+    return load(name, design, device=device, dtype=dtype)
+
+
+def _label(model: str) -> str:
+    return (Path(model).resolve() if Path(model).exists() else Path(model)).name
+
+
+def _device() -> str | None:
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+
+
+def table(rows: Sequence[Score]) -> str:
+    """Scores by task, then the mean of each type with several tasks."""
+    lines = [["task", "type", "metric", "score", "items", "seconds", "texts/s"]]
+    for row in rows:
+        speed = "" if row.texts_per_second is None else f"{row.texts_per_second:.0f}"
+        cells = [f"{row.score:.4f}", str(row.n_items), f"{row.seconds:.1f}", speed]
+        lines.append([row.task, row.task_type, row.metric, *cells])
+    for kind in dict.fromkeys(row.task_type for row in rows):
+        scores = [row.score for row in rows if row.task_type == kind]
+        if len(scores) > 1:
+            lines.append([f"mean of {len(scores)}", kind, "", f"{sum(scores) / len(scores):.4f}", "", "", ""])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = (
+        [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)

@@ -1,0 +1,354 @@
+"""Folders of one's own as mteb tasks: nothing is downloaded, and the metrics are mteb's.
+
+    DIR/sts/NAME/{test,dev}.jsonl                    {"sentence1", "sentence2", "score"}
+    DIR/retrieval/NAME/                              BEIR: corpus.jsonl, queries.jsonl, qrels.tsv (the test split) or
+                                                     qrels/{test,dev}.tsv
+    DIR/classification/NAME/{train,test,dev}.jsonl   {"text", "label"}; the evaluated split also serves for clustering
+    DIR/clustering/NAME/{test,dev}.jsonl             {"text", "label"}
+    DIR/pair_classification/NAME/{test,dev}.jsonl    {"sentence1", "sentence2", "label"}, labels 0 and 1
+
+A task is called by its folder, "sts/stsb". Other keys in the lines, other files and other folders are not read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..pooling.base import log_once
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+Row = dict[str, Any]
+SPLITS = ("test", "dev")
+
+
+def local_tasks(data: str | Path, names: Iterable[str] | None = None, split: str = "test") -> list[AbsTask]:
+    """The tasks found under `data`, read when they are evaluated. Needs mteb.
+
+    Args:
+        data: the folder DIR of the module's docstring.
+        names: "sts/stsb", a whole kind ("sts", or mteb's word for it, "STS"), or a folder's name where only one
+            folder has it ("stsb"). None: everything that has the split.
+        split: "test" or "dev".
+
+    Raises:
+        FileNotFoundError: no such folder, no task in it, or a task asked for without that split.
+        ValueError: another split, an unknown name (the nearest are given), a name that several folders have.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    data = Path(data)
+    found = _discover(data)
+    wanted = dict.fromkeys(found, False) if names is None else _choose(found, names)
+    tasks = []
+    for name, by_name in wanted.items():
+        kind, folder = found[name]
+        if missing := [path for path in kind.files(folder, split) if not path.is_file()]:
+            if not by_name:
+                log_once(f"{name} is left out: there is no {missing[0]}")
+                continue
+            raise FileNotFoundError(
+                f"{name} cannot be evaluated on its {split} split: there is no {missing[0]}; {folder} holds "
+                f"{', '.join(sorted(path.name for path in folder.iterdir()))}"
+            )
+        tasks.append(_task(kind, name, folder, split))
+    if not tasks:
+        raise FileNotFoundError(f"no task under {data} has a {split} split; its tasks are {', '.join(found)}")
+    return tasks
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path, check: Callable[[Row], str | None] = lambda row: None) -> Iterator[Row]:
+    """The rows of a JSONL file; blank lines are skipped.
+
+    Raises:
+        ValueError: a line that is no JSON object, or in which `check` finds a fault; file and line are named.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+            fault = check(row) if isinstance(row, dict) else f"expected an object, got {type(row).__name__}"
+            if fault:
+                raise ValueError(f"{path}, line {number}: {fault}")
+            yield row
+
+
+def _text(row: Row, *keys: str) -> str | None:
+    for key in keys:
+        if not isinstance(row.get(key), str):
+            return f'"{key}" must be a string, got {row.get(key)!r}' if key in row else _absent(key, row)
+    return None
+
+
+def _absent(key: str, row: Row) -> str:
+    return f'"{key}" is missing; found {", ".join(map(repr, row)) or "nothing"}'
+
+
+def _sts_fault(row: Row) -> str | None:
+    if fault := _text(row, "sentence1", "sentence2"):
+        return fault
+    score = row.get("score")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        return f'"score" must be a number, got {score!r}' if "score" in row else _absent("score", row)
+    return None
+
+
+def _pair_fault(row: Row) -> str | None:
+    if fault := _text(row, "sentence1", "sentence2"):
+        return fault
+    return None if row.get("label") in (0, 1) else f'"label" must be 0 or 1, got {row.get("label")!r}'
+
+
+def _label_fault(row: Row) -> str | None:
+    if fault := _text(row, "text"):
+        return fault
+    if "label" not in row:
+        return _absent("label", row)
+    return None if isinstance(row["label"], str | int) else f'"label" must be a string or integer, got {row["label"]!r}'
+
+
+def _columns(path: Path, rows: Iterable[Row], *keys: str) -> dict[str, list]:
+    rows = list(rows)
+    if len(rows) < 2:
+        raise ValueError(f"{path} holds {len(rows)} rows; at least 2 are needed")
+    return {key: [row[key] for row in rows] for key in keys}
+
+
+def _read_sts(folder: Path, split: str) -> Any:
+    path = folder / f"{split}.jsonl"
+    columns = _columns(path, read_jsonl(path, _sts_fault), "sentence1", "sentence2", "score")
+    columns["score"] = [float(score) for score in columns["score"]]
+    if len(set(columns["score"])) == 1:
+        raise ValueError(f"{path}: every score is {columns['score'][0]}, so no correlation is defined")
+    return _splits(**{split: columns})
+
+
+def _read_pairs(folder: Path, split: str) -> Any:
+    path = folder / f"{split}.jsonl"
+    columns = _columns(path, read_jsonl(path, _pair_fault), "sentence1", "sentence2", "label")
+    columns["labels"] = [int(label) for label in columns.pop("label")]
+    if len(set(columns["labels"])) == 1:
+        raise ValueError(f"{path}: every label is {columns['labels'][0]}; both 0 and 1 are needed")
+    return _splits(**{split: columns})
+
+
+def _read_classification(folder: Path, split: str) -> Any:
+    paths = {name: folder / f"{name}.jsonl" for name in ("train", split)}
+    train = _columns(paths["train"], read_jsonl(paths["train"], _label_fault), "text", "label")
+    known = {label: i for i, label in enumerate(sorted(set(train["label"]), key=str))}
+
+    def fault(row: Row) -> str | None:
+        if (wrong := _label_fault(row)) or row["label"] in known:
+            return wrong
+        return f"label {row['label']!r} does not occur in {paths['train']}"
+
+    if len(known) < 2:
+        raise ValueError(f"{paths['train']} has a single label, {next(iter(known))!r}; at least two are needed")
+    test = _columns(paths[split], read_jsonl(paths[split], fault), "text", "label")
+    for columns in (train, test):
+        columns["label"] = [known[label] for label in columns["label"]]
+    return _splits(**{"train": train, split: test})
+
+
+def _read_clustering(folder: Path, split: str) -> Any:
+    path = folder / f"{split}.jsonl"
+    columns = _columns(path, read_jsonl(path, _label_fault), "text", "label")
+    known = {label: i for i, label in enumerate(sorted(set(columns["label"]), key=str))}
+    if len(known) < 2:
+        raise ValueError(f"{path} has a single label, {next(iter(known))!r}; at least two are needed")
+    return _splits(**{split: {"sentences": columns["text"], "labels": [known[label] for label in columns["label"]]}})
+
+
+def _read_retrieval(folder: Path, split: str) -> Any:
+    from datasets import Dataset
+
+    corpus = _read_entries(folder / "corpus.jsonl")
+    queries = _read_entries(folder / "queries.jsonl")
+    documents, asked = set(corpus["id"]), set(queries["id"])
+    relevant: dict[str, dict[str, int]] = {}
+    path = _qrels(folder, split)
+    for number, (query, document, score) in _read_tsv(path):
+        for kind, value, ids in (("query", query, asked), ("document", document, documents)):
+            if value not in ids:
+                name = "queries.jsonl" if kind == "query" else "corpus.jsonl"
+                raise ValueError(f"{path}, line {number}: {kind} {value!r} is not in {folder / name}")
+        relevant.setdefault(query, {})[document] = score
+    if not any(score > 0 for scores in relevant.values() for score in scores.values()):
+        raise ValueError(f"{path} names no relevant document")
+    split_data = {
+        "corpus": Dataset.from_dict(corpus),
+        "queries": Dataset.from_dict({"id": queries["id"], "text": queries["text"]}),
+        "relevant_docs": relevant,
+        "top_ranked": None,
+    }
+    return {"default": {split: split_data}}
+
+
+def _read_entries(path: Path) -> dict[str, list[str]]:
+    """Ids, texts and titles; BEIR writes the id as `_id`, mteb as `id`."""
+
+    seen: set[str] = set()
+
+    def fault(row: Row) -> str | None:
+        if wrong := _text(row, "_id" if "id" not in row else "id", "text", *(("title",) if row.get("title") else ())):
+            return wrong
+        entry = str(row.get("_id", row.get("id")))
+        if entry in seen:
+            return f"the id {entry!r} occurs twice"
+        seen.add(entry)
+        return None
+
+    rows = list(read_jsonl(path, fault))
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    return {
+        "id": [row.get("_id", row.get("id")) for row in rows],
+        "text": [row["text"] for row in rows],
+        "title": [row.get("title") or "" for row in rows],
+    }
+
+
+def _qrels(folder: Path, split: str) -> Path:
+    single = folder / "qrels.tsv"
+    return single if split == "test" and single.is_file() else folder / "qrels" / f"{split}.tsv"
+
+
+def _read_tsv(path: Path) -> Iterator[tuple[int, tuple[str, str, int]]]:
+    """Line numbers and (query, document, score); a first line whose score is no number is a header."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            fields = line.rstrip("\r\n").split("\t")
+            if fields == [""] or (number == 1 and not fields[-1].lstrip("-").isdigit()):
+                continue
+            if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
+                raise ValueError(
+                    f"{path}, line {number}: expected query, document and a whole number, separated by tabs; got "
+                    f"{line.rstrip()!r}"
+                )
+            yield number, (fields[0], fields[1], int(fields[2]))
+
+
+def _splits(**splits: dict[str, list]) -> Any:
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict({name: Dataset.from_dict(columns) for name, columns in splits.items()})
+
+
+# --- kinds ---------------------------------------------------------------------------------------------------------
+
+
+class _Kind:
+    """One shape of folder: which of mteb's tasks it becomes, which files it needs and how they are read."""
+
+    def __init__(
+        self, folder: str, type: str, main_score: str, read: Callable[[Path, str], Any], files: Sequence[str] = ()
+    ):
+        self.folder, self.type, self.main_score, self.read = folder, type, main_score, read
+        self._files = files or ("{split}.jsonl",)
+
+    def files(self, folder: Path, split: str) -> list[Path]:
+        if self.type == "Retrieval":
+            return [folder / "corpus.jsonl", folder / "queries.jsonl", _qrels(folder, split)]
+        return [folder / name.format(split=split) for name in self._files]
+
+    def base(self) -> tuple[type, dict[str, Any]]:
+        """mteb's class, and what differs from its defaults."""
+        from mteb import abstasks
+
+        if self.type == "Clustering":
+            # mteb's default embeds 4 % of the texts, made for sets of hundreds of thousands.
+            return abstasks.AbsTaskClustering, {"max_fraction_of_documents_to_embed": None}
+        return getattr(abstasks, f"AbsTask{self.type}"), {}
+
+
+KINDS = (
+    _Kind("sts", "STS", "cosine_spearman", _read_sts),
+    _Kind("retrieval", "Retrieval", "ndcg_at_10", _read_retrieval),
+    _Kind("classification", "Classification", "accuracy", _read_classification, ("train.jsonl", "{split}.jsonl")),
+    _Kind("clustering", "Clustering", "v_measure", _read_clustering),
+    _Kind("pair_classification", "PairClassification", "max_ap", _read_pairs),
+)
+
+
+def _discover(data: Path) -> dict[str, tuple[_Kind, Path]]:
+    if not data.is_dir():
+        raise FileNotFoundError(f"there is no folder {data}")
+    found: dict[str, tuple[_Kind, Path]] = {}
+    for kind in KINDS:
+        # Classification sets serve for clustering too; a clustering folder of the same name is preferred.
+        for source in ("classification", "clustering") if kind.folder == "clustering" else (kind.folder,):
+            for folder in sorted((data / source).glob("*/")):
+                found[f"{kind.folder}/{folder.name}"] = (kind, folder)
+    if not found:
+        raise FileNotFoundError(
+            f"{data} holds none of the folders {', '.join(kind.folder + '/NAME' for kind in KINDS)}; "
+            "`mlpool eval --help` shows what they contain"
+        )
+    return found
+
+
+def _choose(found: dict[str, tuple[_Kind, Path]], names: Iterable[str]) -> dict[str, bool]:
+    """The tasks that are meant, and whether each was named itself, not with its whole kind."""
+    chosen: dict[str, bool] = {}
+    for name in names:
+        of_kind = [task for task, (kind, _) in found.items() if name in (kind.folder, kind.type)]
+        own = [name] if name in found else [task for task in found if task.split("/")[1] == name]
+        if not of_kind and len(own) > 1:
+            raise ValueError(f"{name!r} is the name of several tasks: {', '.join(own)}; give the whole name")
+        if not of_kind and not own:
+            known = [*found, *(task.split("/")[1] for task in found)]
+            near = difflib.get_close_matches(name, known, cutoff=0.5) or list(found)
+            raise ValueError(f"no task {name!r} among the local ones; nearest: {', '.join(dict.fromkeys(near))}")
+        for task in of_kind or own:
+            chosen[task] = chosen.get(task, False) or not of_kind
+    return chosen
+
+
+def _task(kind: _Kind, name: str, folder: Path, split: str) -> AbsTask:
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    base, options = kind.base()
+    metadata = TaskMetadata(
+        name=name.replace("/", "-"),  # the name of mteb's result file
+        description=f"Local data {name}",
+        # The hash of all splits is the revision: results of data that has changed since are not taken for these.
+        dataset={"path": name, "revision": _revision({path for s in SPLITS for path in kind.files(folder, s)})},
+        type=kind.type,  # type: ignore[arg-type]
+        category="t2c" if kind.type in ("Classification", "Clustering") else "t2t",
+        eval_splits=[split],
+        eval_langs=["eng-Latn"],
+        main_score=kind.main_score,
+    )
+
+    def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not self.data_loaded:
+            self.dataset, self.data_loaded = kind.read(folder, split), True
+            if kind.type == "Clustering":  # bootstrap samples as large as the set, where it is smaller than mteb's
+                self.max_documents_per_cluster = min(self.max_documents_per_cluster, len(self.dataset[split]))
+
+    size = sum(path.stat().st_size for path in kind.files(folder, split))
+    attributes = {"metadata": metadata, "load_data": load_data, "folder": name, "size": size, **options}
+    return type("LocalTask", (base,), attributes)()
+
+
+def _revision(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
