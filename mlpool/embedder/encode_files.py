@@ -166,7 +166,7 @@ def _resolve_prompt(model: SentenceTransformer, name: str | None, prompt: str | 
 
 
 def _describe_model(model: SentenceTransformer) -> dict[str, Any]:
-    from ..evaluation.identity import identity
+    from .identity import identity
 
     first = next(model.children(), None)
     config = getattr(getattr(first, "model", None), "config", None)
@@ -358,9 +358,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
+    from .loading import open_model
+
     options = {name: value for name, value in vars(args).items() if name in _OPTIONS}
     _check_before_loading(args)
-    model = _load(args.model, args.design, _device(args.device, _rank()[1]))
+    model = open_model(args.model, args.design, _device(args.device, _rank()[1]))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends first
     try:
         manifest = encode_files(model, args.inputs, args.output, **options)
@@ -384,18 +386,6 @@ def _check_before_loading(args: argparse.Namespace) -> None:
     """A mistyped name shows at once, not after minutes of loading a model."""
     find_columns(find_files(args.inputs), args.text_column, args.id_column)
     EmbeddingFolder(Path(args.output)).plan()
-
-
-def _load(name: str, design: str | None, device: str | None) -> SentenceTransformer:
-    """Ours, or another SentenceTransformer as it is; a base model needs a design."""
-    from sentence_transformers import SentenceTransformer
-
-    from .loading import _OURS, _read_json, load
-
-    modules = _read_json(name, "modules.json", {}) or []
-    if design is None and modules and not any(module["type"] in _OURS for module in modules):
-        return SentenceTransformer(name, device=device)
-    return load(name, design, device=device)
 
 
 def _describe(output: str, totals: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pooling.base import log_once
-from .identity import identity, with_settings
+from ..embedder.identity import identity, with_settings
 from .tasks import PAPER, import_mteb
 
 if TYPE_CHECKING:

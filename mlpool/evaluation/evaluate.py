@@ -469,6 +469,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
+    from ..embedder.loading import open_model
+
     import_mteb()
     names = [name.strip() for name in args.tasks.split(",") if name.strip()] if args.tasks else None
     if names is None and args.local is None:
@@ -478,7 +480,7 @@ def run(args: argparse.Namespace) -> int | None:
         tasks = local_tasks(args.local, names, args.split) if args.local else mteb_tasks(names or [])
     prompts.check(tasks)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    model = load_model(args.model, args.design, args.device or _device(), args.dtype)
+    model = open_model(args.model, args.design, args.device or _device(), args.dtype)
     rows = _run(
         model, tasks, args.output, label=args.label or _label(args.model), prompts=prompts, seed=args.seed,
         token_budget=args.token_budget, batch_size=args.batch_size, cache=not args.no_cache, shard=world > 1,
@@ -488,29 +490,6 @@ def run(args: argparse.Namespace) -> int | None:
         print(table(rows))
         print(f"\nin {Path(args.output) / results.FILE_NAME}; compare models with: mlpool compare", file=sys.stderr)
     return None
-
-
-def load_model(name: str, design: str | None = None, device: str | None = None, dtype: str = "auto") -> Any:
-    """A saved embedder, any other SentenceTransformer as it is, or with `design` a new embedder on a base model.
-
-    Raises:
-        FileNotFoundError: no such folder. ValueError: a base model without a design, a folder of another design.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    from ..embedder.loading import _OURS, _check_place, _read_json, load
-
-    _check_place(name)
-    modules = _read_json(name, "modules.json", {})
-    if design is None and modules and not any(module["type"] in _OURS for module in modules):
-        return SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
-    if not modules and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        there = ", ".join(sorted(path.name for path in Path(name).iterdir())[:8]) or "nothing"
-        raise ValueError(
-            f"{name} holds no model: expected modules.json (an embedder) or config.json (a base model, with --design), "
-            f"found {there}"
-        )
-    return load(name, design, device=device, dtype=dtype)
 
 
 def _label(model: str) -> str:

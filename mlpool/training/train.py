@@ -98,6 +98,7 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
         (output / CONFIG).write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_state()
     trainer.save_model(str(output))
     trainer.accelerator.unwrap_model(embedder, keep_fp32_wrapper=False)  # of its autocast: it embeds as if loaded
     return embedder

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformerTrainer
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ..embedder.adapters import has_adapter
@@ -93,13 +93,13 @@ def prepare(embedder: Embedder) -> None:
     backbone.arrange()
 
 
-def trained_weights(embedder: Embedder, checkpoint: Path) -> dict[str, Tensor]:
+def trained_weights(embedder: Embedder, checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint holds of this embedder's weights, under their names in it: pool, and adapter or all weights."""
     from safetensors.torch import load_file
 
     check_folder(checkpoint)
     backbone: Any = embedder[0]
-    state: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
     for path in checkpoint.glob(f"*/{WEIGHTS_NAME}"):
         state |= {f"pooler.pool.{name}": tensor for name, tensor in load_file(path).items()}
     if has_adapter(backbone.model):

@@ -15,7 +15,7 @@ from made import tiny_model
 from torch import nn
 
 import mlpool
-from mlpool.evaluation.identity import identity, with_settings
+from mlpool.embedder.identity import identity, with_settings
 
 pytest_plugins = ["evaluation_fixtures"]
 
@@ -86,7 +86,7 @@ def test_the_same_in_another_process_and_after_saving(tiny, tmp_path):
     code = """if True:
         import sys
         from sentence_transformers import SentenceTransformer
-        from mlpool.evaluation.identity import identity
+        from mlpool.embedder.identity import identity
         print(identity(SentenceTransformer(sys.argv[1], device="cpu")))
     """
     run = subprocess.run(

@@ -1,0 +1,499 @@
+"""`mlpool layers`: how alike a model's layers are, which of them scores best, and which ones its pool reads.
+
+Layers are counted as transformers counts hidden_states: 0 is the embedding, L the last, behind the final norm. The
+state of a text in a layer is that of its last token (EOS, SEP) or the mean over its tokens, prompt and special tokens
+included unless the model's settings leave them out. All layers are read in one pass (see states.py).
+
+Correlation of layers i and j
+    pearson   Pearson's r of a text's two states over their D numbers, averaged over texts: do the layers write the
+              same numbers into the same dimensions? (The paper's figure 1 does not say over what it correlates. Over
+              the texts, dimension by dimension, would need D correlations per pair of layers and hide that a few
+              dimensions hold most of a state.)
+    cka       linear CKA: do the layers place the texts alike, up to rotation and scale? Centred, by the unbiased
+              estimator of HSIC (Song et al. 2012), averaged over random windows of texts (Nguyen et al.,
+              arXiv 2010.15327) and only then divided. An average over windows estimates the HSIC of all texts without
+              bias; where one window holds all texts, it is that. May be slightly negative.
+
+Score of a layer
+    Spearman's correlation of cosines with the gold scores of pairs, without any training (the paper's figure 2). With
+    several data sets, their mean. The best layer is chosen on these very pairs, so its lead is flattering.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from ..embedder.text_files import find_columns, find_files, kind_of, read_file
+from .correlation import Correlations
+from .local import _sts_fault, read_jsonl
+from .profiles import PoolProfile, reader_of
+from .states import FEWEST, WINDOW, Window, poolings_of, windows
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger("mlpool")
+_NARROW = 1e-6  # range of cosines, below which there is nothing but rounding
+
+
+class Pairs(NamedTuple):
+    """A data set of pairs with gold scores, all of one length."""
+
+    first: Sequence[str]
+    second: Sequence[str]
+    scores: Sequence[float]
+
+
+# --- the API ----------------------------------------------------------------------------------------------------------
+
+
+def analyse(
+    model: SentenceTransformer,
+    texts: Sequence[str] | None = None,
+    pairs: Pairs | Mapping[str, Pairs] | None = None,
+    *,
+    token_pooling: str = "both",
+    **options: Any,
+) -> LayerReport:
+    """Look inside a model's layers.
+
+    Args:
+        model: any SentenceTransformer whose layers are found; an embedder of `mlpool.load` for the pool's profile.
+        texts: for correlations and profile. None: those of the pairs, in the same pass.
+        pairs: for the scores; a data set, or several by name.
+        token_pooling: "last", "mean" or "both".
+        options: window (texts whose states are in memory at once, and over which a term of the CKA is taken), prompt,
+            token_budget, seed, progress; see `mlpool.evaluation.states.windows`.
+
+    Raises:
+        ValueError: neither texts nor pairs, fewer than 4 of them, gold scores that are all alike or of another number,
+            a model whose layers are not found.
+    """
+    poolings = poolings_of(token_pooling)
+    sets = _checked(pairs)
+    if not sets and not texts:
+        raise ValueError("no texts: give texts, pairs or both")
+    if texts is not None:
+        _check_count(len(texts), "texts")
+    alike, scorer, notes = Correlations(poolings), _Scorer(poolings, sets), []
+    reader = reader_of(model)
+    if reader is None:
+        notes.append("no profile: the model has no pool that reads several layers")
+    began, cut = time.perf_counter(), _cut(model)
+    with reader or nullcontext():
+        if texts is not None:
+            _pass(model, [(text,) for text in texts], poolings, [alike], options)
+        else:
+            _pass(model, scorer.groups, poolings, [alike, scorer], options)
+    if texts is not None and sets:
+        _pass(model, scorer.groups, poolings, [scorer], options)
+    seconds = time.perf_counter() - began
+    if (now := _cut(model)) > cut:
+        notes.append(f"{now - cut} texts were cut at {model.max_seq_length} tokens")
+    correlation = {(kind, p): value for p in poolings for kind, value in alike.of(p).items()}
+    return LayerReport(
+        alike.texts, poolings, correlation, scorer.scores() if sets else None,
+        None if reader is None else reader.profile(), [*notes, *alike.notes(), *scorer.notes()], seconds,
+    )  # fmt: skip
+
+
+def layer_scores(
+    model: SentenceTransformer, pairs: Pairs | Mapping[str, Pairs], *, token_pooling: str = "both", **options: Any
+) -> LayerScores:
+    """The score of every layer alone. Arguments and errors: see `analyse`."""
+    sets = _checked(pairs)
+    if not sets:
+        raise ValueError("no pairs: a layer's score needs pairs of texts with gold scores")
+    scorer = _Scorer(poolings_of(token_pooling), sets)
+    _pass(model, scorer.groups, scorer.poolings, [scorer], options)
+    found = scorer.scores()
+    for note in scorer.notes():
+        logger.warning("%s", note)
+    return found
+
+
+def _pass(
+    model: SentenceTransformer, groups: Sequence[tuple[str, ...]], poolings: Sequence[str], consumers: Sequence[Any],
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    for window in windows(model, groups, poolings, **options):
+        for consumer in consumers:
+            consumer.add(window)
+
+
+def _cut(model: Any) -> int:
+    """How many texts an embedder of ours has cut so far."""
+    return getattr(getattr(next(model.children(), None), "truncated", None), "count", 0)
+
+
+def _check_count(count: int, what: str) -> None:
+    if count < FEWEST:
+        raise ValueError(f"{count} {what}: unbiased CKA is defined from {FEWEST} on; a stable figure takes hundreds")
+
+
+def _checked(pairs: Pairs | Mapping[str, Pairs] | None) -> dict[str, Pairs]:
+    sets = {"pairs": pairs} if isinstance(pairs, Pairs) else dict(pairs or {})
+    for name, (first, second, scores) in sets.items():
+        if not len(first) == len(second) == len(scores):
+            raise ValueError(f"{name}: {len(first)} and {len(second)} texts with {len(scores)} scores")
+        _check_count(len(first), f"pairs in {name}")
+        if len(set(scores)) == 1:
+            raise ValueError(f"{name}: every score is {scores[0]}, so no correlation is defined")
+    return sets
+
+
+# --- scores over windows ----------------------------------------------------------------------------------------------
+
+
+class _Scorer:
+    """Cosines of every layer for all pairs of all sets: [pairs, P, L+1] numbers are kept, no states."""
+
+    def __init__(self, poolings: Sequence[str], sets: Mapping[str, Pairs]):
+        self.poolings, self.sets = poolings, sets
+        self.groups = [pair for first, second, _ in sets.values() for pair in zip(first, second, strict=True)]
+        self._cosines: Any = None
+        self._own = np.zeros(len(self.groups))
+        self._notes: list[str] = []
+
+    @torch.inference_mode()
+    def add(self, window: Window) -> None:
+        cosines = F.cosine_similarity(window.states[0].float(), window.states[1].float(), dim=-1).cpu().numpy()
+        if self._cosines is None:
+            self._cosines = np.zeros((len(self.groups), *cosines.shape[1:]), np.float32)
+        self._cosines[window.rows] = cosines
+        self._own[window.rows] = F.cosine_similarity(*window.embeddings.float()).cpu().numpy()
+
+    def scores(self) -> LayerScores:
+        values: dict[str, list[NDArray[np.float64]]] = {pooling: [] for pooling in self.poolings}
+        own, start = [], 0
+        for name, (first, _, gold) in self.sets.items():
+            rows = slice(start, start := start + len(first))
+            for i, pooling in enumerate(self.poolings):
+                columns = self._cosines[rows, i].T
+                values[pooling].append(
+                    np.array([self._spearman(gold, c, f"{name}, {pooling}, layer {n}") for n, c in enumerate(columns)])
+                )
+            own.append(self._spearman(gold, self._own[rows], f"{name}, the model's embedding"))
+        return LayerScores(list(self.sets), {p: np.stack(v) for p, v in values.items()}, np.array(own))
+
+    def _spearman(self, gold: Sequence[float], cosines: NDArray[Any], what: str) -> float:
+        from scipy.stats import spearmanr
+
+        if np.ptp(cosines) <= _NARROW:
+            self._notes.append(f"{what}: every pair has the same cosine; no correlation is defined, given as 0")
+            return 0.0
+        return float(spearmanr(gold, cosines).statistic)
+
+    def notes(self) -> list[str]:
+        return list(dict.fromkeys(self._notes))
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Scores by layer.
+
+    sets: names of the data sets. values: by token pooling, [sets, L+1]. own: [sets], of the model's own embedding.
+    """
+
+    sets: list[str]
+    values: dict[str, NDArray[np.float64]]
+    own: NDArray[np.float64]
+
+    def mean(self, pooling: str) -> NDArray[np.float64]:
+        """[L+1], over the data sets."""
+        return self.values[pooling].mean(0)
+
+    def best(self, pooling: str) -> int:
+        """The layer with the highest mean; of several equal ones the first."""
+        return int(self.mean(pooling).argmax())
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write layers_score.csv (data_set, token_pooling, layer, score, best) and layers_score.png.
+
+        The model's own embedding has the token pooling "embedding" and no layer; several sets have a "mean".
+        """
+        from .plots import layer_curves
+
+        path = Path(directory) / "layers_score.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        several = len(self.sets) > 1
+        names = [*self.sets, "mean"] if several else self.sets
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["data_set", "token_pooling", "layer", "score", "best"])
+            for pooling, values in self.values.items():
+                for name, row in zip(names, [*values, values.mean(0)], strict=False):
+                    for layer, score in enumerate(row):
+                        writer.writerow([name, pooling, layer, f"{score:.6f}", int(layer == row.argmax())])
+            for name, score in zip(names, [*self.own, self.own.mean()], strict=False):
+                writer.writerow([name, "embedding", "", f"{score:.6f}", ""])
+        layer_curves(
+            {pooling: self.mean(pooling) for pooling in self.values}, float(self.own.mean()),
+            "Spearman, " + (f"mean of {len(self.sets)} data sets" if several else self.sets[0]),
+            path.with_suffix(".png"),
+        )  # fmt: skip
+        return [path, path.with_suffix(".png")]
+
+
+@dataclass
+class LayerReport:
+    """What `analyse` found; prints as a table.
+
+    Attributes:
+        texts: how many the correlations are of. token_poolings: "last", "mean" or both.
+        correlation: by (kind, token pooling), kind "pearson" or "cka": [L+1, L+1].
+        scores: of the pairs, or None. profile: of the pool, or None.
+        notes: what was not defined, cut or left out. seconds: the whole analysis took.
+        encode_seconds: what a plain encode of the same texts took, where it was measured.
+    """
+
+    texts: int
+    token_poolings: tuple[str, ...]
+    correlation: dict[tuple[str, str], NDArray[np.float64]]
+    scores: LayerScores | None
+    profile: PoolProfile | None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    encode_seconds: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """L, the embedding not counted."""
+        return len(next(iter(self.correlation.values()))) - 1
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write layers_correlation.csv (kind, token_pooling, layer_i, layer_j, value) and .png, and what scores and
+        profile write; returns the paths."""
+        from .plots import heat_maps
+
+        path = Path(directory) / "layers_correlation.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["kind", "token_pooling", "layer_i", "layer_j", "value"])
+            for (kind, pooling), values in self.correlation.items():
+                for (i, j), value in np.ndenumerate(values):
+                    writer.writerow([kind, pooling, i, j, f"{value:.6f}"])
+        titles = {"pearson": "Pearson's r over dimensions", "cka": "linear CKA"}
+        heat_maps(
+            {f"{titles[kind]}, {pooling}": values for (kind, pooling), values in self.correlation.items()},
+            "layer", "layer", path.with_suffix(".png"),
+        )  # fmt: skip
+        paths = [path, path.with_suffix(".png")]
+        for part in (self.scores, self.profile):
+            paths += part.save(directory) if part is not None else []
+        return paths
+
+    def __str__(self) -> str:
+        lines = [["layer"] + [head for pooling in self.token_poolings for head in self._heads(pooling)]]
+        lines[0] += ["read by the pool"] if self.profile else []
+        for layer in range(self.num_layers + 1):
+            cells = [str(layer)] + [cell for pooling in self.token_poolings for cell in self._cells(pooling, layer)]
+            if self.profile:
+                weights = dict(zip(self.profile.layers, self.profile.mean, strict=True))
+                cells.append(f"{weights[layer]:.4f}" if layer in weights else "–")
+            lines.append(cells)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([*table, "", *self._reading()])
+
+    def _heads(self, pooling: str) -> list[str]:
+        heads = ["r to next", "CKA to last", *(["score"] if self.scores else [])]
+        return [f"{pooling}: {head}" for head in heads]
+
+    def _cells(self, pooling: str, layer: int) -> list[str]:
+        pearson, cka = self.correlation["pearson", pooling], self.correlation["cka", pooling]
+        cells = [f"{pearson[layer, layer + 1]:.3f}" if layer < self.num_layers else "–", f"{cka[layer, -1]:.3f}"]
+        if self.scores:
+            star = "*" if layer == self.scores.best(pooling) else " "
+            cells.append(f"{self.scores.mean(pooling)[layer]:.4f}{star}")
+        return cells
+
+    def _reading(self) -> list[str]:
+        lines = [f"{self.texts} texts; layer 0 is the embedding. r: Pearson's over dimensions; CKA: linear, unbiased."]
+        if self.scores:
+            sets = f"mean over {len(self.scores.sets)} data sets" if len(self.scores.sets) > 1 else self.scores.sets[0]
+            lines.append(
+                f"Score: Spearman, {sets}; * the best, chosen on these pairs. The model's own embedding: "
+                f"{self.scores.own.mean():.4f}"
+            )
+        lines += [str(self.profile)] if self.profile else []
+        lines += [f"Note: {note}" for note in self.notes]
+        if self.encode_seconds:
+            lines.append(
+                f"The analysis took {self.seconds:.1f} s, {self.seconds / self.encode_seconds:.2f}x of a plain encode "
+                f"of the same texts ({self.encode_seconds:.1f} s)"
+            )
+        return lines
+
+
+# --- files and models -------------------------------------------------------------------------------------------------
+
+
+def read_pairs(path: str | Path) -> Pairs:
+    """Pairs of a .jsonl file with sentence1, sentence2 and score.
+
+    Raises:
+        FileNotFoundError: no such file (the nearest names). ValueError: file and line of what is wrong.
+    """
+    found, *others = find_files(path)
+    if others or kind_of(found) != ".jsonl" or found.suffix == ".gz":
+        raise ValueError(f"{path}: pairs are read from a .jsonl file with sentence1, sentence2 and score")
+    rows = list(read_jsonl(found, _sts_fault))
+    return Pairs([r["sentence1"] for r in rows], [r["sentence2"] for r in rows], [float(r["score"]) for r in rows])
+
+
+def read_texts(path: str | Path, column: str | None = None) -> list[str]:
+    """Texts of .txt, .jsonl, .csv or .parquet; empty ones are left out, which is said.
+
+    Raises:
+        FileNotFoundError, ValueError: see `mlpool.embedder.text_files`; no text at all.
+    """
+    paths = find_files(path)
+    columns = find_columns(paths, column)
+    rows = [row.text for file in paths for row in read_file(file, columns)]
+    texts = [text for text in rows if text.strip()]
+    if not texts:
+        raise ValueError(f"no texts in {path}")
+    if len(texts) < len(rows):
+        logger.warning("%s: %d empty texts are left out", path, len(rows) - len(texts))
+    return texts
+
+
+def _holds_pairs(path: str) -> bool:
+    """Whether the first row of a .jsonl file has two sentences."""
+    if not Path(path).is_file() or not path.endswith(".jsonl"):
+        return False
+    return "sentence1" in next(read_jsonl(Path(path)), {})
+
+
+def _sample(rows: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
+    """At most `limit` of them, drawn at random, in their order."""
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    return [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
+
+
+def _name_sets(paths: Sequence[str]) -> list[str]:
+    """sts/stsb/dev.jsonl is called stsb/dev."""
+    names = [f"{Path(path).resolve().parent.name}/{Path(path).stem}" for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
+def load_model(name: str, attention: str | None = None, device: str | None = None, dtype: str = "auto") -> Any:
+    """A saved embedder or sentence-transformers model as it is, a base model with mean pooling.
+
+    Args:
+        attention: "causal" or "bidirectional", for base models; also makes one of a sentence-transformers model. None
+            is the model's own.
+
+    Raises:
+        FileNotFoundError: no such model. ValueError: causal attention of an encoder, attention for a saved embedder.
+    """
+    from ..attention.check import claims_bidirectional
+    from ..embedder.backbone import Backbone
+    from ..embedder.backbone import load_model as load_transformer
+    from ..embedder.embedder import Embedder
+    from ..embedder.loading import _check_place, _read_json, open_model
+    from ..embedder.pooler import Pooler
+    from ..pooling import MeanPool
+    from ..taps import find_layers
+
+    _check_place(name)
+    no_model = Path(name).is_dir() and not (Path(name) / "config.json").is_file()
+    if attention is not None or no_model or _read_json(name, "modules.json", {}):
+        return open_model(name, attention and f"mean-{attention}", device, dtype)
+    hub: dict[str, Any] = dict.fromkeys(("token", "cache_folder", "revision"))
+    transformer, tokenizer = load_transformer(
+        name, {**hub, "local_files_only": False, "trust_remote_code": False}, {"dtype": dtype}
+    )
+    own = "bidirectional" if claims_bidirectional(*find_layers(transformer)) else "causal"
+    backbone = Backbone(transformer, tokenizer, f"mean-{own}")
+    modules: Any = OrderedDict(backbone=backbone, pooler=Pooler(MeanPool(backbone.hidden_size)))
+    return Embedder(modules=modules, device=device)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Correlation between layers, score of each layer, and what a trained pool reads; in one pass."
+    parser.epilog = (__doc__ or "").replace("%", "%%")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("model", help="folder or Hub name of a base model, a saved embedder or a sentence-transformers model")
+    add("--texts", metavar="FILE", help="texts for correlation and profile: .txt, .jsonl, .csv or .parquet; pairs with "
+        "scores (sts/stsb/dev.jsonl) serve for all figures (default: those of --pairs)")  # fmt: skip
+    add("--text-column", metavar="NAME", help="of .jsonl, .csv and .parquet (default: text, or the only one)")
+    add("--pairs", metavar="FILE", nargs="+", default=[], help=".jsonl with sentence1, sentence2 and score, for the "
+        "score of each layer; several are averaged")  # fmt: skip
+    add("--token-pooling", choices=("last", "mean", "both"), default="both", help="(default: %(default)s)")
+    add("--attention", choices=("causal", "bidirectional"), help="of a base model (default: its own)")
+    add("--prompt", help="put before each text (default: the model's default prompt)")
+    add("--limit", type=int, metavar="N", help="of each file take N rows at random")
+    add("--window", type=int, default=WINDOW, metavar="N", help="texts in memory at once (default: %(default)s)")
+    add("--token-budget", type=int, metavar="N", help="tokens a forward, of mlpool's models (default: as in encode)")
+    add("--seed", type=int, default=0, help="of sample and windows (default: %(default)s)")
+    add("--time", action="store_true", help="also encode the texts plainly, before and after, and say what it cost")
+    add("--device", help="say cpu or cuda:1 (default: a GPU where there is one)")
+    add("--dtype", default="auto", help="float32, bfloat16, ... (default: as saved)")
+    add("-o", "--output", metavar="DIR", help="write CSV files and plots")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    import sys
+
+    if args.limit is not None and args.limit < FEWEST:
+        raise ValueError(f"--limit must be at least {FEWEST}, got {args.limit}")
+    paths, texts = [str(path) for path in find_files(args.pairs)] if args.pairs else [], None
+    if args.texts and args.text_column is None and _holds_pairs(args.texts):
+        paths.insert(0, args.texts)
+    elif args.texts:
+        texts = _sample(read_texts(args.texts, args.text_column), args.limit, args.seed)
+    if not paths and texts is None:
+        raise ValueError("no texts: name a file with --texts, with --pairs, or both")
+    sets = {}
+    for name, path in zip(_name_sets(paths), paths, strict=True):
+        pairs = read_pairs(path)
+        rows = _sample(list(zip(*pairs, strict=True)), args.limit, args.seed)
+        sets[name] = Pairs(*zip(*rows, strict=True)) if rows else pairs
+    _checked(sets)  # before a model is loaded
+    model = load_model(args.model, args.attention, args.device, args.dtype)
+    options = {"prompt": args.prompt, "token_budget": args.token_budget}
+    every = [*(texts or []), *(text for first, second, _ in sets.values() for text in (*first, *second))]
+    before = _time_encode(model, every, options) if args.time else 0.0
+    report = analyse(
+        model, texts, sets, token_pooling=args.token_pooling, window=args.window, seed=args.seed, **options
+    )  # fmt: skip
+    if args.time:
+        report.encode_seconds = (before + _time_encode(model, every, options)) / 2
+    print(report)
+    if args.output:
+        print("wrote", *report.save(args.output), file=sys.stderr)
+    return None
+
+
+def _time_encode(model: Any, texts: Sequence[str], options: dict[str, Any]) -> float:
+    from ..embedder.embedder import Embedder
+
+    options = {k: v for k, v in options.items() if v is not None and (k == "prompt" or isinstance(model, Embedder))}
+    began = time.perf_counter()
+    model.encode(list(texts), **options)
+    return time.perf_counter() - began

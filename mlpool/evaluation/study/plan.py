@@ -1,0 +1,197 @@
+"""What a study is about to do, and about how long it takes, from one timed step and one timed batch of each design."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from .config import Run, Study
+from .runs import context, count_parameters, finished, own_device, threads, untrained, world
+
+PROBE = "probe.json"
+_TEXTS = 64  # of a timed batch
+
+
+def plan(study: Study, jobs: int, probe: bool = True) -> str:
+    """The plan as text: runs, parameters, steps, tokens and seconds of each design, and the sum."""
+    search = study.search_runs() if study.search else []
+    runs = study.runs()
+    timed = _probes(study, jobs) if probe else {}
+    lines = [["design", "runs", "done", "trainable", "pool", "total", "steps", "s/step", "min"]]
+    total, steps, tokens = 0.0, 0, 0.0
+    for entry in study.entries:
+        found = timed.get(entry.label, {})
+        mine = [r for r in (*search, *runs) if _of(r, entry.label)]
+        waiting = [r for r in mine if not finished(study.output, r)]
+        seconds = sum(_seconds(r, found) for r in waiting)
+        total += seconds
+        steps += sum(_steps(r, found) for r in waiting)
+        tokens += sum(_steps(r, found) for r in waiting) * found.get("tokens", 0)
+        counts = found.get("parameters", {})
+        lines.append([
+            entry.label, str(len(mine)), str(len(mine) - len(waiting)),
+            *(f"{counts[name] / 1e6:.2f} M" if counts else "?" for name in ("trainable", "pool", "total")),
+            str(_steps(mine[-1], found)), f"{found['step_seconds']:.2f}" if found else "?",
+            f"{seconds / 60:.1f}" if found else "?",
+        ])  # fmt: skip
+    processes = jobs * world()
+    summary = [
+        f"base      {study.base}",
+        f"data      {study.data_dir}; tasks {', '.join(study.tasks) if study.tasks else 'all that are there'} "
+        f"({study.split})",
+        f"seeds     {', '.join(map(str, study.seeds))}; baseline {study.baseline}",
+        f"search    {_search_line(study, search)}",
+        f"to do     {steps} steps, {tokens / 1e6:.2f} M tokens of training",
+        f"time      about {_duration(total / processes)} with {processes} at a time, {threads(jobs)} threads each"
+        if timed else "time      not estimated",
+        f"output    {study.output}",
+    ]  # fmt: skip
+    return "\n".join([_aligned(lines), "", *summary])
+
+
+def _search_line(study: Study, search: Sequence[Run]) -> str:
+    if not search:
+        return "none: every design trains by the recipe of the config"
+    grid = "; ".join(f"{key} of {', '.join(map(str, values))}" for key, values in study.search["grid"].items())
+    return f"{grid}; per {study.search['per']}, {len(search)} short runs scored on the dev split"
+
+
+def _of(run: Run, label: str) -> bool:
+    return run.label == label or (run.kind == "untrained" and run.label.startswith(f"{label} ("))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else (
+        f"{seconds / 3600:.1f} h"
+    )  # fmt: skip
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+# --- the estimate -----------------------------------------------------------------------------------------------------
+
+
+def _steps(run: Run, found: dict[str, Any]) -> int:
+    if run.kind == "untrained":
+        return 0
+    if (run.train.get("max_steps") or 0) > 0:
+        return int(run.train["max_steps"])
+    batch = run.train.get("per_device_train_batch_size", 8) * run.train.get("gradient_accumulation_steps", 1)
+    return math.ceil(found.get("pairs", 0) / batch * run.train.get("num_train_epochs", 3))
+
+
+def _seconds(run: Run, found: dict[str, Any]) -> float:
+    if not found:
+        return 0.0
+    accumulated = run.train.get("gradient_accumulation_steps", 1)
+    size = found["sizes"]["search" if run.kind == "search" else "runs"]
+    return (
+        found["start_seconds"]
+        + _steps(run, found) * accumulated * found["step_seconds"]
+        + size * found["encode_seconds_per_byte"]
+    )
+
+
+def _probes(study: Study, jobs: int) -> dict[str, dict[str, Any]]:
+    """What `probe` finds for each entry; kept, since nothing of it changes on the same machine."""
+    path = study.output / PROBE
+    machine = [platform.node(), threads(jobs)]
+    try:
+        known = json.loads(path.read_text())
+        known = known["designs"] if known["machine"] == machine else {}
+    except (FileNotFoundError, ValueError, KeyError):
+        known = {}
+    todo = [run for run in study.runs() if run.kind == "seed" and run.seed == study.seeds[0]]
+    if missing := [run for run in todo if known.get(run.label, {}).get("hash") != run.hash]:
+        sizes = {"runs": _bytes(study.data_dir, study.tasks, study.split), "search": 0}
+        if study.search:
+            sizes["search"] = _bytes(study.data_dir, study.search["tasks"], study.search["split"])
+        with context() as processes:
+            receiver, sender = processes.Pipe(duplex=False)
+            process = processes.Process(target=_probe_process, args=(missing, jobs, sender))
+            process.start()
+            sender.close()
+            try:
+                for run in missing:
+                    known[run.label] = {**receiver.recv(), "hash": run.hash, "sizes": sizes}
+            except EOFError:
+                raise RuntimeError(f"a step of {run.label} could not be timed; what it said is above") from None
+            finally:
+                process.join()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine, "designs": known}, indent=1) + "\n")
+    return {run.label: known[run.label] for run in todo}
+
+
+def _bytes(data_dir: str, tasks: Sequence[str] | None, split: str) -> int:
+    from ..local import local_tasks
+
+    return sum(task.size for task in local_tasks(data_dir, tasks, split))  # type: ignore[attr-defined]
+
+
+def _probe_process(runs: Sequence[Run], jobs: int, sender: Any) -> None:  # pragma: no cover (in a process of its own)
+    import torch
+    from tqdm.auto import tqdm
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    own_device(0, jobs)
+    torch.set_num_threads(threads(jobs))
+    for run in tqdm(runs, desc="timing a step of each design", unit="design", leave=False):
+        sender.send(probe(run))
+
+
+def probe(run: Run) -> dict[str, Any]:
+    """Seconds of one training step and of encoding, each measured at the second time, and the number of parameters.
+
+    Returns: start_seconds (loading), step_seconds (forward and backward of one batch), tokens (of a step),
+    encode_seconds_per_byte, pairs (of the training data), parameters.
+    """
+    import torch
+
+    from ...training.config import read_config
+    from ...training.data import load_pairs
+    from ...training.losses import InfoNCE
+
+    config = read_config({**run.train, "output_dir": "unused"})
+    pairs = load_pairs(config.data["train"], **{k: v for k, v in config.data.items() if k not in ("train", "eval")})
+    began = time.perf_counter()
+    embedder = untrained(run.train)
+    started = time.perf_counter() - began
+    size = config.arguments.get("per_device_train_batch_size", 8)
+    batch = pairs.shuffle(seed=0).select(range(min(size, len(pairs))))
+    columns = [list(batch[name]) for name in batch.column_names]
+    loss = InfoNCE(embedder, **config.loss)
+    embedder.train()
+    for _ in range(2):
+        began = time.perf_counter()
+        features = [embedder.preprocess(column) for column in columns]
+        tokens = sum(int(part["attention_mask"].sum()) for part in features)
+        moved = [{key: value.to(embedder.device) for key, value in part.items()} for part in features]
+        with torch.autocast(embedder.device.type, torch.bfloat16, enabled=bool(config.arguments.get("bf16"))):
+            value = loss(moved, None)
+        value.backward()
+        step = time.perf_counter() - began
+    texts = [text for column in columns for text in column][:_TEXTS]
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.autocast(embedder.device.type, torch.bfloat16, enabled=run.bf16):
+            embedder.encode(texts)
+        encoding = time.perf_counter() - began
+    return {
+        "start_seconds": round(started, 3), "step_seconds": round(step, 4), "tokens": tokens,
+        "encode_seconds_per_byte": encoding / sum(len(text.encode()) for text in texts), "pairs": len(pairs),
+        "parameters": count_parameters(embedder),
+    }  # fmt: skip
