@@ -1,43 +1,288 @@
-"""A real encode: backbone and pool, taps against `output_hidden_states=True`. Run by `throughput.py --model`."""
+"""Texts to embeddings, end to end: the paper's pipeline in eager PyTorch, sentence-transformers' mean pooling, mlpool.
+
+    python benchmarks/encode.py                    a few minutes on two CPU cores; on a GPU every size
+    python benchmarks/encode.py --full             more lengths, texts and repetitions; --all: mistral-7b on a CPU too
+    python benchmarks/encode.py --size minilm --pooler default
+    python benchmarks/encode.py --model minilm --texts sentences.txt     a real model, its tokenizer, real lengths
+
+Designs 5 and 3 (multi-layer-bidirectional, multi-layer-causal), with the default pool and at the released sizes. Timed
+is `encode(texts)`, tokenizing included; pipelines.py says what the three share. Texts have equal lengths or log-normal
+ones ("mixed"); eager and sentence-transformers sort them into batches of --batch-size, mlpool fills batches by tokens.
+Prints tables, writes CSV and a plot to benchmarks/results/. What the columns mean:
+
+    extra MiB   peak of tensors in one encode above the weights; folded weights and folding them are counted
+    vs eager    speed-up over the eager pipeline with the same pool
+    vs ST       over sentence-transformers' mean pooling on the same backbone, direction and texts
+    error       relative; of mlpool to eager, or in low precision of both to eager in float32; of sentence-transformers
+                to the masked mean of eager's last states. A row out of bounds shows no speed, and the exit status is 1
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import gc
 import importlib.util
 import json
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from cases import EVAL
 from measure import (
-    Clock,
     Row,
     device_name,
-    device_slug,
-    extra_memory,
-    facts,
+    free_memory,
     number,
     progress,
     quantiles,
     relative_error,
     rounds,
     table,
+    touch,
     write,
 )
-from mlpool_kernels import reference
+from pipelines import (
+    BOTH,
+    DESIGN_NAMES,
+    EAGER,
+    FILL,
+    LAST,
+    OURS,
+    PEER,
+    POOLERS,
+    Bench,
+    add_arguments,
+    build,
+    check_tokens,
+    eager_bytes,
+    keep,
+    lengths_of,
+    loaded_base,
+    mean_reference,
+    nothing,
+    peak_memory,
+    spread,
+    texts_of,
+    timed,
+)
 from torch import Tensor
-from work import FLOAT32_FORWARD, LOW_FORWARD, randomised
+from work import FLOAT32_FORWARD, LOW_FORWARD
 
-from mlpool import MultiLayerPool
-from mlpool.taps import Taps
-
-HEADER = ["", "median ms", "20-80 %", "texts/s", "extra MiB", "of backbone's", "vs eager", "error", "target"]
-# Where taps should end: the backbone's own peak, but for the rows and the pool's own workspace.
-MEMORY_TARGET = 1.05
-MAX_TOKENS = 512
+HEADER = ["", "median ms", "20-80 %", "texts/s", "tokens/s", "extra MiB", "vs eager", "vs ST", "error", "target"]
+MEAN_ERROR = 1e-5  # of sentence-transformers' own pooling to ours, both in float32
+CHECKED = 4  # texts of the low-precision check
 WORDS = "river stone paper light answer question market winter garden measure between quickly small old"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table: three providers on the same texts.
+
+    lengths: tokens a text, or "mixed". targets: the least speed-up of mlpool over "eager" and "st".
+    """
+
+    size: str
+    design: str
+    pooler: str
+    lengths: str
+    texts: int = 8
+    targets: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.size} {self.design} {self.pooler} {self.lengths}"
+
+
+# Wanted on two CPU cores at the size of Qwen2-0.5B.
+PAPER_24, PAPER_64, PAPER_MIXED = {"eager": 3.5}, {"eager": 2.5}, {"eager": 3.5}
+EQUAL, MIXED = {"st": 0.95}, {"st": 1.0}
+
+CASES = {
+    ("cpu", "quick"): [
+        Case("qwen2-0.5b", BOTH, "default", "24", targets=EQUAL),
+        Case("qwen2-0.5b", BOTH, "default", "64", targets=EQUAL),
+        Case("qwen2-0.5b", BOTH, "default", "mixed", 24, MIXED),
+        Case("qwen2-0.5b", BOTH, "paper", "24", targets=PAPER_24),
+        Case("qwen2-0.5b", BOTH, "paper", "64", targets=PAPER_64),
+        Case("qwen2-0.5b", BOTH, "paper", "mixed", 16, PAPER_MIXED),
+        Case("qwen2-0.5b", LAST, "default", "24", targets=EQUAL),
+        Case("qwen2-0.5b", LAST, "paper", "24", targets=PAPER_24),
+        Case("minilm", BOTH, "default", "mixed", 64),
+    ],
+    ("cpu", "full"): [
+        *(
+            Case("qwen2-0.5b", design, pooler, lengths, count, targets)
+            for design in DESIGN_NAMES
+            for pooler, goals in (("default", (EQUAL, EQUAL, MIXED)), ("paper", (PAPER_24, PAPER_64, PAPER_MIXED)))
+            for (lengths, count), targets in zip((("24", 8), ("64", 8), ("mixed", 64)), goals, strict=True)
+        ),
+        *(
+            Case("minilm", BOTH, pooler, lengths, 64)
+            for pooler in POOLERS for lengths in ("24", "64", "mixed")
+        ),
+        *(Case("mistral-7b", design, pooler, "24") for design in DESIGN_NAMES for pooler in POOLERS),
+    ],
+    ("cuda", "full"): [
+        *(Case("minilm", BOTH, pooler, "mixed", 256) for pooler in POOLERS),
+        *(Case("qwen2-0.5b", BOTH, pooler, lengths, 256) for pooler in POOLERS for lengths in ("64", "mixed")),
+        *(Case("mistral-7b", BOTH, pooler, "mixed", 256) for pooler in POOLERS),
+        Case("mistral-7b", LAST, "paper", "mixed", 256),
+    ],
+}  # fmt: skip
+CASES["cuda", "quick"] = [case for case in CASES["cuda", "full"] if case.size != "mistral-7b"]
+
+
+# Seconds for a provider, calls of it, seconds of a call beyond which eager has no second: quick, full, GPU.
+BUDGET = ((8.0, 5, 6.0), (30.0, 7, 20.0), (1.0, 10, 1.0))
+
+
+class EncodeBench(Bench):
+    """Measures case after case."""
+
+    # --- one case ------------------------------------------------------------------------------------------------
+
+    def measure(self, case: Case, texts: Sequence[str] | None = None) -> None:
+        # In low precision the check has a float32 copy.
+        if not self.load(case.size, share=3.0 if self.low else 1.0):
+            return
+        progress(case.name)
+        providers = build(self.base, case.design, case.pooler)
+        texts = list(texts or texts_of(lengths_of(case.lengths, case.texts)))
+        tokens = check_tokens(providers, texts)
+        batch = self._fitting(case, providers[OURS], min(self.args.batch_size, len(texts)), max(tokens))
+        if not batch:
+            return
+        # Ours makes its own batches, by tokens.
+        runs = {
+            name: partial(
+                model.encode, texts, batch_size=None if name == OURS else batch, convert_to_tensor=True,
+                show_progress_bar=False,
+            )
+            for name, model in providers.items()
+        }  # fmt: skip
+        for model in providers.values():
+            model.encode(texts[:2])  # once for what only a first call does
+        errors = {PEER: self._mean_error(providers, texts), EAGER: (0.0, 0.0)}
+        if self.low:
+            own, limit = self._low_errors(providers, texts)
+            errors |= {EAGER: (own[EAGER], None), OURS: (own[OURS], limit)}
+        outputs: dict[str, Tensor] = {}
+        extra: dict[str, int] = {}
+        samples: dict[str, list[float]] = {}
+        for name, run in list(runs.items()):
+            providers[OURS][1].train().eval()  # drops folded weights: they count
+            progress(f"{case.name}: memory of {name}")
+            if name == EAGER:
+                touch(eager_bytes(providers[OURS], EVAL, batch, max(tokens)), self.device)
+            try:
+                extra[name], seconds = peak_memory(keep(outputs, name, run), self.device)
+            except torch.cuda.OutOfMemoryError:
+                self.note(f"{case.name}: {name} left out, out of memory")
+                del runs[name]
+                continue
+            if name == EAGER and seconds > self.slow:
+                samples[name] = [seconds]
+        if not self.low and EAGER in outputs:
+            errors[OURS] = relative_error(outputs[OURS].double(), outputs[EAGER].double()), FLOAT32_FORWARD
+        errors.setdefault(OURS, (None, None))
+        wrong = [name for name, (error, limit) in errors.items() if limit and not error <= limit]
+        for name in wrong:
+            self.note(f"{case.name}: {name} IS WRONG, error {errors[name][0]:.1e}, bound {errors[name][1]:.1e}")
+        outputs.clear()
+        progress(f"{case.name}: time")
+        due = {name: (nothing, run) for name, run in runs.items() if name not in samples and name not in wrong}
+        samples |= rounds(due, self.clock, self.budget, self.most, latency=True)
+        group = [
+            self._row(case, name, batch, tokens, errors[name], name not in wrong, samples, extra) for name in providers
+        ]
+        self.rows += group
+        sizes = f"{len(texts)} texts, {sum(tokens):,} tokens, batches of {batch}"
+        print(f"\n{case.name}  {sizes}\n{table(HEADER, map(cells, group))}", flush=True)
+
+    def _fitting(self, case: Case, model: Any, batch: int, longest: int) -> int:
+        """The batch for the padded pipelines at which eager is estimated to fit; 0, with a note, is none."""
+        free, wanted = free_memory(self.device), batch
+        while batch and eager_bytes(model, EVAL, batch, longest) > FILL * free:
+            batch //= 2
+        if not batch:
+            self.note(f"{case.name} skipped: not even one text in eager is estimated to fit {free >> 20:,} MiB")
+        elif batch < wanted:
+            self.note(
+                f"{case.name}: batches of {batch}, as eager's {wanted} are estimated not to fit {free >> 20:,} MiB"
+            )
+        return batch
+
+    # --- parity --------------------------------------------------------------------------------------------------
+
+    def _mean_error(self, providers: Mapping[str, Any], texts: Sequence[str]) -> tuple[float, float]:
+        """sentence-transformers computes what it should: the same backbone, direction and tokens as eager."""
+        some = list(texts[:CHECKED])
+        out = providers[PEER].encode(some, convert_to_tensor=True)
+        error = relative_error(out.float(), mean_reference(providers[EAGER], some).float())
+        return error, MEAN_ERROR if self.dtype == torch.float32 else 4 * torch.finfo(self.dtype).eps
+
+    def _low_errors(self, providers: Mapping[str, Any], texts: Sequence[str]) -> tuple[dict[str, float], float]:
+        """Errors of eager and mlpool to eager in float32, on a few texts, and mlpool's bound."""
+        some = list(texts[:CHECKED])
+        wide = copy.deepcopy(providers[EAGER]).float()
+        truth = wide.encode(some, convert_to_tensor=True)
+        del wide
+        gc.collect()
+        errors = {
+            name: relative_error(providers[name].encode(some, convert_to_tensor=True), truth) for name in (EAGER, OURS)
+        }
+        return errors, max(LOW_FORWARD * errors[EAGER], torch.finfo(self.dtype).eps / 4)
+
+    # --- rows ----------------------------------------------------------------------------------------------------
+
+    def _row(self, case: Case, name: str, batch: int, tokens: list[int], error: tuple[float | None, float | None],
+             green: bool, samples: Any, extra: Any) -> Row:  # fmt: skip
+        row: Row = {
+            "case": case.name, "preset": case.size, "mode": "encode", "design": case.design, "pooler": case.pooler,
+            "lengths": case.lengths, "provider": name, "batch": batch, "texts": len(tokens), "tokens": sum(tokens),
+            "longest": max(tokens), "dtype": str(self.dtype)[6:], "error": error[0], "limit": error[1], "green": green,
+        }  # fmt: skip
+        if name in samples:
+            row |= timed(samples[name], len(tokens), extra[name])
+            row["tokens_per_s"] = row["texts_per_s"] * row["tokens"] / row["texts"]
+            for key, other in (("ratio_eager", EAGER), ("ratio_st", PEER)):
+                if other in samples:
+                    row[key] = quantiles(samples[other])[1] * 1e3 / row["median_ms"]
+            if extra.get(EAGER):
+                row["memory_share"] = extra[name] / extra[EAGER]
+        row["target"], row["target_met"] = target(case.targets if name == OURS and not self.args.threads else {}, row)
+        return row | self.facts
+
+
+def target(wanted: Mapping[str, float], row: Row) -> tuple[str, bool | None]:
+    """The design's least ratios beside whether they are met."""
+    met = {(what, bound): row[f"ratio_{what}"] >= bound for what, bound in wanted.items() if f"ratio_{what}" in row}
+    texts = [f">= {bound:g}x {what} {'met' if good else 'MISSED'}" for (what, bound), good in met.items()]
+    return ", ".join(texts), all(met.values()) if met else None
+
+
+def cells(row: Row) -> list[str]:
+    error = "reference" if row["limit"] == 0 else "" if row["error"] is None else f"{row['error']:.0e}"
+    if "median_ms" not in row:
+        return [row["provider"], *["-"] * 7, error, "" if row["green"] else "WRONG"]
+
+    def times(key: str) -> str:
+        return f"{number(row[key])}x" if key in row else "-"
+
+    return [
+        row["provider"], number(row["median_ms"]), spread(row), number(row["texts_per_s"]), number(row["tokens_per_s"]),
+        number(row["extra_mib"]), times("ratio_eager"), times("ratio_st"), error,
+        row["target"],
+    ]  # fmt: skip
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
 
 
 def folder_of(model: str) -> str:
@@ -55,7 +300,7 @@ def read_texts(path: Path | None) -> list[str]:
     if path is None:
         words = WORDS.split()
         draw = random.Random(0)
-        return [" ".join(draw.choices(words, k=draw.randint(8, 96))) for _ in range(256)]
+        return [" ".join(draw.choices(words, k=draw.randint(8, 96))) for _ in range(64)]
     lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not lines:
         raise SystemExit(f"--texts {path.name} holds no text")
@@ -66,142 +311,46 @@ def _text_of(line: str, name: str, number: int) -> str:
     if not line.startswith("{"):
         return line
     record = json.loads(line)
-    for field in ("sentence", "text", "query"):
-        if field in record:
-            return str(record[field])
+    for key in ("sentence", "text", "query"):
+        if key in record:
+            return str(record[key])
     raise SystemExit(f"{name}, line {number}: expected a field sentence, text or query, got {sorted(record)}")
 
 
-class Encode:
-    """A model, a pool and tokenized batches; every provider encodes all of them."""
+# --- the command ------------------------------------------------------------------------------------------------------
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoModel, AutoTokenizer
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--batch-size", type=int, help="of the padded pipelines; default: 8, on a GPU 32")
+    parser.add_argument("--model", help="a real model instead: a folder or name, or minilm (the wheel)")
+    parser.add_argument("--texts", type=Path, help="for --model: a sentence per line, or JSONL; default: made-up ones")
+    args = parser.parse_args(argv)
+    bench = EncodeBench(args, BUDGET)
+    device = bench.device.type
+    args.batch_size = args.batch_size or (32 if device == "cuda" else 8)
+    name = bench.name
+    if args.model is not None:
         folder = folder_of(args.model)
-        progress(f"loading {Path(folder).name if args.model != 'minilm' else 'minilm'}")
-        self.model = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval()
-        config = self.model.config.get_text_config()
-        self.pooling = args.token_pooling or ("mean" if args.model == "minilm" else "last")
-        torch.manual_seed(0)
-        make = MultiLayerPool.paper if args.paper else MultiLayerPool
-        sizes = (config.hidden_size, config.num_hidden_layers)
-        self.pool = randomised(make(*sizes, token_pooling=self.pooling, device=device, dtype=dtype)).eval()
-        self.parameters = dict(self.pool.named_parameters())
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        texts = sorted(read_texts(args.texts), key=len, reverse=True)
-        self.count = len(texts)
-        longest = min(MAX_TOKENS, getattr(config, "max_position_embeddings", MAX_TOKENS))
-        self.batches = [
-            tokenizer(texts[i : i + args.batch_size], padding=True, truncation=True, max_length=longest,
-                      return_tensors="pt").to(device)
-            for i in range(0, self.count, args.batch_size)
-        ]  # fmt: skip
-
-    def hidden_states(self, batch: Any) -> tuple[Tensor, ...]:
-        return self.model(**batch, output_hidden_states=True).hidden_states
-
-    def eager_pool(self, states: Any, batch: Any, parameters: dict[str, Tensor]) -> Tensor:
-        heads = self.pool.num_heads
-        return reference.multi_layer_pool(states[1:], batch["attention_mask"], parameters, heads, self.pooling)
-
-    def run(self, encode: Callable[[Any], Tensor]) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([encode(batch) for batch in self.batches])
-
-    def backbone(self) -> Tensor:
-        return self.run(lambda batch: self.model(**batch).last_hidden_state[:, 0])
-
-    def eager(self) -> Tensor:
-        return self.run(lambda batch: self.eager_pool(self.hidden_states(batch), batch, self.parameters))
-
-    def states(self) -> Tensor:
-        return self.run(lambda batch: self.pool(self.hidden_states(batch), batch["attention_mask"]))
-
-    def taps(self) -> Tensor:
-        with Taps(self.model, token_pooling=self.pooling) as taps:
-
-            def encode(batch: Any) -> Tensor:
-                self.model(**batch)
-                return self.pool(layer_states=taps.take())
-
-            return self.run(encode)
-
-    def truth(self) -> Tensor:
-        """The reference pool in a wider dtype on the backbone's own hidden states."""
-        exact = self.pool.latents.dtype == torch.float32 and self.pool.ff_mult == 1
-        wide = torch.float64 if exact else torch.float32
-        parameters = {name: p.detach().to(wide) for name, p in self.parameters.items()}
-        return self.run(lambda b: self.eager_pool([s.to(wide) for s in self.hidden_states(b)], b, parameters))
+        bench.base_name = "minilm" if args.model == "minilm" else Path(folder).name
+        name = f"{bench.base_name}-{name}".lower()
+        bench.base = loaded_base(folder, bench.device, bench.dtype)
+        texts = read_texts(args.texts)
+        for design in args.design or DESIGN_NAMES[:1]:
+            for pooler in args.pooler or POOLERS:
+                bench.measure(Case(bench.base_name, design, pooler, "real", len(texts)), texts)
+    else:
+        for case in bench.chosen(CASES[device, "full" if bench.full else "quick"]):
+            bench.measure(case)
+            gc.collect()
+    for line in bench.notes:
+        print(f"note: {line}")
+    if bench.rows:
+        title = f"encode on {device_name(bench.device)}, {str(bench.dtype)[6:]}"
+        write(bench.rows, args.results, f"encode-{name}", title)
+    return int(not all(row["green"] for row in bench.rows))
 
 
-def measure_encode(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
-    """Time every provider over all texts, print and write; the exit status."""
-    work = Encode(args, device, dtype)
-    providers: dict[str, Callable[[], Tensor]] = {
-        "backbone alone": work.backbone, "eager": work.eager, "mlpool hidden_states": work.states,
-        "mlpool taps": work.taps,
-    }  # fmt: skip
-    progress(f"parity on {work.count} texts")
-    truth = work.truth()
-    errors = {name: relative_error(run(), truth) for name, run in providers.items() if name != "backbone alone"}
-    limit = FLOAT32_FORWARD if dtype == torch.float32 else LOW_FORWARD * errors["eager"]
-    red = [name for name, error in errors.items() if name != "eager" and not error <= limit]
-    runs = {name: run for name, run in providers.items() if name not in red}
-    extra: dict[str, int | None] = {}
-    for name, run in runs.items():
-        progress(f"memory of {name}")
-        work.pool.train().eval()  # drops folded weights: they count
-        extra[name] = extra_memory(run, device)[0]
-    progress("time")
-    budget = 3.0 if args.quick else 15.0
-    samples = rounds({name: (lambda: None, run) for name, run in runs.items()}, Clock(device), budget, 20, latency=True)
-    model = "minilm" if args.model == "minilm" else Path(args.model).name
-    common = {"case": f"encode {model}", "preset": f"encode {model}", "mode": "encode", "batch": args.batch_size}
-    rows: list[Row] = []
-    for name in providers:
-        row: Row = {**common, "provider": name, "texts": work.count, "hidden": work.pool.hidden_size,
-                    "layers": work.pool.num_layers, "latents": work.pool.num_latents, "dtype": str(dtype)[6:],
-                    "error": errors.get(name), "limit": limit, "green": name not in red}  # fmt: skip
-        if name in runs:
-            row |= timed(name, work.count, samples, extra)
-        rows.append(row | facts(device))
-    sizes = (
-        f"L={work.pool.num_layers} D={work.pool.hidden_size} R={work.pool.num_latents}, token pooling {work.pooling}"
-    )
-    print(f"\nencode {model}: {work.count} texts, batches of {args.batch_size}, {sizes}; tokenizing not timed")
-    print(table(HEADER, map(cells, rows)))
-    slug = f"encode-{model}-{device_slug(device)}".lower()
-    write(rows, args.results, slug, f"encode with {model} on {device_name(device)}, {str(dtype)[6:]}")
-    return int(bool(red))
-
-
-def timed(name: str, count: int, samples: dict[str, list[float]], extra: dict[str, int | None]) -> Row:
-    low, median, high = quantiles(samples[name])
-    row: Row = {"runs": len(samples[name]), "p20_ms": low * 1e3, "median_ms": median * 1e3, "p80_ms": high * 1e3,
-                "texts_per_s": count / median}  # fmt: skip
-    if "eager" in samples:
-        row["ratio_eager"] = quantiles(samples["eager"])[1] / median
-    own, backbone = extra[name], extra["backbone alone"]
-    if own is not None and backbone:
-        row |= {"extra_mib": own / 2**20, "memory_share": own / backbone}
-        # A CPU's resident set wobbles by more than what is asked here.
-        if name == "mlpool taps" and torch.cuda.is_available():
-            met = own <= MEMORY_TARGET * backbone
-            row["target"] = f"<= {MEMORY_TARGET:g}x backbone's memory {'met' if met else 'MISSED'}"
-            row["target_met"] = met
-    return row
-
-
-def cells(row: Row) -> list[str]:
-    error = "" if row["error"] is None else f"{row['error']:.0e}"
-    if "median_ms" not in row:
-        return [row["provider"], *["-"] * 6, error, "WRONG"]
-    return [
-        row["provider"], number(row["median_ms"]),
-        f"{number(row['p20_ms'])}-{number(row['p80_ms'])}" if row["runs"] > 1 else "1 run",
-        number(row["texts_per_s"]), number(row.get("extra_mib")), number(row.get("memory_share")),
-        f"{number(row['ratio_eager'])}x" if "ratio_eager" in row else "-", error, row.get("target", ""),
-    ]  # fmt: skip
+if __name__ == "__main__":
+    sys.exit(main())

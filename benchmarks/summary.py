@@ -11,9 +11,9 @@ from pathlib import Path
 
 from measure import RESULTS, number
 
-HEADER = ["case", "provider", "median ms", "texts/s", "vs eager", "vs compiled", "vs sdpa", "x floor"]
+HEADER = ["case", "provider", "batch", "median ms", "texts/s", "vs eager", "vs compiled", "vs sdpa", "vs ST", "x floor"]
 HEADER += ["extra MiB", "error", "target"]
-PATTERNS = ("throughput-*.csv", "attention-*.csv", "encode-*.csv", "tune-*.csv")
+PATTERNS = ("throughput-*.csv", "attention-*.csv", "encode-*.csv", "train-step-*.csv", "tune-*.csv")
 
 
 def main(paths: list[Path]) -> int:
@@ -57,8 +57,9 @@ def cells(row: dict[str, str]) -> list[str]:
         else " / ".join(f"{float(row[name]):.0e}" for name in ("error", "gradient_error") if row.get(name))
     )
     return [
-        row["case"], row["provider"], value("median_ms"), value("texts_per_s"), value("ratio_eager", "x"),
-        value("ratio_compiled", "x"), value("ratio_sdpa", "x"), value("ratio_floor", "x"), value("extra_mib"), error,
+        row["case"], row["provider"], row["batch"] if row.get("mode") == "train step" else "", value("median_ms"),
+        value("texts_per_s"), value("ratio_eager", "x"), value("ratio_compiled", "x"), value("ratio_sdpa", "x"),
+        value("ratio_st", "x"), value("ratio_floor", "x"), value("extra_mib"), error,
         "WRONG, no speed" if row["green"] == "False" else row.get("target", ""),
     ]  # fmt: skip
 

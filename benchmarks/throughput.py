@@ -3,7 +3,6 @@
     python benchmarks/throughput.py --quick            minutes on two CPU cores
     python benchmarks/throughput.py                    every size of the design, on the GPU where there is one
     python benchmarks/throughput.py --preset qwen2-0.5b
-    python benchmarks/throughput.py --model minilm --texts sentences.txt     a real encode, backbone and pool
 
 Prints a table, writes CSV and a plot to benchmarks/results/. A row whose error is out of bounds shows the error and no
 speed, and the exit status is 1. What the columns mean:
@@ -277,11 +276,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch on the CPU; 1 where others use the cores too")
     parser.add_argument("--no-compile", action="store_true", help=f"leave out {ALL[1]}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for CSV and plot")
-    parser.add_argument("--model", help="measure a real encode instead: a model's folder or name, or minilm")
-    parser.add_argument("--texts", type=Path, help="for --model: a sentence per line, or JSONL; default: made-up ones")
-    parser.add_argument("--token-pooling", choices=("last", "mean"), help="for --model; default: mean for minilm")
-    parser.add_argument("--paper", action="store_true", help="for --model: the released sizes, not the default pool")
-    parser.add_argument("--batch-size", type=int, default=32, help="for --model")
     return parser.parse_args()
 
 
@@ -296,10 +290,6 @@ def main() -> int:
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     name = f"{device_slug(device)}-{'quick' if args.quick else 'full'}"
     name += "".join(f"-{part}" for part in (*(args.preset or []), *(args.mode or []), *filter(None, [args.dtype])))
-    if args.model:
-        from encode import measure_encode
-
-        return measure_encode(args, device, dtype)
     bench = Bench(device, dtype, args.quick, not args.no_compile)
     print(bench.title(), flush=True)
     for case in CASES[device.type, "quick" if args.quick else "full"]:

@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f".{_LATE[name]}", __name__)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("sentence_transformers", "safetensors"):
+        if (error.name or __name__).partition(".")[0] in (__name__, "mlpool_kernels"):
             raise
         raise ModuleNotFoundError(f"mlpool.{name} needs {error.name}: pip install 'mlpool[st]'") from error
     return getattr(module, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ COMMANDS = {
     "study": ("mlpool.evaluation.study", "train, evaluate and compare designs, with a report"),
 }
 # What a user can mend; anything else is a fault and keeps its traceback.
-_EXPECTED = (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError, ModuleNotFoundError)
+_EXPECTED = (ValueError, OSError, ModuleNotFoundError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=summary, add_help=False)
     command = parser.parse_args(given[:1]).command
     module, summary = COMMANDS[command]
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("mlpool").setLevel(logging.INFO)
     try:
         target = _find(module)
         own = argparse.ArgumentParser(prog=f"mlpool {command}", description=summary[0].upper() + summary[1:] + ".")

@@ -234,7 +234,8 @@ class _TrunkForward:
 
     def __init__(self, taps: Taps):
         self.taps, self.original = taps, taps.trunk.forward
-        self.was_patched = "forward" in taps.trunk.__dict__  # by accelerate's device_map, for one
+        # By accelerate's device_map, for one. Not `original`, which on a packed trunk is a view of it.
+        self.patch = taps.trunk.__dict__.get("forward")
         self.names = _argument_names(taps.trunk)
         functools.update_wrapper(self, self.original)  # callers read the signature
         taps.trunk.forward = self
@@ -248,8 +249,8 @@ class _TrunkForward:
         trunk = self.taps.trunk
         if trunk.__dict__.get("forward") is not self:
             return False
-        if self.was_patched:
-            trunk.forward = self.original
+        if self.patch is not None:
+            trunk.forward = self.patch
         else:
             del trunk.forward
         return True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .embedder import Embedder
@@ -48,7 +49,7 @@ def add_lora(
     model.add_adapter(
         LoraConfig(
             task_type="FEATURE_EXTRACTION", r=rank, lora_alpha=alpha, lora_dropout=dropout,
-            target_modules=target_modules, **options,
+            target_modules=target_modules, **{"revision": _commit(model), **options},
         )
     )  # fmt: skip
     return embedder
@@ -71,6 +72,7 @@ def merge(embedder: Embedder) -> Embedder:
             model.set_submodule(name, module.get_base_layer())
     del model.peft_config
     model._hf_peft_config_loaded = False
+    model.requires_grad_(True)  # as any model with full weights
     backbone: Any = embedder[0]
     backbone.base_fingerprint = None
     return embedder
@@ -82,7 +84,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def load_adapter(model: nn.Module, name: str, place: dict[str, Any]) -> None:
-    """Put the saved adapter of a folder or Hub name on a base model.
+    """Put the saved adapter of a folder or Hub name on a base model, trainable as after `add_lora`.
 
     Raises:
         ValueError: it does not fit the model.
@@ -91,33 +93,54 @@ def load_adapter(model: nn.Module, name: str, place: dict[str, Any]) -> None:
     place = {key: value for key, value in place.items() if value}
     conversions = model.__dict__.get("_weight_conversions")
     try:
-        model.load_adapter(name, adapter_kwargs=place)  # type: ignore[operator]
+        model.load_adapter(name, is_trainable=True, adapter_kwargs=place)  # type: ignore[operator]
     except RuntimeError as error:
         raise ValueError(f"the adapter in {name} does not fit {type(model).__name__}: {error}") from error
+    for config in model.peft_config.values():  # type: ignore[operator, union-attr]
+        # Where the base was found this time, for the next save.
+        config.base_model_name_or_path, config.revision = model.name_or_path, _commit(model)
     # It leaves the adapter's renaming of keys there, by which a merged model would be saved under wrong names.
     model.__dict__["_weight_conversions"] = conversions
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Which base model this is, adapters aside: names, shapes and a few numbers of every weight, hashed.
+    """Which base model this is, adapters aside: a hash of every weight's name and shape, and a few of its numbers.
 
-    The numbers are rounded to bfloat16, so that loading in float32 or bfloat16 makes no difference.
+    The numbers are kept, not hashed: the same model in float32, bfloat16 and float16 is rounded differently.
     """
-    digest = hashlib.sha256()
+    digest, numbers = hashlib.sha256(), []
     for name, weight in sorted(model.named_parameters()):
         if "lora_" not in name:
-            numbers = weight.detach().flatten()[:16].float().bfloat16().view(torch.int16).cpu().numpy()
-            digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode() + numbers.tobytes())
-    return digest.hexdigest()
+            digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode())
+            numbers.append(weight.detach().flatten()[:8].float().cpu())
+    values = torch.cat(numbers).bfloat16().view(torch.int16).numpy()
+    return f"{digest.hexdigest()[:16]}:{base64.b64encode(values.tobytes()).decode()}"
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one model, whatever the precision it was loaded in."""
+    structure, _, numbers = one.partition(":")
+    expected, _, others = other.partition(":")
+    # Two roundings to bfloat16 may be a step (2^-7) apart, and float16 ends at steps of 6e-8.
+    return structure == expected and torch.allclose(_numbers(numbers), _numbers(others), rtol=2**-7, atol=1e-7)
+
+
+def _numbers(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16).float()
 
 
 def check_base(model: nn.Module, expected: str | None, base: str, folder: str) -> None:
     """Raises ValueError where an adapter was trained on another base model than the one loaded."""
-    if expected is not None and fingerprint(model) != expected:
+    if expected is not None and not same_base(fingerprint(model), expected):
         raise ValueError(
             f"{folder} holds an adapter for another base model: the weights of {base} are not those it was trained on; "
             "pass base= with the folder or name of the right one"
         )
+
+
+def _commit(model: Any) -> str | None:
+    """The commit of a base model from the Hub, which may change under its name."""
+    return getattr(model.config, "_commit_hash", None)
 
 
 def _peft() -> Any:

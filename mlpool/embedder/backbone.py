@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,18 +15,19 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
 from ..attention import bidirectional, causal
-from ..attention.check import AttentionCheckError, claims_bidirectional, is_encoder
-from ..attention.families import backend_of, require_transformers
-from ..attention.packed import is_packed, pack, unpack
+from ..attention.check import AttentionCheckError, claims_bidirectional, is_encoder, text_positions
+from ..attention.families import backend_of, family_of, require_transformers
+from ..attention.packed import _position_offset, is_packed, pack, unpack
 from ..pooling.base import check_choice, log_once
 from ..taps import Taps, find_layers
 from .adapters import check_base, fingerprint, has_adapter, load_adapter
 from .designs import DESIGNS, find_design
-from .folder import check_folder
+from .folder import MANIFEST, check_folder
 from .texts import TextTokenizer, TokenIds, Truncated
 
 CONFIG_NAME = "backbone_config.json"
-_PACKING = ("auto", "always", "never")
+PACKING = ("auto", "always", "never")
+_T5 = ("t5", "mt5", "umt5")  # of these the encoder alone is loaded
 
 
 class Backbone(InputModule):
@@ -66,17 +69,17 @@ class Backbone(InputModule):
         sliding_window: str = "keep",
     ) -> None:
         super().__init__()
-        check_choice("packing", packing, _PACKING)
-        self.texts = TextTokenizer(tokenizer, append_eos, include_prompt, include_bos)
+        check_choice("packing", packing, PACKING)
         self.model = model
         self._design = find_design(design)
-        self.design, self.append_eos, self.packing, self.sliding_window = design, append_eos, packing, sliding_window
-        self.layers = None if layers is None else list(layers)
+        self.design, self.append_eos, self.packing = self._design.name, append_eos, packing
+        self.sliding_window, self.layers = sliding_window, None if layers is None else list(layers)
+        self.texts = self._text_tokenizer(tokenizer, include_prompt, include_bos)
         self.max_seq_length = self._limit() if max_seq_length is None else max_seq_length
-        self.include_prompt, self.include_bos = include_prompt, include_bos
         self.attn_implementation = backend_of(find_layers(model)[0].config)
         self.base_fingerprint: str | None = None  # of the base model, once there is an adapter on it
-        self._arranged_for: tuple[torch.device, torch.dtype] | None = None
+        self._arranged_for: tuple[torch.device, torch.dtype, str] | None = None
+        self._one_at_a_time = _Lock()
         self._set_attention()
 
     # --- texts to tokens ----------------------------------------------------------------------------------------------
@@ -104,15 +107,22 @@ class Backbone(InputModule):
         Returns: features with token_embeddings, the last hidden state [B, T, D] or [1, total, D], and, for designs that
             read all layers, layer_states [B, L, D].
         """
+        with self._one_at_a_time:
+            return self._run(features)
+
+    def _run(self, features: dict[str, Any]) -> dict[str, Any]:
         self.arrange()
         call: dict[str, Any] = {"input_ids": features["input_ids"]}
         token_mask = features.get("token_mask")
         if "cu_seqlens" in features:
             call |= {"cu_seq_lens_q": features["cu_seqlens"], "cu_seq_lens_k": features["cu_seqlens"]}
         else:
-            call["attention_mask"] = features["attention_mask"]
-            if token_mask is not None and self.packed:  # the layers see the packed row
-                token_mask = token_mask[features["attention_mask"].bool()]
+            mask = call["attention_mask"] = features["attention_mask"]
+            if not self.packed:
+                if self._counts_padding:
+                    call["position_ids"] = text_positions(mask)
+            elif token_mask is not None:  # the layers see the packed row
+                token_mask = token_mask[mask.bool()]
         if self._takes_cache:
             call["use_cache"] = False
         with self._taps() as taps:
@@ -137,6 +147,7 @@ class Backbone(InputModule):
         config: Any = trunk.config
         encoder = is_encoder(trunk, layers)
         self._takes_cache = hasattr(config, "use_cache") and not encoder
+        self._counts_padding = _counts_padding(trunk)
         self.hidden_size: int = config.hidden_size
         self.num_layers = len(layers)
         if self._design.attention == "bidirectional":
@@ -153,19 +164,19 @@ class Backbone(InputModule):
 
     def arrange(self) -> None:
         """Pack or unpack the model as its device and precision suit; by forward, and by trainers before they shard."""
-        if self.packing == "never":
-            return
         weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
         dtype = _running_dtype(weight)
-        if self._arranged_for == (weight.device, dtype):
-            return
-        # On a GPU in full precision no kernel takes packed texts, and they would run one by one.
-        wins = weight.device.type == "cpu" or dtype in (torch.float16, torch.bfloat16)
-        if self.packing == "always" or wins:
-            self._pack()
-        else:
-            unpack(self.model)
-        self._arranged_for = (weight.device, dtype)
+        now = (weight.device, dtype, self.packing)
+        with self._one_at_a_time:
+            if self._arranged_for == now:
+                return
+            # On a GPU in full precision no kernel takes packed texts, and they would run one by one.
+            wins = weight.device.type == "cpu" or dtype in (torch.float16, torch.bfloat16)
+            if self.packing == "always" or (self.packing == "auto" and wins):
+                self._pack()
+            else:
+                unpack(self.model)
+            self._arranged_for = now
 
     @property
     def packed(self) -> bool:
@@ -184,9 +195,10 @@ class Backbone(InputModule):
 
     def _limit(self) -> int | None:
         """The smaller of the tokenizer's and the model's limit."""
-        config: Any = find_layers(self.model)[0].config
-        positions = getattr(config, "max_position_embeddings", None)
-        limits = [limit for limit in (self.texts.limit(), positions) if limit and limit > 0]
+        trunk, _ = find_layers(self.model)
+        config: Any = trunk.config
+        positions = getattr(config, "max_position_embeddings", None) or 0
+        limits = [limit for limit in (self.texts.limit(), positions - _position_offset(trunk)) if limit and limit > 0]
         return min(limits, default=None)
 
     @property
@@ -196,7 +208,29 @@ class Backbone(InputModule):
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
-        self.texts = TextTokenizer(tokenizer, self.append_eos, self.include_prompt, self.include_bos)
+        self.texts = self._text_tokenizer(tokenizer, self.include_prompt, self.include_bos)
+
+    def _text_tokenizer(self, tokenizer: Any, include_prompt: bool, include_bos: bool) -> TextTokenizer:
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        return TextTokenizer(tokenizer, self.append_eos, include_prompt, include_bos, vocabulary)
+
+    @property
+    def include_prompt(self) -> bool:
+        """Whether the prompt's tokens are pooled, or only read by the model."""
+        return self.texts.include_prompt
+
+    @include_prompt.setter
+    def include_prompt(self, include_prompt: bool) -> None:
+        self.texts.include_prompt = include_prompt
+
+    @property
+    def include_bos(self) -> bool:
+        """Whether the tokens that the tokenizer puts before a text are pooled."""
+        return self.texts.include_bos
+
+    @include_bos.setter
+    def include_bos(self, include_bos: bool) -> None:
+        self.texts.include_bos = include_bos
 
     @property
     def truncated(self) -> Truncated:
@@ -216,6 +250,7 @@ class Backbone(InputModule):
 
     def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
         """Write the model (its adapter alone where it has one), the tokenizer and `backbone_config.json`."""
+        (Path(output_path) / MANIFEST).unlink(missing_ok=True)  # of files that are about to be replaced
         self.model.save_pretrained(output_path)  # type: ignore[operator]
         self.tokenizer.save_pretrained(output_path)
         self.save_config(output_path)
@@ -268,7 +303,8 @@ def load_model(
         model_kwargs: of `AutoModel.from_pretrained`; "base" replaces the base model that an adapter names.
         expected: the fingerprint of the base model that an adapter needs.
     """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+    from transformers.utils.hub import cached_file, extract_commit_hash
     from transformers.utils.peft_utils import find_adapter_config_file
 
     hub = {("cache_dir" if key == "cache_folder" else key): value for key, value in hub.items()}
@@ -279,23 +315,75 @@ def load_model(
     place: dict[str, Any] = {**hub, "subfolder": subfolder}
     source = name
     if adapter is not None:
-        source = base or json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+        saved = json.loads(Path(adapter).read_text(encoding="utf8"))
+        source = base or saved["base_model_name_or_path"]
         if not Path(source).is_dir() and (Path(source).is_absolute() or str(source).count("/") > 1):
             raise FileNotFoundError(
                 f"{name} is an adapter for the base model at {source}, which is not there; pass base= with its folder "
                 "or name to mlpool.load"
             )
-        place = {**shared, "trust_remote_code": hub["trust_remote_code"]}
-    if config_kwargs:
-        options["config"] = AutoConfig.from_pretrained(source, **place, **config_kwargs)
-    model = AutoModel.from_pretrained(source, **place, **options)
-    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
-        model = model.get_encoder()
+        revision = None if base else saved.get("revision")
+        place = {**shared, "revision": revision, "trust_remote_code": hub["trust_remote_code"]}
+    if Path(source).is_dir():
+        source = str(Path(source).resolve())  # which an adapter records as its base
+    try:
+        config = AutoConfig.from_pretrained(source, **place, **(config_kwargs or {}))
+        if config_kwargs:
+            options["config"] = config
+        kind: Any = AutoModelForTextEncoding if config.model_type in _T5 else AutoModel
+        model = kind.from_pretrained(source, **place, **options)
+    except Exception as error:
+        if damaged := _unreadable(Path(source) / place.get("subfolder", "")):
+            raise ValueError(f"{damaged} cannot be read, is it cut short? ({error})") from error
+        raise
+    if not Path(source).is_dir():
+        held = {key: place.get(key) for key in ("cache_dir", "token", "local_files_only", "revision")}
+        config_file = cached_file(source, "config.json", subfolder=place.get("subfolder", ""), **held)
+        model.config._commit_hash = extract_commit_hash(config_file, None)  # for `add_lora`; not saved
     if adapter is not None:
         check_base(model, expected, str(source), name)
         load_adapter(model, name, {**shared, "revision": hub["revision"], "subfolder": subfolder})
     tokenizer = AutoTokenizer.from_pretrained(name, **hub, subfolder=subfolder, **(tokenizer_kwargs or {}))
     return model.eval(), tokenizer
+
+
+def _unreadable(folder: Path) -> Path | None:
+    """The first safetensors file of a folder whose header or length is wrong."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return path
+    return None
+
+
+def _counts_padding(trunk: nn.Module) -> bool:
+    """Whether its learned positions count from the start of the row, padding included, unless they are given."""
+    takes = "position_ids" in inspect.signature(type(trunk).forward).parameters
+    learned = any(
+        name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is None
+        for name, module in trunk.named_modules()
+    )
+    return takes and (learned or family_of(trunk.config).text_positions)
+
+
+class _Lock:
+    """Lets one forward at a time through: taps are attached to the model itself. Copies and pickles get their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> Any:
+        return _Lock, ()
 
 
 def _running_dtype(weight: Tensor) -> torch.dtype:

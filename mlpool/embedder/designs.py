@@ -62,7 +62,7 @@ def find_design(name: str | int | None) -> Design:
         ValueError: none such; the message lists them.
     """
     for design in DESIGNS.values():
-        if name is not None and str(name) in (design.name, str(design.number)):
+        if name is not None and str(name) in (design.name, str(design.number or design.name)):
             return design
     known = ", ".join(f"{d.name} (the paper's {d.number})" if d.number else d.name for d in DESIGNS.values())
     given = "no design was given" if name is None else f"there is no design {name!r}"
@@ -81,14 +81,19 @@ def build_pool(
     Args:
         pooler: "default" (small, starts exactly at EOS or mean pooling), "paper" (the released sizes and equations), or
             arguments of the pool's class, e.g. {"num_latents": 32, "residual": False}.
-        layers: the layers to read, for designs that read all; indices, negatives counted from the end.
+        layers: the layers to read, for designs that read all; increasing indices, negatives counted from the end.
 
     Raises:
         ValueError: a pooler or layers that the design has no use for, unknown or wrong arguments.
     """
-    if isinstance(pooler, str) and pooler not in ("default", "paper"):
+    if not isinstance(pooler, Mapping) and pooler not in ("default", "paper"):
         raise ValueError(f'pooler must be "default", "paper" or a dict of sizes, got {pooler!r}')
     sizes = dict(pooler) if isinstance(pooler, Mapping) else {}
+    if "token_pooling" in sizes or "layers" in sizes:
+        raise ValueError(
+            f"pooler={pooler!r}: token_pooling is set by the design ({design.name}: {design.token_pooling}), and layers "
+            "is an argument of its own"
+        )
     if not design.has_latents and pooler != "default":
         raise ValueError(f'{design.name} has no latents to size; leave pooler at "default", got {pooler!r}')
     if layers is not None and not design.reads_all_layers:
@@ -99,9 +104,9 @@ def build_pool(
     if design.reads_all_layers:
         arguments += (num_layers,)
         if layers is not None:
-            sizes["layers"] = sorted(i % num_layers if -num_layers <= i < num_layers else i for i in layers)
+            sizes["layers"] = list(layers)
     make = design.pool.paper if pooler == "paper" else design.pool  # type: ignore[attr-defined]
     try:
-        return make(*arguments, **{"token_pooling": design.token_pooling, **sizes})
+        return make(*arguments, token_pooling=design.token_pooling, **sizes)
     except TypeError as error:
         raise ValueError(f"pooler={pooler!r} does not fit {design.pool.__name__}: {error}") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device, truncate_embeddings
+from sentence_transformers.util.decorators import deprecated_kwargs
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,7 +22,6 @@ from .texts import TokenIds, check_texts
 
 logger = logging.getLogger("mlpool")
 
-_BLOCK = 4096  # texts tokenized at a time
 _ST_BATCH = 32  # what sentence-transformers passes where its user passed nothing
 # Largest change of an embedding's coordinate between saving and loading: rounding of unit vectors, no more.
 _LIMITS = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -33,8 +34,11 @@ class Embedder(SentenceTransformer):
     What it adds: `encode` batches by tokens, and `save` reloads what it wrote and compares before it replaces anything.
     """
 
+    cache_folder: str | None = None  # of the Hub, where a base model was loaded from
+
     # --- encode -------------------------------------------------------------------------------------------------------
 
+    @deprecated_kwargs(sentences="inputs")
     def encode(  # type: ignore[override]
         self,
         inputs: Any,
@@ -48,7 +52,7 @@ class Embedder(SentenceTransformer):
         """Embed texts: `SentenceTransformer.encode`, in batches of about equal work.
 
         Args:
-            inputs: a string or a sequence of strings.
+            inputs: a string, or strings in any order-keeping collection (list, array, column, generator).
             batch_size: texts a forward at most. None is no limit, nor is 32, sentence-transformers' own default.
             token_budget: tokens a forward, padding counted; None is 16384 on an accelerator, 4096 on a CPU. Halved, and
                 kept so for the call, where memory runs out.
@@ -60,7 +64,11 @@ class Embedder(SentenceTransformer):
             ValueError: rows that are no strings (named), a token_budget below 1, and what `TextTokenizer` raises.
             RuntimeError: memory runs out for one text alone.
         """
-        check_texts([inputs] if isinstance(inputs, str) or not hasattr(inputs, "__len__") else inputs)
+        if not isinstance(inputs, str):
+            if isinstance(inputs, Mapping | Set) or not isinstance(inputs, Iterable):
+                raise ValueError(f"inputs must be a string or a list of strings, got {type(inputs).__name__}")
+            inputs = list(inputs)
+            check_texts(inputs)
         if token_budget is not None:
             if token_budget < 1:
                 raise ValueError(f"token_budget must be at least 1 token, got {token_budget}")
@@ -95,15 +103,15 @@ class Embedder(SentenceTransformer):
                 truncate_dim=truncate_dim, device=device, **kwargs,
             )  # fmt: skip
         device = self._resolve_inference_device(device)
-        self.eval()
+        if any(module.training for module in self.modules()):  # eval() drops the pool's folded weights
+            self.eval()
         backbone: Any = self[0]
         backbone.arrange()
         budget = token_budget or (4096 if device.type == "cpu" else 16384)
         rows: list[Tensor | None] = [None] * len(inputs)
         before = backbone.truncated.count
         with tqdm(total=len(inputs), desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
-            # Many blocks' worth of ids fit in memory; the length sort should see as many texts as it can.
-            tokens = _join([backbone.token_ids(inputs[i : i + _BLOCK], prompt) for i in range(0, len(inputs), _BLOCK)])
+            tokens = backbone.token_ids(inputs, prompt)
             for part, embeddings in self._batches(tokens, budget, batch_size, device):
                 if truncate_dim is not None:
                     embeddings = truncate_embeddings(embeddings, truncate_dim)
@@ -130,7 +138,7 @@ class Embedder(SentenceTransformer):
             try:
                 yield part, self._embed(tokens, part, device)
                 continue
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not _out_of_memory(error):
                     raise
                 if len(part) == 1:
@@ -161,24 +169,30 @@ class Embedder(SentenceTransformer):
         safe_serialization: bool = True,
         verify: bool = True,
     ) -> None:
-        """Save to a folder: written beside it, loaded again, compared, and only then put in its place.
+        """Save to a folder: written aside, loaded again, compared, and only then put in its place.
 
         Args:
             path: the folder. Whatever fails, what was there before stays.
             verify: load the folder and compare every weight and the embeddings of a few texts. Takes the memory of a
-                second model while it lasts.
+                second model while it lasts, on the CPU where the model's own device has no room.
             model_name, create_model_card, train_datasets: as of `SentenceTransformer.save`.
 
         Raises:
             RuntimeError: the folder does not give the same model; the message says what differs.
-            ValueError: safe_serialization=False; weights are always written as safetensors.
+            ValueError: safe_serialization=False; weights are always written as safetensors. An adapter's own base
+                model's folder.
         """
+        model: Any = self[0].model
+        if has_adapter(model) and Path(path).resolve() == Path(model.name_or_path).resolve():
+            raise ValueError(
+                f"{path} holds the base model of this adapter; save into another folder, or merge it first"
+            )
         if not safe_serialization:
             raise ValueError("embedders are saved as safetensors only; leave out safe_serialization=False")
-        with staged(path) as stage:
-            super().save(str(stage), model_name, create_model_card, train_datasets)
-            from .. import __version__
+        from .. import __version__
 
+        with self._undisturbed(), staged(path) as stage:
+            super().save(str(stage), model_name, create_model_card, train_datasets)
             write_manifest(stage, version=__version__, design=getattr(self[0], "design", None))
             if verify:
                 self._verify(stage)
@@ -187,37 +201,89 @@ class Embedder(SentenceTransformer):
         """`save`, under the name of transformers."""
         self.save(path, *args, **kwargs)
 
-    @torch.no_grad()
-    def _verify(self, folder: Path) -> None:
+    def _create_model_card(self, path: str, *args: Any, **kwargs: Any) -> None:
+        super()._create_model_card(path, *args, **kwargs)
+        card = Path(path) / "README.md"
+        if card.is_file():
+            card.write_text(_as_ours(card.read_text(encoding="utf8"), self.model_card_data.model_id), encoding="utf8")
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Mode, random state and counts stay, though the model card and the comparison embed texts."""
         training = [module for module in self.modules() if module.training]
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            again = reload(self, folder)
-            problems = _differences(self, again)
-            if not problems:
-                dtype = min((self.dtype, again.dtype), key=lambda d: torch.finfo(d).bits)
-                ours, theirs = (m.encode(list(_PROBES), convert_to_tensor=True).float() for m in (self, again))
-                error = (ours - theirs.to(ours.device)).abs().max().item()
-                if not error <= _LIMITS[dtype]:
-                    problems = [f"embeddings differ by {error:.1e} (at most {_LIMITS[dtype]:.0e} is rounding)"]
-        for module in training:  # encode left evaluation mode behind
-            module.training = True
+        backbone: Any = self[0]
+        cut = backbone.truncated
+        # While training in mixed precision, accelerate has put autocast around forward; the folder knows nothing of it.
+        wrapped = self.__dict__.pop("forward", None)
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.no_grad():
+                yield
+        finally:
+            backbone.texts.truncated = cut
+            if wrapped is not None:
+                self.__dict__["forward"] = wrapped
+            for module in training:
+                module.training = True
+
+    def _verify(self, folder: Path) -> None:
+        problems = self._compare(folder, self.device)
+        if problems is None:
+            logger.warning("no room for a second model on %s: verifying %s on the CPU", self.device, folder)
+            problems = self._compare(folder, torch.device("cpu"))
         if problems:
             raise RuntimeError(
                 f"not saved: the folder that was written does not load as the same model: {'; '.join(problems[:5])}"
             )
 
+    def _compare(self, folder: Path, device: torch.device) -> list[str] | None:
+        """What the saved folder gives otherwise than this model; None where memory runs out on an accelerator."""
+        try:
+            again = reload(self, folder, device)
+            if problems := _differences(self, again):
+                return problems
+            ours, theirs = (model._probe() for model in (self, again))
+        except RuntimeError as error:
+            if device.type == "cpu" or not _out_of_memory(error):
+                raise
+            return None
+        limit = _LIMITS[min((self.dtype, again.dtype), key=lambda dtype: torch.finfo(dtype).bits)]
+        change = (ours - theirs.to(ours.device)).abs().max().item()
+        return [] if change <= limit else [f"embeddings differ by {change:.1e} (at most {limit:.0e} is rounding)"]
 
-def reload(embedder: SentenceTransformer, folder: str | Path) -> Any:
+    def _probe(self) -> Tensor:
+        """Embeddings of a few texts, whatever prompts and limits there are; leaves evaluation mode behind."""
+        backbone: Any = self.eval()[0]
+        backbone.arrange()
+        return self._embed(backbone.token_ids(_PROBES), range(len(_PROBES)), self.device).float()
+
+    def set_pooling_include_prompt(self, include_prompt: bool) -> None:
+        """Whether the prompt's tokens are pooled, or only read by the model."""
+        backbone: Any = self[0]
+        backbone.include_prompt = include_prompt
+
+
+def reload(embedder: Embedder, folder: str | Path, device: torch.device | None = None) -> Any:
     """Load what was saved of this embedder, in its dtype and on its device, with its own module classes."""
     classes = {f"{type(m).__module__}.{type(m).__qualname__}": type(m) for m in embedder.children()}
     backbone: Any = embedder[0]
-    options: dict[str, Any] = {"dtype": embedder.dtype}
-    if not has_adapter(backbone.model):
-        options["attn_implementation"] = backbone.attn_implementation
+    options: dict[str, Any] = {"dtype": embedder.dtype, "attn_implementation": backbone.attn_implementation}
     return type(embedder)._load_with_module_classes(
-        str(folder), classes, device=str(embedder.device), trust_remote_code=embedder.trust_remote_code,
-        model_kwargs=options, local_files_only=True,
+        str(folder), classes, device=str(device or embedder.device), trust_remote_code=embedder.trust_remote_code,
+        model_kwargs=options, local_files_only=True, cache_folder=embedder.cache_folder,
     )  # fmt: skip
+
+
+def _as_ours(card: str, model_id: str | None) -> str:
+    """sentence-transformers' model card, with the lines of its example that are otherwise here."""
+    placeholder = "sentence_transformers_model_id"
+    for theirs, ours in (
+        ("pip install -U sentence-transformers", "pip install 'mlpool[st]'"),
+        ("from sentence_transformers import SentenceTransformer\n", "import mlpool\n"),
+        ("model = SentenceTransformer(", "model = mlpool.load("),
+        (f'mlpool.load("{placeholder}"', f'mlpool.load("{model_id or placeholder}"'),
+    ):
+        card = card.replace(theirs, ours)
+    return card
 
 
 def _differences(model: SentenceTransformer, again: SentenceTransformer) -> list[str]:
@@ -252,13 +318,7 @@ def _take(waiting: list[int], lengths: np.ndarray, budget: int, batch_size: int,
     return part
 
 
-def _join(parts: list[TokenIds]) -> TokenIds:
-    skipped = None
-    if parts and parts[0].skipped is not None:
-        skipped = [n for part in parts for n in part.skipped or ()]
-    return TokenIds([ids for part in parts for ids in part.ids], skipped)
-
-
 def _out_of_memory(error: BaseException) -> bool:
-    # The CPU's allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # The allocators of CPU, MPS and XPU raise a plain RuntimeError, as does a kernel that finds no room.
+    words = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

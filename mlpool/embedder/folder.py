@@ -1,63 +1,75 @@
-"""The folder of a saved embedder: written beside its place and moved there whole, and checked before it is read."""
+"""The folder of a saved embedder: written whole before anything in it is replaced, and checked before it is read."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "mlpool.json"
+_SAVING, _SAVED = ".mlpool-saving-", ".mlpool-saved"  # being written; complete, on its way to its place
+_FILES = ".files"  # in _SAVED: the names of all its files
+_FIRST = ("config_sentence_transformers.json", "modules.json")  # these lead a reader to `check_folder`
 _READ_WHOLE = 2**28  # bytes; of larger files only the size is compared when loading
 
 
-@contextmanager
+@contextlib.contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` when the block ends without an error.
+    """A new folder inside `folder` to write into; its files take their places when the block ends without an error.
 
-    Until then `folder` stays as it was, whatever happens. Files in it that no embedder wrote (a trainer's optimizer
-    state) are kept.
+    Until then `folder` stays as it was, whatever happens. It changes by one rename, and what a kill leaves undone after
+    that is done by the next `recover` or `check_folder`. Files that no embedder wrote (a trainer's checkpoints and
+    states) are not touched, and the folder itself is not replaced: it may be a mount point or somebody's current one.
 
     Raises:
-        NotADirectoryError: `folder` is a file.
+        NotADirectoryError: `folder` is a file. ValueError: its manifest is damaged.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; pass a folder to save into")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.parent.glob(f".{folder.name}.saving-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    stage = folder.parent / f".{folder.name}.saving-{os.getpid()}"
+    existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    read_manifest(folder)
+    stage = folder / f"{_SAVING}{os.getpid()}"
     stage.mkdir()
     try:
         yield stage
-        _replace(folder, stage)
+        names = [path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()]
+        (stage / _FILES).write_text(json.dumps(names), encoding="utf8")
+        stage.rename(folder / _SAVED)
+        recover(folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
-def _replace(folder: Path, stage: Path) -> None:
-    if not folder.exists():
-        stage.rename(folder)
-        return
-    old = folder.parent / f".{folder.name}.before-{os.getpid()}"
-    written = set(read_manifest(folder).get("files", {})) if (folder / MANIFEST).is_file() else set()
-    folder.rename(old)
-    try:
-        stage.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    for path in sorted(old.rglob("*")):
-        name = path.relative_to(old)
-        if path.is_file() and str(name) not in written and not (folder / name).exists():
+def recover(folder: str | Path) -> None:
+    """Put right what a save that was killed left in `folder`: what was complete is moved into place, the rest deleted.
+
+    Several processes may do so at once.
+    """
+    folder = Path(folder)
+    saved = folder / _SAVED
+    if (saved / _FILES).is_file():
+        new = json.loads((saved / _FILES).read_text(encoding="utf8"))
+        for name in read_manifest(folder).get("files", {}).keys() - set(new):
+            (folder / name).unlink(missing_ok=True)
+        for name in sorted(new, key=lambda name: (name == MANIFEST, name not in _FIRST)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            path.rename(folder / name)
-    shutil.rmtree(old)
+            with contextlib.suppress(FileNotFoundError):  # moved already
+                (saved / name).replace(folder / name)
+        (saved / _FILES).unlink(missing_ok=True)
+    shutil.rmtree(saved, ignore_errors=True)
+    for stage in folder.glob(f"{_SAVING}*"):
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def write_manifest(folder: Path, **entries: Any) -> None:
@@ -69,19 +81,21 @@ def write_manifest(folder: Path, **entries: Any) -> None:
             files[name] = {"bytes": path.stat().st_size}
             if path.suffix == ".safetensors":
                 files[name]["sha256"] = _sha256(path)
-    (folder / MANIFEST).write_text(json.dumps({**entries, "files": files}, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps({**entries, "files": files}, indent=2) + "\n", encoding="utf8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote; ValueError if it is damaged."""
+    """What `write_manifest` wrote, {} where there is none; ValueError if it is damaged."""
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        return json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error}); delete it, or copy the folder again") from error
 
 
 def check_folder(folder: str | Path, whole: bool = False) -> None:
-    """Compare a folder with its manifest. Text files may have been edited, weights not.
+    """Complete what a killed save left, and compare a folder with its manifest. Text may have been edited, weights not.
 
     Args:
         whole: also hash files above 256 MiB.
@@ -90,8 +104,8 @@ def check_folder(folder: str | Path, whole: bool = False) -> None:
         FileNotFoundError: a file is missing. ValueError: a file is damaged. Both name it.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        return
+    if (folder / _SAVED).is_dir():
+        recover(folder)
     advice = "copy the folder again from where it was saved"
     for name, entry in read_manifest(folder).get("files", {}).items():
         path = folder / name

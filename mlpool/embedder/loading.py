@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .backbone import Backbone, load_model
+from ..pooling.base import check_choice
+from .backbone import PACKING, Backbone, load_model
 from .designs import build_pool, find_design
 from .embedder import Embedder
 from .folder import check_folder
@@ -54,11 +56,12 @@ def load(
             an embedder saved.
         design: a name of DESIGNS or the paper's number, for a base model.
         pooler: "default", "paper" (the released sizes and equations) or a dict of the pool's arguments.
-        layers: indices of the layers to read, for designs that read all.
+        layers: indices of the layers to read, increasing, for designs that read all.
         max_seq_length: tokens, EOS counted. None: what was saved, or the model's own limit.
         prompts: texts put before queries, documents or others, e.g. {"query": "Instruct: ...\\nQuery: "}; stored.
         append_eos: append EOS where the tokenizer does not. include_prompt, include_bos: whether they are pooled.
-        packing: "auto", "always" or "never"; see `Backbone`. sliding_window: see `mlpool.bidirectional`.
+        packing: "auto", "always" or "never"; see `Backbone`. Of a saved embedder "auto" is what was saved.
+        sliding_window: see `mlpool.bidirectional`.
         base: the base model of a saved adapter, where it is no longer at the place it was trained from.
         device, dtype, attn_implementation, model_kwargs: as of `AutoModel.from_pretrained`; dtype "auto" is the saved.
         verify: hash every weight file of a saved folder, however large.
@@ -67,10 +70,11 @@ def load(
     Raises:
         ValueError: no or an unknown design, a causal design on an encoder, options that a saved folder has decided, a
             damaged file (named), an adapter for another base model.
-        FileNotFoundError: no such folder (nearest names), a missing file (named).
+        FileNotFoundError: no such folder (nearest names) nor Hub model, a missing file (named).
     """
-    name = str(model)
+    name = os.path.expanduser(model)
     _check_place(name)
+    check_folder(name, whole=verify)
     hub: dict[str, Any] = {
         "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
     }  # fmt: skip
@@ -79,21 +83,30 @@ def load(
         kwargs["attn_implementation"] = attn_implementation
     modules = _read_json(name, "modules.json", hub)
     if modules is not None and any(module["type"] in _OURS for module in modules):
-        decided = {"pooler": pooler != "default", "layers": layers is not None, "append_eos": not append_eos}
+        decided = {
+            "pooler": pooler != "default", "layers": layers is not None, "append_eos": not append_eos,
+            "include_prompt": not include_prompt, "include_bos": not include_bos,
+            "sliding_window": sliding_window != "keep",
+        }  # fmt: skip
         if wrong := [option for option, given in decided.items() if given]:
             raise ValueError(f"{name} is a saved embedder, which has decided {', '.join(wrong)}; leave it out")
-        check_folder(name, whole=verify)
         if base is not None:
             kwargs["base"] = str(base)
         embedder: Embedder = Embedder._load_with_module_classes(
             name, _OURS, device=device, prompts=dict(prompts or {}), trust_remote_code=trust_remote_code,
             model_kwargs=kwargs, **hub,
         )  # fmt: skip
-        saved = embedder[0].design  # type: ignore[union-attr]
-        if design is not None and find_design(design).name != saved:
-            raise ValueError(f"{name} was saved as {saved}, not as {find_design(design).name}; leave design out")
+        loaded: Any = embedder[0]
+        if design is not None and find_design(design).name != loaded.design:
+            raise ValueError(
+                f"{name} was saved as {loaded.design}, not as {find_design(design).name}; leave design out"
+            )
         if max_seq_length is not None:
-            embedder.max_seq_length = max_seq_length
+            loaded.max_seq_length = max_seq_length
+        if packing != "auto":
+            check_choice("packing", packing, PACKING)
+            loaded.packing = packing
+        embedder.cache_folder = cache_folder
         return embedder
     if base is not None:
         raise ValueError(f"base={str(base)!r} is for saved adapters, and {name} is a base model itself")
@@ -101,7 +114,15 @@ def load(
     subfolder = "" if modules is None else modules[0]["path"]
     if max_seq_length is None and modules is not None:
         max_seq_length = (_read_json(name, "sentence_bert_config.json", hub) or {}).get("max_seq_length")
-    transformer, tokenizer = load_model(name, {**hub, "trust_remote_code": trust_remote_code}, kwargs, subfolder)
+    try:
+        transformer, tokenizer = load_model(name, {**hub, "trust_remote_code": trust_remote_code}, kwargs, subfolder)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(
+            f"{name} is no folder here{_near(Path(name))} and no model on the Hub: {reason}"
+        ) from error
     backbone = Backbone(
         transformer, tokenizer, chosen.name, layers, max_seq_length, append_eos, include_prompt, include_bos, packing,
         sliding_window,
@@ -117,7 +138,31 @@ def load(
     )
     if not Path(name).exists():
         embedder.model_card_data.base_model = name
+    embedder.cache_folder = cache_folder
     return embedder
+
+
+def open_model(name: str, design: str | None = None, device: str | None = None, dtype: Any = "auto") -> Any:
+    """Whatever embeds texts, for the commands: an embedder, any other SentenceTransformer as it is, or with `design` a
+    new embedder on a base model.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: a base model without a design, a folder of another design, a
+        folder without a model.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    _check_place(name)
+    modules = _read_json(name, "modules.json", {})
+    if design is None and modules and not any(module["type"] in _OURS for module in modules):
+        return SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
+    if not modules and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        there = ", ".join(sorted(path.name for path in Path(name).iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"{name} holds no model: expected modules.json (an embedder) or config.json (a base model, with --design), "
+            f"found {there}"
+        )
+    return load(name, design, device=device, dtype=dtype)
 
 
 def _check_place(name: str) -> None:
@@ -127,11 +172,15 @@ def _check_place(name: str) -> None:
         return
     if path.is_file():
         raise NotADirectoryError(f"{name} is a file; pass the folder of a model, or a Hub name")
-    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    local = path.is_absolute() or name.startswith(".") or name.count("/") > 1
     if local:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=3)
-        raise FileNotFoundError(f"no folder {name}" + (f"; near it: {', '.join(near)}" if near else ""))
+        raise FileNotFoundError(f"no folder {name}{_near(path)}")
+
+
+def _near(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=3)
+    return f" (near it: {', '.join(near)})" if near else ""
 
 
 def _read_json(name: str, file: str, hub: dict[str, Any]) -> Any:
@@ -140,5 +189,5 @@ def _read_json(name: str, file: str, hub: dict[str, Any]) -> Any:
         return None
     try:
         return json.loads(Path(path).read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid JSON: {error}") from error

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _PROBES = ("a", "two words")
 _UNLIMITED = 10**9  # tokenizers without a limit say 10^30
+_BLOCK = 4096  # texts tokenized at a time: the tokenizer's own results are a hundred times as large as the ids
 
 
 @dataclass
@@ -32,11 +34,11 @@ class TokenIds:
     """Token ids of a batch of texts.
 
     Attributes:
-        ids: one list of token ids a text, framed. skipped: how many of its first tokens are BOS and prompt, and not
-        to be pooled; None where everything is pooled.
+        ids: the token ids of each text, framed, int32 [T] (a tenth of the memory of a list). skipped: how many of its
+        first tokens are BOS and prompt, and not to be pooled; None where everything is pooled.
     """
 
-    ids: list[list[int]]
+    ids: list[np.ndarray]
     skipped: list[int] | None = None
 
     @property
@@ -48,7 +50,7 @@ class TokenIds:
         lengths = torch.tensor([len(self.ids[row]) for row in rows])
         input_ids = torch.full((len(rows), int(lengths.max())), pad)
         for i, row in enumerate(rows):
-            input_ids[i, : len(self.ids[row])] = torch.tensor(self.ids[row])
+            input_ids[i, : len(self.ids[row])] = torch.from_numpy(self.ids[row])
         place = torch.arange(input_ids.shape[1])
         features = {"input_ids": input_ids, "attention_mask": (place < lengths[:, None]).long()}
         if self.skipped is not None:
@@ -60,7 +62,7 @@ class TokenIds:
         """One row: input_ids int64 [1, total], cu_seqlens int32 [B+1]; token_mask [total] where tokens are skipped."""
         lengths = torch.tensor([0] + [len(self.ids[row]) for row in rows])
         features = {
-            "input_ids": torch.tensor([token for row in rows for token in self.ids[row]])[None],
+            "input_ids": torch.from_numpy(np.concatenate([self.ids[row] for row in rows])).long()[None],
             "cu_seqlens": lengths.cumsum(0).int(),
         }
         if self.skipped is not None:
@@ -76,14 +78,17 @@ class TextTokenizer:
         tokenizer: left as it is, but for a pad token where it has none (its EOS or UNK; no vocabulary is resized).
         append_eos: append EOS where the tokenizer puts nothing behind a text.
         include_prompt, include_bos: whether those tokens are pooled, or only read by the model.
+        vocabulary: the number of the model's token embeddings, where known.
 
     Raises:
-        ValueError: append_eos with a tokenizer that has no EOS token; a frame that depends on the text.
+        ValueError: append_eos with a tokenizer that has no EOS token; a frame that depends on the text, or that the
+            model has no embedding for.
     """
 
     def __init__(
-        self, tokenizer: Any, append_eos: bool = True, include_prompt: bool = True, include_bos: bool = True
-    ) -> None:
+        self, tokenizer: Any, append_eos: bool = True, include_prompt: bool = True, include_bos: bool = True,
+        vocabulary: int | None = None,
+    ) -> None:  # fmt: skip
         self.tokenizer = tokenizer
         self.include_prompt, self.include_bos = include_prompt, include_bos
         self.prefix, self.suffix = self._frame()
@@ -94,10 +99,18 @@ class TextTokenizer:
                     "tokenizer.eos_token, or load with append_eos=False (the last token of the text then counts)"
                 )
             self.suffix = [tokenizer.eos_token_id]
+        unknown = [token for token in self.prefix + self.suffix if vocabulary is not None and token >= vocabulary]
+        if unknown:
+            names = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in unknown)
+            raise ValueError(
+                f"the tokenizer puts {names} around a text, and the model has embeddings of {vocabulary} tokens only; "
+                "use the tokenizer that belongs to the model"
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        # Behind a mask nothing reads it; 0 is in every vocabulary.
-        self.pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        pad = tokenizer.pad_token_id
+        # Behind a mask nothing reads it; 0 is in every vocabulary, an added pad token may not be in the model's.
+        self.pad = 0 if pad is None or (vocabulary is not None and pad >= vocabulary) else pad
         self.truncated = Truncated()
 
     def limit(self) -> int | None:
@@ -115,36 +128,54 @@ class TextTokenizer:
             ValueError: a row that is no string, a prompt that leaves no room, a text without any token.
         """
         check_texts(texts)
-        contents, prompts = self._contents([prompt + text for text in texts] if prompt else texts, prompt or "")
+        ids: list[np.ndarray] = []
+        skipped: list[int] = []
+        for start in range(0, len(texts), _BLOCK):
+            block = texts[start : start + _BLOCK]
+            contents, prompts = self._contents([prompt + text for text in block] if prompt else block, prompt or "")
+            self._check_room(max(prompts), max_length)
+            for row, (content, prompt_tokens) in enumerate(zip(contents, prompts, strict=True), start):
+                framed = self._framed(content, max_length)
+                if not framed:
+                    raise ValueError(
+                        f"row {row} ({texts[row]!r}) has no token; leave it out, or load with append_eos=True"
+                    )
+                ids.append(np.array(framed, dtype=np.int32))
+                # BOS stands before the prompt: without the prompt it is not pooled either. One token always is.
+                if prompt_tokens and not self.include_prompt:
+                    unread = len(self.prefix) + prompt_tokens
+                else:
+                    unread = 0 if self.include_bos else len(self.prefix)
+                skipped.append(min(unread, len(framed) - 1))
+        return TokenIds(ids, None if self.include_prompt and self.include_bos else skipped)
+
+    def _framed(self, content: list[int], max_length: int | None) -> list[int]:
+        """A text's tokens, cut to fit, between what goes before and behind."""
         frame = len(self.prefix) + len(self.suffix)
-        longest_prompt = max(prompts, default=0)
-        if max_length is not None and frame + longest_prompt >= max_length:
+        content = self._without_eos(content)
+        if max_length is not None and len(content) + frame > max_length:
+            self._count(len(content) + frame, max_length)
+            content = self._without_eos(content[: max_length - frame])
+        return self.prefix + content + self.suffix
+
+    def _without_eos(self, content: list[int]) -> list[int]:
+        """Less the EOS that is written out at the end of the text."""
+        end = len(content)
+        while self.suffix and end and content[end - 1] == self.suffix[-1]:
+            end -= 1
+        return content[:end]
+
+    def _check_room(self, prompt: int, max_length: int | None) -> None:
+        frame = len(self.prefix) + len(self.suffix)
+        if max_length is not None and frame + prompt >= max_length:
             raise ValueError(
-                f"max_seq_length is {max_length} tokens, and {longest_prompt} of prompt with {frame} of BOS and EOS "
-                "leave no room for a text; raise max_seq_length or shorten the prompt"
+                f"max_seq_length is {max_length} tokens, and {prompt} of prompt with {frame} of BOS and EOS leave no "
+                "room for a text; raise max_seq_length or shorten the prompt"
             )
-        ids = []
-        for row, content in enumerate(contents):
-            while self.suffix and content and content[-1] == self.suffix[-1]:  # written out in the text
-                content = content[:-1]
-            if not content and not frame:
-                raise ValueError(f"row {row} ({texts[row]!r}) has no token; leave it out, or load with append_eos=True")
-            if max_length is not None and len(content) + frame > max_length:
-                self._count(len(content) + frame, max_length)
-                content = content[: max_length - frame]
-            ids.append(self.prefix + content + self.suffix)
-        if self.include_prompt and self.include_bos:
-            return TokenIds(ids)
-        # BOS stands before the prompt: without the prompt it is not pooled either. One token always is.
-        bos = 0 if self.include_bos else len(self.prefix)
-        skipped = [len(self.prefix) + n if n and not self.include_prompt else bos for n in prompts]
-        return TokenIds(ids, [min(n, len(row) - 1) for n, row in zip(skipped, ids, strict=True)])
 
     def _contents(self, texts: Sequence[str], prompt: str) -> tuple[list[list[int]], list[int]]:
         """Token ids without the frame, and how many of each are the prompt's."""
         options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        if not texts:
-            return [], []
         if not prompt or self.include_prompt:
             length = len(self.tokenizer(prompt, **options)["input_ids"]) if prompt else 0
             return self.tokenizer(list(texts), **options)["input_ids"], [length] * len(texts)
@@ -161,8 +192,8 @@ class TextTokenizer:
         """What the tokenizer itself puts before and behind a text."""
         frames = []
         for text in _PROBES:
-            inner = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            outer = self.tokenizer(text)["input_ids"]
+            inner = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            outer = self.tokenizer(text, verbose=False)["input_ids"]
             starts = [i for i in range(len(outer) - len(inner) + 1) if outer[i : i + len(inner)] == inner]
             frames += [(outer[:i], outer[i + len(inner) :]) for i in starts[:1]]
         if len(frames) < len(_PROBES) or any(frame != frames[0] for frame in frames):

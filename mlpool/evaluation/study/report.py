@@ -342,11 +342,11 @@ def _forest(found: Found, path: Path | None) -> list[str]:
     rows = found.comparison.table
     alt = "; ".join(f"{r['model']}, {r['task_type']}: {r['difference']:+.4f}, {r['verdict']}" for r in rows)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in found.comparison.notes)
+    image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    said = "A data set is the unit: with few of them little can be shown, and the plot says where that is so."
     return [
         "<h2>Differences to the baseline, by task type</h2>",
-        f'<figure><div class="wide image" tabindex="0"><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></div>'
-        "<figcaption>A data set is the unit: with few of them little can be shown, and the plot says where that is so."
-        "</figcaption></figure>",
+        f'<figure><div class="wide image" tabindex="0">{image}</div><figcaption>{said}</figcaption></figure>',
         f"<details><summary>How to read it</summary><ul>{notes}</ul></details>",
     ]
 

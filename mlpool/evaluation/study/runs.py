@@ -6,6 +6,7 @@ results folder as `mlpool eval` writes), model/ (what is kept of the model) and 
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -334,6 +335,7 @@ def _child(
 
     folder = output / run.folder
     folder.mkdir(parents=True, exist_ok=True)
+    gc.freeze()  # the libraries' objects stay: collecting them anew takes a second each time
     parent = os.getppid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     own_device(slot, jobs)

@@ -1,0 +1,172 @@
+"""The paper's released folders, a LoRA adapter of a causal LM beside `attn_pool.pt`, as embedders.
+
+What the files do not say has to be said: whether attention was causal or bidirectional, and the pooler's heads. The
+adapter's names start where the causal LM's do (`model.layers.0…`); an embedder's backbone is the model inside.
+
+Source: the released code and checkpoints of arXiv 2409.02727, designs 2 to 5.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..pooling.base import Pool, _safetensors
+from ..pooling.checkpoints import RELEASED
+from ..taps import find_layers
+from .adapters import _peft, fingerprint
+from .designs import DESIGNS, Design, find_design
+from .embedder import Embedder
+from .loading import load
+
+logger = logging.getLogger("mlpool")
+
+CONFIG, POOL = "adapter_config.json", "attn_pool.pt"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_NAMED = 3  # tensors in an error message
+
+
+def import_released(
+    folder: str | Path, base: str | Path, design: str | int | None = None, num_heads: int = 32, **options: Any
+) -> Embedder:
+    """Read a released folder.
+
+        embedder = import_released("released/", base="mistralai/Mistral-7B-v0.1", design=5)
+        embedder.save("design-5")
+
+    Padding is masked in design 4, where the released code pools it as text.
+
+    Args:
+        folder: with `adapter_config.json`, `adapter_model.safetensors` or `.bin`, and `attn_pool.pt`.
+        base: the base model that the adapter was trained on, a folder or Hub name.
+        design: 2 to 5 or its name; the file tells 2 and 4 from 3 and 5, nothing tells causal from bidirectional.
+        num_heads: of the pooler; the released ones have 32.
+        options: of `mlpool.load`: max_seq_length, prompts, dtype, device and so on.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: it is damaged, does not fit the base model (tensors named) or
+            the design, no or a wrong design. ModuleNotFoundError: peft is missing.
+    """
+    _peft()
+    folder = Path(folder)
+    config, adapter = _read_adapter(folder)
+    chosen = _design(folder / POOL, design)
+    pool: Any = chosen.pool.from_released(  # type: ignore[attr-defined]
+        folder / POOL, num_heads=num_heads, token_pooling=chosen.token_pooling
+    )
+    embedder = load(base, chosen.name, **options)
+    backbone: Any = embedder[0]
+    _check_pool(pool, backbone.hidden_size, backbone.num_layers, folder / POOL)
+    _add_adapter(backbone.model, config, adapter, str(base), folder)
+    backbone.base_fingerprint = fingerprint(backbone.model)
+    embedder[1].pool = pool.to(embedder.device)
+    return embedder.eval()
+
+
+def _read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The LoRA config, and the tensors by name."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; expected the authors', with {CONFIG}, {WEIGHTS[0]} and {POOL}")
+    for name in (CONFIG, POOL):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; expected {CONFIG}, {WEIGHTS[0]} (or .bin) and {POOL}")
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder} has neither {' nor '.join(WEIGHTS)}; expected one of them")
+    peft = _peft()
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+    except Exception as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+    if not isinstance(config, peft.LoraConfig):
+        raise ValueError(f"{folder / CONFIG} is a {type(config).__name__}, expected LoRA's")
+    return config, _read_tensors(found[0])
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return _safetensors().load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Torch's own message advises to load it all the same; that advice is not passed on.
+        raise ValueError(f"{path} is damaged or holds more than plain tensors, and is not loaded") from error
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
+    return tensors
+
+
+def _design(path: Path, design: str | int | None) -> Design:
+    """The design that was asked for, if the file is of its kind."""
+    layers = _has_layer_weights(path)
+    fitting = [d for d in DESIGNS.values() if d.has_latents and (layers is None or d.reads_all_layers == layers)]
+    listed = " or ".join(f"{d.number} ({d.attention})" for d in fitting)
+    has = {True: "has layer weights", False: "has no layer weights", None: "cannot be read"}[layers]
+    if design is None:
+        raise ValueError(f"{path} {has}, so its design is {listed}, which no file says: pass design= (--design)")
+    chosen = find_design(design)
+    if chosen not in fitting:
+        raise ValueError(f"{path} {has}, so its design is {listed}, not {chosen.number or chosen.name}")
+    return chosen
+
+
+def _has_layer_weights(path: Path) -> bool | None:
+    """None where the file cannot be read; `from_released` then says why."""
+    try:
+        released = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        return None
+    return RELEASED["layer_weights"] in released if isinstance(released, dict) else None
+
+
+def _check_pool(pool: Pool, hidden_size: int, num_layers: int, path: Path) -> None:
+    for what, found, expected in (
+        ("hidden size", pool.hidden_size, hidden_size), ("layers", getattr(pool, "num_layers", num_layers), num_layers),
+    ):  # fmt: skip
+        if found != expected:
+            raise ValueError(
+                f"{path} is for another base model: {what} {found}, expected {expected} of the one given as base"
+            )
+
+
+def _add_adapter(model: nn.Module, config: Any, tensors: dict[str, Tensor], base: str, folder: Path) -> None:
+    """Put the adapter on the bare model, every tensor in its place."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    trained_on = config.base_model_name_or_path
+    if trained_on and Path(trained_on).name != Path(base).name:
+        logger.warning("the adapter was trained on %s, and base is %s: make sure they are the same", trained_on, base)
+    config.task_type = "FEATURE_EXTRACTION"
+    model.add_adapter(config)  # type: ignore[operator]
+    expected = get_peft_model_state_dict(model, adapter_name="default")
+    prefixes = ("base_model.model.", f"{find_layers(model)[0].base_model_prefix}.")
+    state = {}
+    for name, tensor in tensors.items():
+        for prefix in prefixes:
+            if name not in expected:
+                name = name.removeprefix(prefix)
+        if not name.startswith("lm_head."):  # of the causal LM, and nothing that an embedding depends on
+            state[name] = tensor
+    problems = [f"it lacks {name}" for name in expected if name not in state]
+    problems += [f"it has {name}, the model has not" for name in state if name not in expected]
+    problems += [
+        f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise ValueError(
+            f"the adapter in {folder} does not fit the base model {base}, it is for another one: "
+            f"{'; '.join(problems[:_NAMED])}{more}"
+        )
+    set_peft_model_state_dict(model, state, adapter_name="default")

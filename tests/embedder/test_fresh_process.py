@@ -1,0 +1,68 @@
+"""Every design, as full weights, adapter and merged: saved here, loaded in another process, the same embeddings."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import TEXTS, embedder, shake
+
+from mlpool.embedder import DESIGNS, add_lora, merge
+
+pytest.importorskip("peft")
+FORMS = ("full", "adapter", "merged")
+LOADS = """
+import sys
+from pathlib import Path
+import numpy as np
+root, texts = Path(sys.argv[1]), Path(sys.argv[1], "texts.txt").read_text().split("|")
+if sys.argv[2] == "mlpool":
+    import mlpool
+    load = lambda path: mlpool.load(path, device="cpu")
+else:
+    from sentence_transformers import SentenceTransformer
+    load = lambda path: SentenceTransformer(str(path), device="cpu", trust_remote_code=True)
+folders = [path for path in root.iterdir() if path.is_dir()]
+np.savez(root / (sys.argv[2] + ".npz"), **{path.name: load(path).encode(texts) for path in folders})
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """24 folders, and what the embedders gave before they were saved."""
+    root = tmp_path_factory.mktemp("saved")
+    (root / "texts.txt").write_text("|".join(TEXTS))
+    expected = {}
+    for design in DESIGNS:
+        made = embedder(design)
+        for form in FORMS:
+            if form == "adapter":
+                shake(add_lora(made)[0].model, only="lora_B")
+            elif form == "merged":
+                merge(made)
+            expected[f"{design}.{form}"] = made.encode(TEXTS)
+            made.save(root / f"{design}.{form}", create_model_card=False, verify=False)
+    return root, expected
+
+
+@pytest.mark.parametrize("reader", ["mlpool", "sentence-transformers"])
+def test_same_embeddings_in_a_fresh_process(saved, reader):
+    root, expected = saved
+    done = subprocess.run([sys.executable, "-c", LOADS, root, reader], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    got = np.load(root / f"{reader}.npz")
+    assert sorted(got.files) == sorted(f"{design}.{form}" for design in DESIGNS for form in FORMS)
+    wrong = {name: np.abs(got[name] - expected[name]).max() for name in expected}
+    assert {name: error for name, error in wrong.items() if not error < 1e-6} == {}
+
+
+def test_the_forms_are_not_all_the_same(saved):
+    """The adapter changes what the model gives, and merging it does not."""
+    root, expected = saved
+    for design in DESIGNS:
+        full, adapter, merged = (expected[f"{design}.{form}"] for form in FORMS)
+        assert np.abs(full - adapter).max() > 1e-3
+        assert np.abs(adapter - merged).max() < 1e-5
+        assert (root / f"{design}.adapter/adapter_model.safetensors").is_file()
+        assert not (root / f"{design}.adapter/model.safetensors").exists()
+        assert not (root / f"{design}.merged/adapter_model.safetensors").exists()
