@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pooling.base import log_once
 from ..embedder.identity import identity, with_settings
+from ..pooling.base import log_once
 from .tasks import PAPER, import_mteb
 
 if TYPE_CHECKING:
