@@ -38,9 +38,26 @@ test: lint
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py
 	$(PYTEST) tests
 
+# Data: DATA, else shared/data beside the checkout, else a small set that the package makes. An interrupted study goes on.
+STUDY ?= study
+DATA ?= $(wildcard ../shared/data)
+FROM = $(or $(DATA),$(STUDY)/data)
+
+$(STUDY)/data:
+	$(PY) -m mlpool.evaluation.study.made $@
+
+$(STUDY)/tiny-decoder: | $(FROM)
+	$(PY) examples/tiny_decoder.py --data $(FROM)/text -o $@ --minutes 3
+
+study: $(VENV)/.dev $(STUDY)/tiny-decoder
+	$(PY) -m mlpool.cli study configs/study/quick.yaml --base $(STUDY)/tiny-decoder --data $(FROM) --jobs 2 \
+		-o $(STUDY)/quick $(if $(DATA),,--made-data)
+
 gpu:
 	$(HERE) $(PY) -m pytest -m gpu tests
 	$(HERE) $(PY) benchmarks/tune.py
 	MLPOOL_TILES=$$(ls -t benchmarks/results/tiles-*.json | head -1) $(HERE) $(PY) benchmarks/throughput.py
 	$(HERE) $(PY) benchmarks/attention.py
+	$(HERE) $(PY) benchmarks/encode.py
+	$(HERE) $(PY) benchmarks/train_step.py
 	$(HERE) $(PY) benchmarks/summary.py

@@ -91,8 +91,8 @@ def build_pool(
     sizes = dict(pooler) if isinstance(pooler, Mapping) else {}
     if "token_pooling" in sizes or "layers" in sizes:
         raise ValueError(
-            f"pooler={pooler!r}: token_pooling is set by the design ({design.name}: {design.token_pooling}), and layers "
-            "is an argument of its own"
+            f"pooler={pooler!r}: token_pooling is set by the design ({design.name}: {design.token_pooling}), and "
+            "layers is an argument of its own"
         )
     if not design.has_latents and pooler != "default":
         raise ValueError(f'{design.name} has no latents to size; leave pooler at "default", got {pooler!r}')

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mlpool_kernels import reference
-from tiny import BIDIRECTIONAL, GATED, SMALL, TEXTS, D, embedder, shake, tokenizer, transformers
+from tiny import GATED, SMALL, TEXTS, D, embedder, shake, tokenizer, transformer, transformers
 from torch.nn.functional import normalize
 
 from mlpool.embedder import DESIGNS, add_lora, export, load, merge
@@ -208,10 +208,14 @@ def by_equations(made, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def programs(tmp_path_factory):
     """One file for every design with a trained pooler; the embedders they were made from."""
     folder = tmp_path_factory.mktemp("programs")
+    transformer("qwen2", num_hidden_layers=2).save_pretrained(folder / "base")  # every layer is traced
+    tokenizer().save_pretrained(folder / "base")
     made = {}
     for design in TRAINED:
-        pooler = {"pooler": {**SMALL, "residual": False}} if design == "multi-layer-causal" else {}
-        made[design] = embedder(design, packing="never", max_seq_length=LIMIT, prompts=PROMPTS, **pooler)
+        sizes = {**SMALL, "residual": design != "multi-layer-causal"} if DESIGNS[design].has_latents else "default"
+        options = {"packing": "never", "max_seq_length": LIMIT, "prompts": PROMPTS, "device": "cpu"}
+        made[design] = load(folder / "base", design, sizes, **options)
+        shake(made[design][1])
         assert export.export(made[design], folder / f"{design}.pt2") < 1e-5
     return folder, made
 
@@ -299,18 +303,23 @@ def test_program_refuses(programs, tmp_path):
         exported(blank, 0 * blank)
 
 
-def test_program_that_differs_is_not_left_behind(tmp_path, monkeypatch):
-    made = embedder("mean-bidirectional")
+def test_program_that_differs_is_not_left_behind(programs, tmp_path, monkeypatch):
+    folder, made = programs
 
-    def wrong(states, starts, ends, last, count, keep, mean, backend):
-        return torch.stack([state.mean(1) for state in states], 1)  # padding too
+    class Foreign(torch.nn.Module):
+        def forward(self, x):
+            rows = torch.arange(x.shape[0])
+            return torch.ops.mlpool.gather([x], rows, rows + 1, rows, rows + 1, None, False, "torch")
 
-    monkeypatch.setattr(export, "_PLAIN", {**export._PLAIN, torch.ops.mlpool.gather.default: wrong})
-    with pytest.raises(RuntimeError, match="not exported: the embeddings of the file differ by"):
-        export_program(made, tmp_path / "out.pt2")
-    monkeypatch.setattr(export, "_PLAIN", {})
-    with pytest.raises(RuntimeError, match=r"still calls mlpool\.gather\.default"):
-        export_program(made, tmp_path / "out.pt2")
+    other = torch.export.load(folder / "multi-layer-bidirectional.pt2")
+    foreign = torch.export.export(Foreign(), (torch.ones(3, 4),))
+    for program, match in (
+        (other, "not exported: the embeddings of the file differ by"),
+        (foreign, r"still calls mlpool\.gather\.default"),
+    ):
+        monkeypatch.setattr(export, "_trace", lambda embedder, program=program: program)
+        with pytest.raises(RuntimeError, match=match):
+            export_program(made["last-layer-bidirectional"], tmp_path / "out.pt2")
     assert not list(tmp_path.iterdir())
 
 
@@ -322,4 +331,3 @@ def test_merged_adapter_is_exported(tmp_path):
     texts = [text for text in TEXTS if text.strip()]
     kept = [TEXTS.index(text) for text in texts]
     assert difference(by_transformers(tmp_path / "out", texts), expected[kept]) < 1e-5
-    assert "mean-bidirectional" in BIDIRECTIONAL

@@ -23,7 +23,8 @@ from .config import UNTRAINED, Entry, Study
 from .runs import collect, finished
 
 _PACKAGES = ("mlpool", "torch", "transformers", "sentence-transformers", "peft", "mteb", "numpy", "scipy")
-_COMPARISON = "comparison"
+_COMPARISON, _COSINE = "comparison", "cosine_with_plain_pooling"
+_PALE = 0.02  # differences in score up to here are never in full colour
 _MARKS = {"higher": "▲", "lower": "▼"}
 Notes = dict[str, list[dict[str, Any]]]  # label → what its finished trainings noted
 
@@ -173,16 +174,18 @@ def cost_table(found: Found) -> list[list[str]]:
     return lines
 
 
-def profile_table(found: Found) -> tuple[list[int], dict[str, list[float]]]:
-    """The layers, and per design with a pool over several the share of each, mean over seeds (0 if not read)."""
-    shares: dict[str, dict[int, float]] = {}
+def profiles(found: Found) -> dict[str, tuple[dict[int, float], float | None]]:
+    """Of each pool that reads several layers, mean over seeds: the share of each layer it reads, and the cosine of its
+    embeddings with those of plain pooling (None where it does not start from them)."""
+    read = {}
     for entry in found.entries:
         profiles = [note["profile"] for note in found.notes.get(entry.label, []) if note.get("profile")]
         if profiles:
-            mean = [fmean(values) for values in zip(*(p["shares"] for p in profiles), strict=True)]
-            shares[entry.label] = dict(zip(profiles[0]["layers"], mean, strict=True))
-    layers = sorted({layer for row in shares.values() for layer in row})
-    return layers, {label: [row.get(layer, 0.0) for layer in layers] for label, row in shares.items()}
+            shares = [fmean(values) for values in zip(*(p["shares"] for p in profiles), strict=True)]
+            cosines = [p["gate"][_COSINE] for p in profiles if _COSINE in p["gate"]]
+            layers = dict(zip(profiles[0]["layers"], shares, strict=True))
+            read[entry.label] = layers, fmean(cosines) if cosines else None
+    return read
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -252,7 +255,7 @@ def _page(found: Found, command: str, forest: Path | None) -> str:
         f"<h1>{title}</h1>",
         f'<p class="lead">{html.escape(headline(found))}</p>',
         f'<p class="soft">{trained}, on <code>{html.escape(study.base)}</code>; the same data, budget and seeds for '
-        "all. Scores from 0 to 1, mean ± standard deviation over seeds.</p>",
+        "all. Mean ± standard deviation over seeds; 1 is the best score.</p>",
         "<h2>Scores</h2>", _scores(found),
         *_forest(found, forest), *_profiles(found),
         "<h2>Cost</h2>", _costs(found),
@@ -291,6 +294,7 @@ def _score_table(found: Found, lines: Sequence[tuple[str, str]], caption: str) -
     level = {name: fmean(of(found.study.baseline)) for name, of in columns.items()}
     best = {name: max(fmean(of(label)) for label, _ in lines) for name, of in columns.items()}
     largest = max(abs(fmean(of(label)) - level[name]) for name, of in columns.items() for label, _ in lines)
+    largest = max(largest, _PALE)
     rows = []
     for label, shown in lines:
         cells = [f'<th scope="row">{html.escape(shown)}</th>']
@@ -352,24 +356,33 @@ def _forest(found: Found, path: Path | None) -> list[str]:
 
 
 def _profiles(found: Found) -> list[str]:
-    layers, shares = profile_table(found)
-    if not shares:
+    read = profiles(found)
+    if not read:
         return []
-    largest = max(share for row in shares.values() for share in row)
+    layers = sorted({layer for shares, _ in read.values() for layer in shares})
+    # Against even reading; what is within a half of it is pale.
+    off = {
+        label: {layer: share * len(shares) - 1 for layer, share in shares.items()}
+        for label, (shares, _) in read.items()
+    }
+    largest = max(0.5, *(abs(value) for row in off.values() for value in row.values()))
     rows = []
-    for label, row in shares.items():
-        cells = "".join(
-            f'<td class="up" style="--a:{0.6 * share / largest:.2f}">{share:.3f}</td>' for share in row
-        )  # fmt: skip
-        rows.append(f'<tr><th scope="row">{html.escape(label)}</th>{cells}</tr>')
+    for label, (shares, cosine) in read.items():
+        cells = [f'<th scope="row">{html.escape(label)}</th>']
+        for layer in layers:
+            value = off[label].get(layer, 0)
+            shade = f' class="{"up" if value > 0 else "down"}" style="--a:{0.5 * abs(value) / largest:.2f}"'
+            cells.append(f"<td{shade}>{shares[layer]:.3f}</td>" if layer in shares else "<td>not read</td>")
+        cells.append("<td>–</td>" if cosine is None else f"<td>{cosine:.4f}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
     texts = next(n["profile"]["texts"] for notes in found.notes.values() for n in notes if n.get("profile"))
     return [
         "<h2>Which layers a pool reads</h2>",
         _table(
-            ["design", *(f"layer {layer}" for layer in layers)], rows,
-            f"Share of each layer in what the trained pool adds up: its weight times the length of what it carries, "
-            f"over {texts} texts, mean over heads and seeds; a row sums to 1. A residual pool adds this to plain "
-            "pooling of the last layer.",
+            ["design", *(f"layer {layer}" for layer in layers), "cosine with plain pooling"], rows,
+            "Share of each layer in what the trained pool adds up, its weight times the length of what it carries; blue "
+            "is more than an even share, orange less. Last, how near the embedding is to that of plain pooling, which a "
+            f"residual pool starts from: 1 where the pool changes nothing. Over {texts} texts, mean over heads and seeds.",
         ),
     ]  # fmt: skip
 
