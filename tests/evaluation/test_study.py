@@ -358,25 +358,38 @@ def test_recipes_are_searched_per_family_design_or_for_all(config: Callable[...,
 def test_processes_share_the_runs_and_wait_for_each_other(
     config: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ranks in turn, with runs that only mark themselves done."""
+    """Both in turn, with runs that only mark themselves done; the second one looks when the first has finished."""
     todo = read_study(config(tmp_path, untrained=False)).runs()
-    did: list[list[str]] = []
+    did: dict[str, list[str]] = {}
+    waited: list[float] = []
 
-    def pretend(mine: list[runs.Run], output: Path, *_: Any) -> Any:
-        did.append([str(run.folder) for run in mine])
-        for run in todo:  # the other process does its share meanwhile
-            (output / run.folder).mkdir(parents=True, exist_ok=True)
-            (output / run.folder / runs.DONE).write_text(json.dumps({"hash": run.hash}))
+    def mark(done: list[runs.Run]) -> None:
+        for run in done:
+            (tmp_path / run.folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / run.folder / runs.DONE).write_text(json.dumps({"hash": run.hash}))
+
+    def pretend(mine: list[runs.Run], *_: Any) -> Any:
+        mark(mine)
+        did[rank] = [str(run.folder) for run in mine]
         yield from ((run, 0) for run in mine)
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        mark(todo)
 
     monkeypatch.setattr(runs, "_processes", pretend)
     monkeypatch.setattr(runs, "_write_results", lambda *_: None)
+    monkeypatch.setattr(runs.time, "sleep", wait)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        runs.run_all(todo, tmp_path / rank, 1, False, "study")
-    assert sorted(did[0] + did[1]) == sorted(str(run.folder) for run in todo)
-    assert len(did[0]) == len(did[1]) == 2
+        runs.run_all(todo, tmp_path, 1, False, "study")
+        if rank == "0":
+            assert waited, "did not wait for the other process"
+            for run in todo[1::2]:
+                (tmp_path / run.folder / runs.DONE).unlink()
+    assert sorted(did["0"] + did["1"]) == sorted(str(run.folder) for run in todo)
+    assert len(did["0"]) == len(did["1"]) == 2
     with pytest.raises(ValueError, match="must agree on a folder"):
         study(config(tmp_path), force=True, dry_run=True, estimate=False)
 

@@ -380,9 +380,10 @@ def _profiles(found: Found) -> list[str]:
         "<h2>Which layers a pool reads</h2>",
         _table(
             ["design", *(f"layer {layer}" for layer in layers), "cosine with plain pooling"], rows,
-            "Share of each layer in what the trained pool adds up, its weight times the length of what it carries; blue "
-            "is more than an even share, orange less. Last, how near the embedding is to that of plain pooling, which a "
-            f"residual pool starts from: 1 where the pool changes nothing. Over {texts} texts, mean over heads and seeds.",
+            "Share of each layer in what the trained pool adds up, its weight times the length of what it carries; "
+            "blue is more than an even share, orange less. Last, how near the embedding is to that of plain pooling, "
+            "which a residual pool starts from: 1 where the pool changes nothing. "
+            f"Over {texts} texts, mean over heads and seeds.",
         ),
     ]  # fmt: skip
 

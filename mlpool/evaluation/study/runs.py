@@ -266,7 +266,8 @@ def run_all(runs: Sequence[Run], output: Path, jobs: int, keep_models: bool, wha
 
     check_unchanged(output, runs)
     missing = [run for run in runs if not finished(output, run)]
-    mine = missing[rank() :: world()]
+    # By place in the whole list: processes do not look at the same time, and must not both take a run.
+    mine = [run for run in runs[rank() :: world()] if run in missing]
     failed: dict[str, str] = {}
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=what, unit="run", disable=rank() > 0) as bar:
         for run, code in _processes(mine, output, jobs, keep_models, bar):
