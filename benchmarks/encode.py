@@ -248,7 +248,7 @@ class EncodeBench(Bench):
             "lengths": case.lengths, "provider": name, "batch": batch, "texts": len(tokens), "tokens": sum(tokens),
             "longest": max(tokens), "dtype": str(self.dtype)[6:], "error": error[0], "limit": error[1], "green": green,
         }  # fmt: skip
-        if name in samples:
+        if name in samples and green:
             row |= timed(samples[name], len(tokens), extra[name])
             row["tokens_per_s"] = row["texts_per_s"] * row["tokens"] / row["texts"]
             for key, other in (("ratio_eager", EAGER), ("ratio_st", PEER)):

@@ -284,7 +284,7 @@ class TrainBench(Bench):
                 "error": error[0], "limit": self._limits[0], "gradient_error": error[1],
                 "gradient_limit": self._limits[1], "green": name not in wrong,
             }  # fmt: skip
-            if name in samples:
+            if name in samples and name not in wrong:
                 row |= timed(samples[name], COLUMNS * batch, extra[name])
             rows.append(row | self.facts)
         return rows
