@@ -337,8 +337,7 @@ def _child(
     folder = output / run.folder
     folder.mkdir(parents=True, exist_ok=True)
     gc.freeze()  # the libraries' objects stay: collecting them anew takes a second each time
-    parent = os.getppid()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     own_device(slot, jobs)
     torch.set_num_threads(threads(jobs))
     with (folder / LOG).open("w", buffering=1, encoding="utf8") as log:
@@ -355,11 +354,12 @@ def _child(
         sys.stderr.flush()
 
 
-def _end_with(parent: int) -> None:
-    """End when the study was killed: nobody would take the result."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def _end_with_parent() -> None:
+    """End when the study was killed: nobody would take the result, and the next start would find the folder locked."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def own_device(slot: int, jobs: int) -> None:
