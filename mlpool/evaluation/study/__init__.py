@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .config import Study, read_study
+from .config import Study, fitting, read_study
 
 __all__ = ["Study", "add_arguments", "choose", "read_study", "run", "study"]
 
@@ -140,16 +140,17 @@ def choose(config: Study) -> dict[str, dict[str, Any]]:
 
     found = {}
     for group, members in config.searched().items():
-        tried = [
-            {"score": fmean(score(entry, candidate) for entry in members), "recipe": candidate}
-            for candidate in config.candidates
-        ]
-        best = max(tried, key=lambda one: one["score"])  # type: ignore[arg-type,return-value]
+        tried: list[dict[str, Any]] = []
+        for candidate in config.candidates:
+            recipe = fitting(candidate, *members)
+            if all(recipe != one["recipe"] for one in tried):
+                tried.append({"score": fmean(score(entry, recipe) for entry in members), "recipe": recipe})
+        best = max(tried, key=lambda one: one["score"])
         labels = [entry.label for entry in members]
         found[group] = {"recipe": best["recipe"], "score": best["score"], "searched_with": labels, "tried": tried}
     if rank() == 0:
         (config.output / "recipe.json").write_text(json.dumps(found, indent=1) + "\n")
-    return {group: one["recipe"] for group, one in found.items()}  # type: ignore[misc]
+    return {group: one["recipe"] for group, one in found.items()}
 
 
 def _free_folder(output: Path) -> Path:

@@ -135,7 +135,7 @@ class Study:
 
     def search_run(self, entry: Entry, candidate: Mapping[str, Any]) -> Run:
         """A short run with the first seed, scored on the development split."""
-        recipe = _fitting(entry, candidate)
+        recipe = fitting(candidate, entry)
         train = _with(entry.train, recipe)
         if self.search.get("max_steps"):
             train["max_steps"] = self.search["max_steps"]
@@ -147,7 +147,7 @@ class Study:
         runs = []
         for seed in self.seeds:
             for entry in self.entries:
-                recipe = _fitting(entry, recipes[self.group(entry)]) if recipes else {}
+                recipe = fitting(recipes[self.group(entry)], entry) if recipes else {}
                 folder = f"runs/{slug(entry.label)}"
                 if self.untrained and seed == self.seeds[0]:
                     runs.append(self._run(entry, "untrained", seed, entry.train, f"{folder}/untrained"))
@@ -200,7 +200,7 @@ def read_study(
     data = {**data, "train": _find(data.get("train"), Path(data_dir))}
     common = {**DEFAULTS, "model": values["base"], "data": data, **(values.get("train") or {})}
     if "save_steps" in common and common["save_strategy"] == "no":
-        common["save_strategy"] = "steps"
+        common |= {"save_strategy": "steps", "save_total_limit": common.get("save_total_limit", 2)}
     entries = [_entry(given, common) for given in values["designs"]]
     _check_labels(entries)
     seeds = [int(seed) for seed in values.get("seeds") or [0]]
@@ -223,10 +223,10 @@ def read_study(
 
 def use_made_data(values: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a config that name data, for data made into OUTPUT/made-data."""
-    from .made import TASKS, TRAIN, write_data
+    from .made import LAST, TASKS, TRAIN, write_data
 
     folder = Path(values["output"]) / "made-data"
-    if not folder.is_dir():
+    if not (folder / LAST).is_file():  # or a kill left it half
         write_data(folder)
     keys: dict[str, Any] = {"data_dir": str(folder), "data": {"train": TRAIN}}
     keys["evaluate"] = {**(values.get("evaluate") or {}), "tasks": TASKS}
@@ -298,9 +298,10 @@ def _search(given: Any) -> dict[str, Any]:
     return search
 
 
-def _fitting(entry: Entry, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without the pool's keys where there is no pool to train."""
-    return {key: value for key, value in recipe.items() if entry.design.trainable or not key.startswith("pool")}
+def fitting(recipe: Mapping[str, Any], *entries: Entry) -> dict[str, Any]:
+    """A recipe without the pool's keys where none of the entries has a pool to train."""
+    pools = any(entry.design.trainable for entry in entries)
+    return {key: value for key, value in recipe.items() if pools or not key.startswith("pool")}
 
 
 def _with(train: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:

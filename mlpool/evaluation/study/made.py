@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TRAIN, TASKS = "pairs/made/train.jsonl", ["sts/made", "retrieval/made"]
+LAST = "retrieval/made/qrels.tsv"  # to be written: where it is, all is
 _PEOPLE = (
     "Ada", "Bruno", "Clara", "David", "Elena", "Farid", "Greta", "Henrik", "Ines", "Jonas", "Kira", "Liam", "Mona",
     "Nils", "Olga", "Pedro", "Quentin", "Rosa", "Samir", "Tara", "Ugo", "Vera", "Wanda", "Yusuf",
@@ -62,7 +63,7 @@ def write_data(folder: str | Path, seed: int = 0) -> Path:
     _write(place / "corpus.jsonl", ({"_id": str(i), "text": _sentence(f, rng)} for i, f in enumerate(corpus)))
     _write(place / "queries.jsonl", ({"_id": f"q{i}", "text": _question(corpus[i], rng)} for i in asked))
     lines = [f"q{i}\t{j}\t1\n" for i in asked for j, fact in enumerate(corpus) if fact[:3] == corpus[i][:3]]
-    (place / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    (folder / LAST).write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
     return folder
 
 

@@ -168,7 +168,7 @@ def cost_table(found: Found) -> list[list[str]]:
             count = notes[0]["parameters"]
             lines.append([
                 entry.label, *(f"{count[name] / 1e6:.2f} M" for name in ("trainable", "pool", "lora", "total")),
-                f"{fmean(note['train_seconds'] for note in notes):.0f}",
+                _training_seconds(notes),
                 f"{fmean(note['texts_per_second'] for note in notes):.0f}", _memory(notes),
             ])  # fmt: skip
     return lines
@@ -190,6 +190,12 @@ def profiles(found: Found) -> dict[str, tuple[dict[int, float], float | None]]:
 
 def _spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def _training_seconds(notes: Sequence[dict[str, Any]]) -> str:
+    """Of the trainings that ran in one go: what was before a kill is not in a resumed one's time."""
+    whole = [note["train_seconds"] for note in notes if not note.get("resumed")]
+    return f"{fmean(whole):.0f}" if whole else "?"
 
 
 def _memory(notes: Sequence[dict[str, Any]]) -> str:
@@ -422,9 +428,8 @@ def _search(found: Found) -> list[str]:
 
 
 def _recipe(recipe: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in recipe.items()
-    )
+    listed = (f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in recipe.items())
+    return ", ".join(listed) or "as in the config"
 
 
 def _provenance(found: Found, command: str) -> str:

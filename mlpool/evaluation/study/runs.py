@@ -123,9 +123,10 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
         embedder = untrained(run.train)
     else:
         place = folder / "train"
+        resumed = any(place.glob("checkpoint-*"))
         config = {**run.train, "seed": run.seed, "output_dir": str(place)}
         embedder = train(config, resume=True)
-        steps = _history(place, time.perf_counter() - began)
+        steps = {**_history(place, time.perf_counter() - began), "resumed": resumed}
     parameters = count_parameters(embedder)
     training_memory = _memory()
     began = time.perf_counter()
