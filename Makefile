@@ -36,7 +36,7 @@ lint: $(VENV)/.dev
 test: lint
 	MLPOOL_LOAD_TRITON=1 $(PYTEST) tests/kernels/test_binaries.py
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py
-	$(PYTEST) tests
+	$(PYTEST) --dist loadfile tests  # files share models: a worker takes a file whole
 
 # Data: DATA, else shared/data beside the checkout, else a small set that the package makes. An interrupted study goes on.
 STUDY ?= study

@@ -78,13 +78,6 @@ def test_casting():
     assert embedder.encode("a", device="cpu").dtype == np.float32
 
 
-def test_compiled():
-    embedder = tiny.embedder("eos-causal", packing="never")
-    expected = embedder.encode(TEXTS)
-    embedder.compile(backend="eager")
-    close(embedder.encode(TEXTS), expected)
-
-
 # --- model card and Hub -----------------------------------------------------------------------------------------------
 
 
