@@ -329,6 +329,13 @@ def test_a_wrong_config_is_an_error_that_helps(
         read_study(config(tmp_path, **changes))
 
 
+def test_a_base_without_a_model_is_an_error_before_anything_starts(config: Callable[..., dict], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no model: expected config\.json, found nothing"):
+        read_study(config(tmp_path / "out", base=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        read_study(config(tmp_path / "out", base=str(tmp_path / "decodre")))
+
+
 def test_overrides_reach_inside(config: Callable[..., dict], tmp_path: Path) -> None:
     found = read_study(config(tmp_path), ["train.learning_rate=1e-5", "seeds=[3]"], output=tmp_path / "other")
     assert found.seeds == [3]
