@@ -20,9 +20,9 @@ pytest_plugins = ["evaluation_fixtures"]
 
 from mlpool.evaluation import results  # noqa: E402
 from mlpool.evaluation.local import local_tasks  # noqa: E402
-from mlpool.evaluation.study import choose, read_study, report, runs, study  # noqa: E402
-from mlpool.evaluation.study.made import TASKS, TRAIN, write_data  # noqa: E402
-from mlpool.evaluation.study.parameters import count, match_parameters  # noqa: E402
+from mlpool.study import choose, read_study, report, runs, study  # noqa: E402
+from mlpool.study.made import TASKS, TRAIN, write_data  # noqa: E402
+from mlpool.study.parameters import count, match_parameters  # noqa: E402
 
 SMALL = {"num_latents": 4, "num_heads": 2, "head_dim": 8}
 MULTI = {"name": "multi-layer-bidirectional", "label": "multi", "pooler": SMALL}

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...embedder.designs import Design, find_design
-from ...embedder.loading import _check_place as check_place
-from ...training.config import _copy, _parse, _read_yaml, _set, _value, read_config
-from ..local import SPLITS
+from ..embedder.designs import Design, find_design
+from ..embedder.loading import _check_place as check_place
+from ..evaluation.local import SPLITS
+from ..training.config import _copy, _parse, _read_yaml, _set, _value, read_config
 
 KEYS = (
     "title", "base", "data_dir", "output", "data", "train", "designs", "seeds", "evaluate", "baseline", "search",
