@@ -1,8 +1,8 @@
 """The designs as embedders: build, encode, save and load. Needs `pip install 'mlpool[st]'`."""
 
 from .adapters import add_lora, merge
-from .designs import DESIGNS, Design
+from .designs import DESIGNS, Design, register_design
 from .embedder import Embedder
 from .loading import load
 
-__all__ = ["DESIGNS", "Design", "Embedder", "add_lora", "load", "merge"]
+__all__ = ["DESIGNS", "Design", "Embedder", "add_lora", "load", "merge", "register_design"]

@@ -37,6 +37,8 @@ class MultiLayerPool(TrainablePool):
     Source: "Pooling And Attention" (arXiv 2409.02727), section 3.3.
     """
 
+    reads_all_layers = True
+
     def __init__(
         self,
         hidden_size: int,

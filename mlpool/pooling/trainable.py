@@ -37,6 +37,7 @@ class TrainablePool(Pool):
     See `MultiLayerPool` and `LastLayerPool` for the arguments.
     """
 
+    has_latents = True
     hidden_size: int
     folded: bool
     folded_queries: Tensor
