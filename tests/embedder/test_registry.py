@@ -46,6 +46,7 @@ def registered(monkeypatch):
     """What a test registers is gone behind it."""
     monkeypatch.setattr(registry, "POOLS", dict(registry.POOLS))
     monkeypatch.setattr(designs, "DESIGNS", dict(designs.DESIGNS))
+    monkeypatch.setattr(tiny, "DESIGNS", designs.DESIGNS)
 
 
 def test_a_design_of_ones_own_is_saved_and_reloaded(registered, tmp_path):
