@@ -167,7 +167,7 @@ def _forward(
     backend: str, output_attentions: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[ū, ȳ, A or empty, X0 or empty, *kept]; empty stands for what nobody needs."""
-    triton = use_triton(backend, states[0])
+    triton = use_triton(backend, states[0], *w)
     keep = plan.memory != "recompute"
     with torch.autocast(states[0].device.type, enabled=False):
         parts = []
@@ -234,7 +234,7 @@ def _backward(
     heads: int, plan: Plan, backend: str, attention: Tensor, kept: Sequence[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     """[dX0, the gradient of every weight in the order of `Weights`]; empty for a weight that is absent."""
-    triton = use_triton(backend, x0)
+    triton = use_triton(backend, x0, *w)
     dx0 = torch.empty_like(x0)
     total: dict[str, Tensor] = {}
     with torch.autocast(x0.device.type, enabled=False):
