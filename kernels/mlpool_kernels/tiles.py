@@ -42,12 +42,28 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_D": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     ],
     "feed_forward": [
-        {"BLOCK_R": 64, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_R": 64, "BLOCK_F": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 4},
+        {"BLOCK_R": 64, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_R": 64, "BLOCK_F": 64, "BLOCK_D": 32, "GROUP": 8, "num_warps": 4, "num_stages": 4},
+    ],
+    # Two programs fit a multiprocessor at the first, so that one's gate runs beside the other's products.
+    "feed_forward_tma": [
+        {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_R": 128, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 8, "num_warps": 16, "num_stages": 3},
+        {"BLOCK_R": 64, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3},
     ],
     "gate": [{"BLOCK_R": 16, "BLOCK_F": 128, "num_warps": 4}, {"BLOCK_R": 16, "BLOCK_F": 256, "num_warps": 8}],
 }
+
+
+def candidates(kernel: str, capability: int | None) -> list[Tile]:
+    """The tiles of `kernel` that suit a GPU: capability 90 for sm_90, None where it is not NVIDIA's."""
+    if kernel == "feed_forward_tma":
+        if capability is None or capability < 90:
+            return []
+        # From sm_100 on sums lie in tensor memory, which Triton does not fill from sixteen warps: it spills instead.
+        return [t for t in TILES[kernel] if capability < 100 or t["num_warps"] < 16]
+    return TILES[kernel]
 
 
 @lru_cache
