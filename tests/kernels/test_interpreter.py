@@ -117,6 +117,19 @@ def test_any_size(kind, hidden, layers, batch, tokens, seed, form, padding, **op
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mix", cost_model.MIX)
+@pytest.mark.parametrize("values", cost_model.VALUES)
+def test_mix_by_kernel_and_by_product(values, mix, dtype, monkeypatch):
+    """Both are exact, and the choice is what runs; with late values there is no kernel."""
+    module, launched = importlib.import_module("mlpool_kernels.mix"), []
+    kernel = module._mix_triton
+    monkeypatch.setattr(module, "_mix_triton", lambda *args: launched.append(mix) or kernel(*args))
+    pool = multi(72, 5, INTERPRETER, num_latents=9, num_heads=2, head_dim=8, choices={"values": values, "mix": mix})
+    assert_close_to_equations(pool, make_states(5, (2, 3, 72)), make_mask(2, 3), dtype)
+    assert bool(launched) == (mix == "kernel" and values != "late")
+
+
 # --- feed-forward --------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +287,11 @@ def test_opcheck(how):
     torch.library.opcheck(torch.ops.mlpool.gather.default, arguments)
     if how == "mean":
         return
-    for plan in (Plan(launches="one"), Plan("plain", "late", memory="recompute"), Plan(memory="recompute_ff")):
+    for plan in (
+        Plan(launches="one", mix="kernel"),
+        Plan("plain", "late", memory="recompute"),
+        Plan(memory="recompute_ff"),
+    ):
         weights = pool._fold(plan, one_key=False)
         weights = [None if w is None else w.detach().requires_grad_() for w in weights]
         arguments = (
