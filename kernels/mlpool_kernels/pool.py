@@ -147,8 +147,9 @@ def _forward_chunk(
     x0, keys, attention, k = _attention(states, rows, key_mask, w, heads, plan, triton)
     mixed = mix.values(keys, w.value_weight, w.output_weight, heads, plan.values)
     keep = plan.memory != "recompute"
+    kernel = triton and plan.mix == "kernel"
     normed, y_mean, y = mix.mix(
-        attention, mixed, w.output_weight, w.latents, w.ff_norm_weight, w.ff_norm_bias, plan.values, triton, keep
+        attention, mixed, w.output_weight, w.latents, w.ff_norm_weight, w.ff_norm_bias, plan.values, kernel, keep
     )
     save = plan.memory == "save"
     u_mean, both = feed_forward.feed_forward(normed, w.ff_in_weight, w.ff_in_bias, plan.feed_forward, triton, save)
