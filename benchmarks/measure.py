@@ -9,6 +9,7 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -30,6 +31,7 @@ _ROOT = Path(__file__).parent.parent
 # Written before every timed call, so that the call finds none of its inputs in the L2 cache.
 FLUSH_BYTES = 256 << 20
 START = time.perf_counter()
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines for every measurement of memory
 
 Run = Callable[[], Any]
 Row = dict[str, Any]
@@ -195,6 +197,23 @@ def extra_memory(run: Run, device: torch.device) -> tuple[int | None, float]:
     if before_cpu is None:
         return None, seconds
     return max(0, _status("VmHWM") - before_cpu), seconds
+
+
+def peak_memory(run: Run, device: torch.device) -> tuple[int, float]:
+    """Peak bytes of tensors above those there before, and the wall time.
+
+    On a CPU every allocation is recorded: in the resident set a long run of small steps is several times what it holds
+    at once, as the C library keeps what was freed between them.
+    """
+    if device.type == "cuda":
+        peak, seconds = extra_memory(run, device)
+        return peak or 0, seconds
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        seconds = wall_time(run, device)
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0)), seconds
 
 
 def _resident_after_trim() -> int | None:
