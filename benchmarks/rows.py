@@ -176,7 +176,7 @@ def run_cases(
         except Exception as error:
             traceback.print_exc()
             rows.add({**key, "green": False, "failed": f"{type(error).__name__}: {error}"[:200]})
-            lost = _is_lost(device)
+            lost = is_lost(device)
         gc.collect()
     if left:
         why = "the GPU answers this process no more" if lost else "time is up"
@@ -202,7 +202,7 @@ def _named(group: Sequence[Row], key: Row) -> list[Row]:
     return [{**row, **key} for row in group]
 
 
-def _is_lost(device: torch.device) -> bool:
+def is_lost(device: torch.device) -> bool:
     """Whether an error of a kernel has ended the process's use of the GPU, as an illegal access does."""
     try:
         synchronize(device)
