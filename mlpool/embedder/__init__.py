@@ -1,5 +1,6 @@
 """The designs as embedders: build, encode, save and load. Needs `pip install 'mlpool[st]'`."""
 
+from . import requirements  # noqa: F401  (first: it refuses an old sentence-transformers)
 from .adapters import add_lora, merge
 from .designs import DESIGNS, Design, register_design
 from .embedder import Embedder
