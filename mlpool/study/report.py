@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from .. import results
-from ..compare import Comparison, compare
+from ..evaluation import results
+from ..evaluation.compare import Comparison, compare
 from .config import UNTRAINED, Entry, Study
 from .runs import collect, finished
 

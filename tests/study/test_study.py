@@ -20,9 +20,9 @@ pytest_plugins = ["evaluation_fixtures"]
 
 from mlpool.evaluation import results  # noqa: E402
 from mlpool.evaluation.local import local_tasks  # noqa: E402
-from mlpool.evaluation.study import choose, read_study, report, runs, study  # noqa: E402
-from mlpool.evaluation.study.made import TASKS, TRAIN, write_data  # noqa: E402
-from mlpool.evaluation.study.parameters import count, match_parameters  # noqa: E402
+from mlpool.study import choose, read_study, report, runs, study  # noqa: E402
+from mlpool.study.made import TASKS, TRAIN, write_data  # noqa: E402
+from mlpool.study.parameters import count, match_parameters  # noqa: E402
 
 SMALL = {"num_latents": 4, "num_heads": 2, "head_dim": 8}
 MULTI = {"name": "multi-layer-bidirectional", "label": "multi", "pooler": SMALL}
@@ -327,6 +327,13 @@ def test_a_wrong_config_is_an_error_that_helps(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         read_study(config(tmp_path, **changes))
+
+
+def test_a_base_without_a_model_is_an_error_before_anything_starts(config: Callable[..., dict], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no model: expected config\.json, found nothing"):
+        read_study(config(tmp_path / "out", base=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        read_study(config(tmp_path / "out", base=str(tmp_path / "decodre")))
 
 
 def test_overrides_reach_inside(config: Callable[..., dict], tmp_path: Path) -> None:

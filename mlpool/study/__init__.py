@@ -126,7 +126,7 @@ def choose(config: Study) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: the search is not finished.
     """
-    from .. import results
+    from ..evaluation import results
     from .runs import finished, rank
 
     if missing := [run for run in config.search_runs() if not finished(config.output, run)]:
