@@ -13,12 +13,12 @@ from .pooling import (
     gather,
     register_pool,
 )
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .attention import pack, unpack
     from .embedder import DESIGNS, Embedder, add_lora, load, merge, register_design
 
-__version__ = "0.1.0"
 # Not imported with `import mlpool`, which needs torch alone.
 _LATE = {
     "pack": "attention", "unpack": "attention", "DESIGNS": "embedder", "Embedder": "embedder", "add_lora": "embedder",

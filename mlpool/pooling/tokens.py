@@ -157,7 +157,9 @@ def _padded(shape, attention_mask: Tensor, token_mask: Tensor | None) -> Tokens:
     position = torch.arange(length, device=keep.device)
     last = torch.where(keep, position, -1).amax(1)
     starts = torch.arange(batch, device=keep.device) * length
-    checks.append(_any_token(last >= 0, "attention_mask and token_mask" if token_mask is not None else "attention_mask"))
+    checks.append(
+        _any_token(last >= 0, "attention_mask and token_mask" if token_mask is not None else "attention_mask")
+    )
     flat = (keep.sum(1), keep.reshape(-1))
     return Tokens(starts, starts + length, starts + last, *flat, (batch, length), False, length, tuple(checks))
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import GPU, differentiate, last, leaves_of, make_mask, make_states, multi, use
-
 from mlpool_kernels import Rates
 
 from mlpool import EosPool, LayerWeightsPool, MeanPool
