@@ -1,6 +1,6 @@
 """The rows of a folder of results as Markdown: the design's targets beside what was reached, then every table.
 
-    python benchmarks/summary.py [FOLDER]          of benchmarks/results/, say; the page is also written to its summary.md
+    python benchmarks/summary.py [FOLDER]          default: benchmarks/results/; the page also becomes its summary.md
     python benchmarks/summary.py FOLDER --plots    and a plot beside each CSV file
 
 Of each file the rows of its last run are shown, those that it took up included: rows of other code, versions or tiles
