@@ -137,7 +137,7 @@ def _parse(cell: str) -> Any:
     if re.fullmatch(r"-?(0|[1-9]\d*)", cell):
         return int(cell)
     # An exponent as it is written here has a sign: 12e3456789 is a commit.
-    return float(cell) if re.fullmatch(r"-?\d+\.?\d*(e[+-]\d+)?|-?inf|nan", cell) else cell
+    return float(cell) if re.fullmatch(r"-?\d+(\.\d+(e[+-]\d+)?|e[+-]\d+)|-?inf|nan", cell) else cell
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
