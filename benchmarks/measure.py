@@ -348,6 +348,22 @@ def tiles() -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:10] if path else "default"
 
 
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+class Skipped(Exception):
+    """A case that this machine cannot hold; its message says why."""
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether an error of a kernel has ended the process's use of the GPU, as an illegal access does."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ from cases import Case, Preset
 from measure import (
     Clock,
     Row,
+    Skipped,
     add_run_arguments,
     device_name,
     device_slug,
@@ -43,7 +44,7 @@ from measure import (
     start,
 )
 from mlpool_kernels import reference
-from rows import Rows, Skipped
+from rows import Rows
 from torch import Tensor, nn
 from work import needed_bytes, randomised
 

@@ -22,7 +22,7 @@ from rows import parsed
 
 HEADER = ["case", "provider", "batch", "run", "median ms", "texts/s", "vs eager", "vs compiled", "vs sdpa", "vs ST"]
 HEADER += ["vs ST fp16", "x floor", "extra MiB", "error", ""]
-PATTERNS = ("gpu-test-*.csv", "throughput-*.csv", "attention-*.csv", "encode-*.csv", "train-step-*.csv", "tune-*.csv")
+KINDS = ("gpu-test", "throughput", "choices", "attention", "encode", "train-step", "tune")
 SAME = ("device", "threads", "code", "commit", "tiles", "torch", "triton")
 REACHED = {"eager": "ratio_eager", "compiled": "ratio_compiled", "floor": "ratio_floor", "memory": "memory_share"}
 
@@ -138,7 +138,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
 
 def report(folder: Path, plots: bool) -> Iterator[str]:
     """The page, line by line."""
-    found = [(path, *read(path)) for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
+    found = [(path, *read(path)) for kind in KINDS for path in sorted(folder.glob(f"{kind}-*.csv"))]
     found = [(path, rows, others) for path, rows, others in found if rows]
     if not found:
         raise SystemExit(f"no rows in {folder}: no benchmark has run with --results {folder} (make gpu-encode, say)")
