@@ -44,7 +44,7 @@ DATA ?= $(wildcard ../shared/data)
 FROM = $(or $(DATA),$(STUDY)/data)
 
 $(STUDY)/data:
-	$(PY) -m mlpool.evaluation.study.made $@
+	$(PY) -m mlpool.study.made $@
 
 $(STUDY)/tiny-decoder: | $(FROM)
 	$(PY) examples/tiny_decoder.py --data $(FROM)/text -o $@ --minutes 3

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import EOS, GATED, TEXTS, D, L, shake, tokenizer, transformers
 
 from mlpool.embedder import DESIGNS, load
-from mlpool.embedder.released import import_released
+from mlpool.exchange.released import import_released
 from mlpool.pooling.checkpoints import from_released
 
 peft = pytest.importorskip("peft")

@@ -37,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ..embedder.text_files import find_columns, find_files, kind_of, read_file
+from ..corpus.text_files import find_columns, find_files, kind_of, read_file
+from ..evaluation.local import _sts_fault, read_jsonl
 from .correlation import Correlations
-from .local import _sts_fault, read_jsonl
 from .profiles import PoolProfile, reader_of
 from .states import FEWEST, WINDOW, Window, poolings_of, windows
 
@@ -77,7 +77,7 @@ def analyse(
         pairs: for the scores; a data set, or several by name.
         token_pooling: "last", "mean" or "both".
         options: window (texts whose states are in memory at once, and over which a term of the CKA is taken), prompt,
-            token_budget, seed, progress; see `mlpool.evaluation.states.windows`.
+            token_budget, seed, progress; see `mlpool.analysis.states.windows`.
 
     Raises:
         ValueError: neither texts nor pairs, fewer than 4 of them, gold scores that are all alike or of another number,
@@ -364,7 +364,7 @@ def read_texts(path: str | Path, column: str | None = None) -> list[str]:
     """Texts of .txt, .jsonl, .csv or .parquet; empty ones are left out, which is said.
 
     Raises:
-        FileNotFoundError, ValueError: see `mlpool.embedder.text_files`; no text at all.
+        FileNotFoundError, ValueError: see `mlpool.corpus.text_files`; no text at all.
     """
     paths = find_files(path)
     columns = find_columns(paths, column)

@@ -1,6 +1,6 @@
 """A small data set made here, for a study where there is none: who did what, when and where, said in several ways.
 
-    python -m mlpool.evaluation.study.made DIR
+    python -m mlpool.study.made DIR
 
 writes text/ (for examples/tiny_decoder.py), pairs/made (question and sentence), sts/made (two sentences; the score is
 how many of four facts they share, and 1 for no more than the same deed) and retrieval/made. The words of training,
@@ -112,5 +112,5 @@ def _write(path: Path, rows: Iterable[dict]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m mlpool.evaluation.study.made DIR")
+        sys.exit("usage: python -m mlpool.study.made DIR")
     print(write_data(sys.argv[1]))

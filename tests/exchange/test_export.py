@@ -12,8 +12,9 @@ from mlpool_kernels import reference
 from tiny import GATED, SMALL, TEXTS, D, embedder, shake, tokenizer, transformer, transformers
 from torch.nn.functional import normalize
 
-from mlpool.embedder import DESIGNS, add_lora, export, load, merge
-from mlpool.embedder.export import export_folder, export_program, load_exported
+from mlpool.embedder import DESIGNS, add_lora, load, merge
+from mlpool.exchange import export
+from mlpool.exchange.export import export_folder, export_program, load_exported
 
 PLAIN = [name for name, design in DESIGNS.items() if not design.trainable]
 TRAINED = [name for name, design in DESIGNS.items() if design.trainable]

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..embedder.adapters import _peft, fingerprint
+from ..embedder.designs import DESIGNS, Design, find_design
+from ..embedder.embedder import Embedder
+from ..embedder.loading import load
 from ..pooling.base import Pool, _safetensors
 from ..pooling.checkpoints import RELEASED
 from ..taps import find_layers
-from .adapters import _peft, fingerprint
-from .designs import DESIGNS, Design, find_design
-from .embedder import Embedder
-from .loading import load
 
 logger = logging.getLogger("mlpool")
 

@@ -136,7 +136,7 @@ def _probes(study: Study, jobs: int) -> dict[str, dict[str, Any]]:
 
 
 def _bytes(data_dir: str, tasks: Sequence[str] | None, split: str) -> int:
-    from ..local import local_tasks
+    from ..evaluation.local import local_tasks
 
     return sum(task.size for task in local_tasks(data_dir, tasks, split))  # type: ignore[attr-defined]
 
@@ -161,9 +161,9 @@ def probe(run: Run) -> dict[str, Any]:
     """
     import torch
 
-    from ...training.config import read_config
-    from ...training.data import load_pairs
-    from ...training.losses import InfoNCE
+    from ..training.config import read_config
+    from ..training.data import load_pairs
+    from ..training.losses import InfoNCE
 
     config = read_config({**run.train, "output_dir": "unused"})
     pairs = load_pairs(config.data["train"], **{k: v for k, v in config.data.items() if k not in ("train", "eval")})

@@ -29,17 +29,17 @@ from torch import Tensor, nn
 
 from ..attention import is_bidirectional, unpack
 from ..attention.families import family_of
+from ..embedder.adapters import has_adapter
+from ..embedder.backbone import Backbone
+from ..embedder.designs import DESIGNS, find_design
+from ..embedder.embedder import _LIMITS, _PROBES, Embedder
+from ..embedder.folder import staged
+from ..embedder.pooler import Pooler
+from ..embedder.texts import TextTokenizer
 from ..pooling import EosPool, MeanPool
 from ..pooling.base import log_once
 from ..pooling.trainable import TrainablePool
 from ..taps import find_layers
-from .adapters import has_adapter
-from .backbone import Backbone
-from .designs import DESIGNS, find_design
-from .embedder import _LIMITS, _PROBES, Embedder
-from .folder import staged
-from .pooler import Pooler
-from .texts import TextTokenizer
 
 FORMATS = ("st", "torch")
 _CLASSIC = "sentence_transformers.models."  # the names that serving tools look for; every version imports them
@@ -348,7 +348,7 @@ _PLAIN = {torch.ops.mlpool.gather.default: _plain_gather, torch.ops.mlpool.pool.
 
 def _extra_files(embedder: Embedder) -> dict[str, str]:
     """The settings and the tokenizer's files, as text."""
-    from .. import __version__
+    from ..version import __version__
 
     backbone: Any = embedder[0]
     kept = ("design", "max_seq_length", "append_eos", "include_prompt", "include_bos")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...pooling.trainable import PAPER
+from ..pooling.trainable import PAPER
 from .config import Entry, Study
 from .runs import count_parameters, untrained
 

@@ -22,11 +22,11 @@ pa = pytest.importorskip("pyarrow")
 pytest.importorskip("sentence_transformers")
 import pyarrow.parquet as pq  # noqa: E402
 
-from mlpool.embedder.embedding_folder import EmbeddingFolder, load_embeddings, load_ids  # noqa: E402
-from mlpool.embedder.encode_files import encode_files  # noqa: E402
-from mlpool.embedder.text_files import check_files, find_columns, find_files, read_ranges  # noqa: E402
+from mlpool.corpus.embedding_folder import EmbeddingFolder, load_embeddings, load_ids  # noqa: E402
+from mlpool.corpus.encode import encode_files  # noqa: E402
+from mlpool.corpus.text_files import check_files, find_columns, find_files, read_ranges  # noqa: E402
 
-command = importlib.import_module("mlpool.embedder.encode_files")
+command = importlib.import_module("mlpool.corpus.encode")
 DIMENSION = 8
 # What line and record readers stumble over: separators that are no line ends, quotes, commas, a non-ASCII first line.
 TRICKY = ["ünïcode first", "form\x0cfeed", "line\u2028separator", "next\x85line", 'a "quoted", comma', " spaces ", "🙂"]

@@ -18,9 +18,8 @@ pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'mlpool[
 from made import WORDS, sentence, tiny_model, write_jsonl  # noqa: E402
 
 import mlpool  # noqa: E402
-from mlpool.cli import main  # noqa: E402
-from mlpool.evaluation.correlation import hsic, pearson_sum  # noqa: E402
-from mlpool.evaluation.layers import (  # noqa: E402
+from mlpool.analysis.correlation import hsic, pearson_sum  # noqa: E402
+from mlpool.analysis.layers import (  # noqa: E402
     Pairs,
     analyse,
     layer_scores,
@@ -28,7 +27,8 @@ from mlpool.evaluation.layers import (  # noqa: E402
     read_pairs,
     read_texts,
 )
-from mlpool.evaluation.profiles import pool_profile  # noqa: E402
+from mlpool.analysis.profiles import pool_profile  # noqa: E402
+from mlpool.cli import main  # noqa: E402
 
 pytest_plugins = ["evaluation_fixtures"]
 L, D = 3, 32
@@ -340,7 +340,7 @@ def test_the_model_is_left_as_it_was(decoder, monkeypatch):
     texts = some_texts(8)
     before = embedder.encode(texts)
     analyse(embedder, texts, progress=False)
-    monkeypatch.setattr("mlpool.evaluation.correlation.hsic", lambda states: 1 / 0)
+    monkeypatch.setattr("mlpool.analysis.correlation.hsic", lambda states: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         analyse(embedder, texts, progress=False)
     np.testing.assert_array_equal(before, embedder.encode(texts))

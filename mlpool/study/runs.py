@@ -22,12 +22,12 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from .. import results
-from ..results import Score
+from ..evaluation import results
+from ..evaluation.results import Score
 from .config import Run, changes
 
 CONFIG, DONE, LOG = "config.json", "run.json", "log.txt"
-_PRELOAD = [__name__, "mlpool.training.train", "mlpool.evaluation.evaluate", "mlpool.evaluation.profiles", "mteb"]
+_PRELOAD = [__name__, "mlpool.training.train", "mlpool.evaluation.evaluate", "mlpool.analysis.profiles", "mteb"]
 _DISTRIBUTED = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "ACCELERATE_USE_", "FSDP_", "PARALLELISM_")
 _PROFILED = 256  # texts over which a pool's profile is averaged
 _WAIT = 2.0  # seconds between two looks at what other machines have done
@@ -112,8 +112,8 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import set_seed
 
-    from ...training.train import train
-    from ..evaluate import evaluate_local
+    from ..evaluation.evaluate import evaluate_local
+    from ..training.train import train
 
     start = _memory()
     set_seed(run.seed)  # before the pool and LoRA are drawn
@@ -148,9 +148,9 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
 
 def untrained(train: dict[str, Any]) -> Any:
     """The embedder at step 0, as a training would begin with it."""
-    from ...embedder import add_lora, load
-    from ...training.config import read_config
-    from ...training.trainer import prepare
+    from ..embedder import add_lora, load
+    from ..training.config import read_config
+    from ..training.trainer import prepare
 
     config = read_config({**train, "output_dir": "unused"})
     embedder = load(config.model, **config.options)
@@ -203,7 +203,7 @@ def encode_once(embedder: Any) -> Iterator[dict[str, Any]]:
 
 def _profile(embedder: Any, texts: Sequence[str]) -> dict[str, Any] | None:
     """Which layers the pool reads, where it reads several: shares over layers, and those of each head."""
-    from ..profiles import pool_profile
+    from ..analysis.profiles import pool_profile
 
     found = pool_profile(embedder, texts)
     if found is None:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...embedder.designs import Design, find_design
-from ...training.config import _copy, _parse, _read_yaml, _set, _value, read_config
-from ..local import SPLITS
+from ..embedder.designs import Design, find_design
+from ..embedder.loading import _check_place as check_place
+from ..evaluation.local import SPLITS
+from ..training.config import _copy, _parse, _read_yaml, _set, _value, read_config
 
 KEYS = (
     "title", "base", "data_dir", "output", "data", "train", "designs", "seeds", "evaluate", "baseline", "search",
@@ -196,6 +197,7 @@ def read_study(
         raise ValueError("the study's config lacks data_dir (--data): the folder with the data to evaluate on")
     if not Path(data_dir).is_dir():
         raise FileNotFoundError(f"there is no folder {data_dir} (data_dir, --data)")
+    _check_base(values["base"])
     data = values["data"] if isinstance(values["data"], Mapping) else {"train": values["data"]}
     data = {**data, "train": _find(data.get("train"), Path(data_dir))}
     common = {**DEFAULTS, "model": values["base"], "data": data, **(values.get("train") or {})}
@@ -251,6 +253,15 @@ def changes(before: Any, now: Any, at: str = "") -> list[str]:
 
 
 # --- parts of the config ----------------------------------------------------------------------------------------------
+
+
+def _check_base(base: str) -> None:
+    """A local folder that is not there, or holds no model, is an error before anything starts."""
+    check_place(base)
+    folder = Path(base)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "modules.json")):
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(f"the base {base} holds no model: expected config.json, found {there}")
 
 
 def _entry(given: Any, common: Mapping[str, Any]) -> Entry:

@@ -166,7 +166,7 @@ def _resolve_prompt(model: SentenceTransformer, name: str | None, prompt: str | 
 
 
 def _describe_model(model: SentenceTransformer) -> dict[str, Any]:
-    from .identity import identity
+    from ..embedder.identity import identity
 
     first = next(model.children(), None)
     config = getattr(getattr(first, "model", None), "config", None)
@@ -358,7 +358,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from .loading import open_model
+    from ..embedder.loading import open_model
 
     options = {name: value for name, value in vars(args).items() if name in _OPTIONS}
     _check_before_loading(args)

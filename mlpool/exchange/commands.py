@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from .adapters import has_adapter
-from .adapters import merge as merge_adapter
-from .designs import DESIGNS
-from .embedder import Embedder
+from ..embedder.adapters import has_adapter
+from ..embedder.adapters import merge as merge_adapter
+from ..embedder.designs import DESIGNS
+from ..embedder.embedder import Embedder
+from ..embedder.loading import load
 from .export import FORMATS, agreement, new_place
 from .export import export as export_embedder
-from .loading import load
 from .released import import_released as read_released
 
 
@@ -89,7 +89,7 @@ def _run_export(args: argparse.Namespace) -> None:
     error = export_embedder(embedder, args.output, args.format)
     print(f"{args.output}: {embedder[0].design}, loaded again; embeddings agree to {max(error, merged):.1e}")
     if Path(args.output).suffix == ".pt2":
-        print("torch.export.load(path).module()(input_ids, attention_mask), or mlpool.embedder.export.load_exported")
+        print("torch.export.load(path).module()(input_ids, attention_mask), or mlpool.exchange.export.load_exported")
     else:
         print("SentenceTransformer(path), text-embeddings-inference, vLLM and infinity read it")
 

@@ -10,7 +10,7 @@ from tiny import TEXTS, base, embedder, shake
 
 from mlpool import cli
 from mlpool.embedder import add_lora, load
-from mlpool.embedder.export import load_exported
+from mlpool.exchange.export import load_exported
 
 pytest.importorskip("peft")
 
@@ -74,7 +74,7 @@ def test_merge_refuses(saved, tmp_path, capsys, monkeypatch):
     refused("there is no adapter to merge", "merge", tmp_path / "full", "-o", tmp_path / "out")
     refused("already and not empty", "merge", root / "mean-bidirectional", "-o", tmp_path / "full")
     refused("no folder", "merge", tmp_path / "none", "-o", tmp_path / "out")
-    from mlpool.embedder import commands
+    from mlpool.exchange import commands
 
     def careless(made):
         return shake(commands_merge(made), 0.05)

@@ -1,0 +1,1 @@
+"""What stands in the layers: correlation, scores, what a pool reads, plots."""

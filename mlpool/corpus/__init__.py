@@ -1,0 +1,1 @@
+"""Many texts: files of every format, encoded into shards."""
