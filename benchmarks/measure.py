@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,49 @@ def commit() -> str:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+class Skipped(Exception):
+    """A case that this machine cannot hold; its message says why."""
+
+
+def run_cases(cases: Iterable[tuple[Row, Callable[[], Sequence[Row]]]], device: torch.device) -> tuple[list[Row], int]:
+    """Measure case after case: (the columns that name it, what measures it). Returns the rows and the exit status.
+
+    A case that raises becomes a row that says so, and the rest goes on, but for a GPU that is lost to the process.
+    Status 1: a row is wrong, or there is none.
+    """
+    rows: list[Row] = []
+    for key, measure in cases:
+        name = " ".join(map(str, key.values()))
+        try:
+            rows += [{**row, **key} for row in measure()]
+        except Skipped as reason:
+            progress(f"skipped: {name}: {reason}")
+        except Exception as error:
+            traceback.print_exc()
+            rows.append({**key, "green": False, "failed": f"{type(error).__name__}: {error}"[:200]})
+            if is_lost(device):
+                progress(f"{name}: the GPU answers this process no more, so the cases after it are left; run again")
+                break
+        gc.collect()
+    for row in rows:
+        if row["green"] is False:
+            name = " ".join(str(row[part]) for part in ("case", "provider") if part in row)
+            print(f"WRONG: {name}: {row.get('failed', 'out of bounds')}", flush=True)
+    return rows, int(not rows or not all(row["green"] for row in rows))
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether an error of a kernel has ended the process's use of the GPU, as an illegal access does."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
