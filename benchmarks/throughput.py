@@ -265,8 +265,8 @@ class Bench:
             "hidden": work.preset.hidden, "latents": getattr(pool, "num_latents", None),
             "heads": getattr(pool, "num_heads", None), "head_dim": getattr(pool, "head_dim", None),
             "width": pool.ff_mult * pool.hidden_size if pool is not None else None, "dtype": str(self.dtype)[6:],
-            "plan": plan, "predicted_ms": predicted, "error": parity.error, "limit": parity.limit, "gradient_error": parity.gradient,
-            "gradient_limit": parity.gradient_limit, "green": parity.green,
+            "plan": plan, "predicted_ms": predicted, "error": parity.error, "limit": parity.limit,
+            "gradient_error": parity.gradient, "gradient_limit": parity.gradient_limit, "green": parity.green,
         }  # fmt: skip
         if name in samples:
             low, median, high = quantiles(samples[name])
@@ -372,8 +372,10 @@ def main(given: list[str] | None = None) -> int:
     bench = Bench(device, dtype, args.quick, not args.no_compile)
     print(bench.title(), flush=True)
     todo = [
-        ({"case": named(case), "preset": case.preset, "mode": case.mode, "tokens": case.tokens, "latency": case.latency},
-         partial(bench.measure, case, args.choices))
+        (
+            {"case": named(case), "preset": case.preset, "mode": case.mode, "tokens": case.tokens},
+            partial(bench.measure, case, args.choices),
+        )
         for case in CASES[device.type, section]
         if (not args.preset or case.preset in args.preset) and (not args.mode or case.mode in args.mode)
     ]  # fmt: skip
