@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import hashlib
@@ -389,19 +388,3 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     align = [str.ljust, *[str.rjust] * (len(header) - 2), str.ljust]
     lines = ["  ".join(a(c, w) for a, c, w in zip(align, line, widths, strict=True)).rstrip() for line in cells]
     return "\n".join(lines)
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fields = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, restval="")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def write(rows: Sequence[Row], folder: Path, name: str, title: str) -> None:
-    """CSV; summary.py draws it."""
-    write_csv(rows, folder / f"{name}.csv")
-    print(f"\nwritten: {name}.csv in {folder.name}/")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ def section(path: Path, rows: Sequence[Row], others: int) -> list[str]:
     if path.name.startswith("gpu-test"):
         return [*lines, "", *tests(rows)]
     if path.name.startswith("tune"):
-        return [*lines, "", *tiles(rows)]
+        return [*lines, "", *tuned(rows, path.parent / path.name.replace("tune-", "tiles-").replace(".csv", ".json"))]
     wrong = sum(not row["green"] for row in rows)
     goals = [row["target_met"] for row in rows if "target_met" in row]
     met = f"Targets met in {sum(goals)} of the {len(goals)} rows that have one" if goals else "No targets here"
@@ -103,9 +104,24 @@ def cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def tiles(rows: Sequence[Row]) -> list[str]:
-    fields = ["kernel", "sizes", "tile", "median_us", "error", "chosen", "failed"]
-    return markdown(fields, [[str(row.get(name, "")) for name in fields] for row in rows])
+def tuned(rows: Sequence[Row], file: Path) -> list[str]:
+    """Every candidate; chosen are those that the file of tiles has."""
+    content = json.loads(file.read_text()) if file.is_file() else {"tiles": {}}
+    chosen = {kernel: " ".join(f"{k}={v}" for k, v in tile.items()) for kernel, tile in content["tiles"].items()}
+    lines = []
+    for row in rows:
+        verdict = row.get("failed") or ("WRONG" if not row["green"] else "")
+        verdict = verdict or ("chosen" if row.get("tile") and row["tile"] == chosen.get(row["kernel"]) else "")
+        time, error = (
+            (number(row["median_us"]) if "median_us" in row else ""),
+            f"{row['error']:.0e}" if "error" in row else "",
+        )
+        lines.append([row["kernel"], row["sizes"], row.get("tile", ""), time, error, verdict])
+    rates = [
+        f"Rates of {dtype}: {', '.join(f'{k} {v:.3g}' for k, v in r.items())}."
+        for dtype, r in content.get("rates", {}).items()
+    ]
+    return [*rates, "", *markdown(["kernel", "sizes", "tile", "median us", "error", ""], lines)]
 
 
 def tests(rows: Sequence[Row]) -> list[str]:

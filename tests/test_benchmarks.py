@@ -267,7 +267,7 @@ def cut_when(folder: Path, script: Path, arguments: list[str]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
-@pytest.mark.parametrize("name", ["encode", "train_step", "attention", "gpu_tests"])
+@pytest.mark.parametrize("name", ["encode", "train_step", "attention", "gpu_tests", "throughput", "tune"])
 def test_without_a_card_a_step_says_so_in_one_line(benchmarks, tmp_path, name):
     with pytest.raises(SystemExit) as ended:
         __import__(name).main(["--device", "cuda", "--results", str(tmp_path)])
@@ -297,8 +297,7 @@ def test_make_gpu_runs_every_step_and_fails_if_one_failed():
     """PY=false makes every step fail."""
     done = subprocess.run(["make", "gpu", "PY=false"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
-    assert done.stdout.count("false benchmarks/") == 8
-    assert "not done: gpu-check gpu-test gpu-tune gpu-throughput gpu-encode gpu-train gpu-attention gpu-summary" in (
-        done.stderr
-    )
+    assert done.stdout.count("false benchmarks/") == 9
+    steps = "gpu-check gpu-test gpu-tune gpu-throughput gpu-choices gpu-encode gpu-train gpu-attention gpu-summary"
+    assert f"not done: {steps}" in done.stderr
     assert subprocess.run(["make", "gpu", "PY=true"], cwd=ROOT, capture_output=True).returncode == 0
