@@ -85,7 +85,7 @@ study: $(VENV)/.dev $(STUDY)/tiny-decoder
 # on from there when it is run again. PY=python3 takes an interpreter that has torch already.
 RESULTS ?= benchmarks/results
 MINUTES ?= 8
-GPU_STEPS = gpu-check gpu-test gpu-tune gpu-throughput gpu-encode gpu-train gpu-attention gpu-summary
+GPU_STEPS = gpu-check gpu-test gpu-tune gpu-throughput gpu-choices gpu-encode gpu-train gpu-attention gpu-summary
 CARD = --device cuda --results $(RESULTS) --minutes $(MINUTES)
 
 .PHONY: $(GPU_STEPS)
@@ -105,6 +105,9 @@ gpu-tune:
 
 gpu-throughput:
 	$(HERE) $(PY) benchmarks/throughput.py $(CARD)
+
+gpu-choices:  # every exact choice of the plan against the one that it picks
+	$(HERE) $(PY) benchmarks/throughput.py --choices $(CARD)
 
 gpu-encode:
 	$(HERE) $(PY) benchmarks/encode.py $(CARD)
