@@ -18,7 +18,7 @@ from models import DECODERS, ENCODERS, REFUSED, WINDOWED, D, L, V, alone, build,
 from torch import Tensor, nn
 
 from mlpool.attention import AttentionCheckError, bidirectional, causal, check_attention, is_bidirectional
-from mlpool.attention.families import NO_LIMIT
+from mlpool.attention.families import NO_LIMIT, attentions, varies_by_layer
 from mlpool.taps import Taps, find_layers
 
 BACKENDS = ("eager", "sdpa", "flex_attention")
@@ -442,6 +442,88 @@ def test_everything_is_restored(name):
     assert state(model) == before
     causal(model)  # harmless
     assert state(model) == before
+
+
+def reloaded(model: nn.Module, folder) -> nn.Module:
+    """Saved as it stands, and loaded."""
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["bidirectional again", "as loaded"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_causal_after_a_reload_is_causal_at_the_first_call(name, again, tmp_path):
+    model, rows = build(name), texts()
+    expected = outputs(model, rows)
+    bidirectional(model, check=False)
+    model = reloaded(model, tmp_path)
+    if again:
+        bidirectional(model, check=False)
+    assert causal(model) is model
+    check_attention(model, "causal")
+    assert apart(outputs(model, rows), expected) <= 1e-6
+
+
+def test_windows_after_a_reload(tmp_path):
+    """Gemma3's own mode halves the window once, at construction."""
+    model, rows = build("Gemma3", among=WINDOWED), texts()
+    windows = [m.sliding_window for m in attentions(model)]
+    causal_states = outputs(model, rows)
+    bidirectional(model)
+    halved, expected = [m.sliding_window for m in attentions(model)], outputs(model, rows)
+    model = reloaded(model, tmp_path)
+    bidirectional(model)
+    assert [m.sliding_window for m in attentions(model)] == halved
+    assert apart(outputs(model, rows), expected) <= 1e-6
+    causal(model)
+    assert [m.sliding_window for m in attentions(model)] == windows
+    assert apart(outputs(model, rows), causal_states) <= 1e-6
+
+
+def test_a_block_on_a_model_that_was_saved_bidirectional_leaves_it_so(tmp_path):
+    model = build("Llama")
+    bidirectional(model, check=False)
+    model = reloaded(model, tmp_path)
+    with bidirectional(model):
+        pass
+    assert is_bidirectional(model)
+    with bidirectional(model):
+        causal(model)
+    assert not is_bidirectional(model)
+
+
+def test_an_adapter_that_plain_peft_loads_is_causal_and_measured_so(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("Llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    bidirectional(model)
+    assert is_bidirectional(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(build("Llama"), tmp_path)
+    assert not is_bidirectional(loaded)
+    bidirectional(loaded)
+    assert is_bidirectional(loaded)
+
+
+def test_a_model_on_meta():
+    with torch.device("meta"):
+        model = transformers.LlamaModel(build("Llama").config)
+    for test in (bidirectional, check_attention, is_bidirectional):
+        with pytest.raises(ValueError, match="LlamaModel is on the meta device, so nothing can be tried on it"):
+            test(model)
+    assert "is_causal" not in vars(model.config)
+    bidirectional(model, check=False)
+    model.to_empty(device="cpu").load_state_dict(build("Llama").state_dict())
+    model.rotary_emb = build("Llama").rotary_emb
+    assert check_attention(model).bidirectional
+
+
+def test_windows_that_differ_by_layer():
+    sizes = {**models.HEAD, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    config = transformers.NeoMMEConfig(**sizes)
+    if not varies_by_layer(config, "sliding_window"):
+        pytest.skip("this transformers gives all layers one window")
+    with pytest.raises(ValueError, match="windows of neomme differ by layer; they can only be kept"):
+        bidirectional(transformers.NeoMMEModel(config), sliding_window="full")
 
 
 def test_an_error_inside_the_block_undoes_too():
