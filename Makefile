@@ -1,6 +1,7 @@
 # make bench   environment, install, a quick benchmark on whatever device is there
 # make test    environment, install, lint, types and the whole CPU suite
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
+# make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every preset, a summary (PY=python3 uses that one)
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # The checkout itself, for interpreters into which mlpool was not installed.
 HERE = PYTHONPATH=.:kernels
 
-.PHONY: bench test lint study gpu
+.PHONY: bench test lint study gpu census
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlpool needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -61,3 +62,8 @@ gpu:
 	$(HERE) $(PY) benchmarks/encode.py
 	$(HERE) $(PY) benchmarks/train_step.py
 	$(HERE) $(PY) benchmarks/summary.py
+
+# Every text family of transformers on every backend; an interrupted census goes on. Then the tables of docs and README.
+census: $(VENV)/.dev
+	$(PY) tests/census/census.py
+	$(PY) tests/census/census.py --tables

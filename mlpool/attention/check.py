@@ -288,7 +288,10 @@ class _Probe:
         return call, [place.to(device) for place in places]
 
     def _device(self) -> torch.device:
-        weight: Any = self.trunk.get_input_embeddings().weight  # type: ignore[operator]
+        try:
+            weight: Any = self.trunk.get_input_embeddings().weight  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):  # embeddings that are no single table (CANINE)
+            weight = next(self.trunk.parameters())
         return torch.device("cpu") if weight.device.type == "meta" else weight.device  # offloaded: its hook moves
 
     def _before(self, index: int) -> Any:

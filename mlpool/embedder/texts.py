@@ -1,8 +1,9 @@
 """Texts to token ids: what the model expects around a text, EOS exactly once, and a cut that is counted.
 
 A tokenizer's own frame (BOS or CLS before, EOS or SEP behind) is found by tokenizing short probes with and without
-special tokens; where those are nothing to it (a vocabulary without Latin letters), its own tokens. Where it puts nothing behind a text, as decoders' tokenizers do, the EOS token is appended. Only the
-content is cut, so the frame is there however long a text is; and its full length is known, so the cut can be reported.
+special tokens; where those are nothing to it (a vocabulary without Latin letters), its own tokens. Where it puts
+nothing behind a text, as decoders' tokenizers do, the EOS token is appended. Only the content is cut, so the frame is
+there however long a text is; and its full length is known, so the cut can be reported.
 """
 
 from __future__ import annotations
@@ -216,8 +217,8 @@ class TextTokenizer:
             if len(found) == len(_PROBES):
                 return found
         raise ValueError(
-            f"{type(self.tokenizer).__name__} makes no tokens of {_PROBES} nor of the first {_SEARCHED} tokens of its own "
-            f"vocabulary ({len(found)} of the 2 texts needed), so what it puts around a text cannot be found; is it the "
+            f"{type(self.tokenizer).__name__} makes no tokens of {_PROBES} nor of the first {_SEARCHED} tokens of its "
+            f"own vocabulary ({len(found)} of 2 texts), so what it puts around a text cannot be found; is it the "
             "model's tokenizer, and does its normalizer or pre-tokenizer drop all text?"
         )
 

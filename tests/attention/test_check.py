@@ -217,19 +217,6 @@ def test_unknown_expectation():
         check_attention(build("Llama"), "both")
 
 
-def test_the_matrix_goes_between_its_markers(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- attention-matrix -->\nold\n<!-- /attention-matrix -->\nafter\n")
-    models.write(readme, {"Llama": {"eager": "ok (1e-06)"}, "Gemma2": {"sdpa": "refused"}})
-    assert readme.read_text() == (
-        "before\n<!-- attention-matrix -->\n| family | eager | sdpa |\n| --- | --- | --- |\n"
-        "| Llama | ok (1e-06) | – |\n| Gemma2 | – | refused |\n<!-- /attention-matrix -->\nafter\n"
-    )
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match="once each"):
-        models.write(readme, {})
-
-
 def saturate(model: nn.Module) -> nn.Module:
     """Every token reads one other alone: the second weight is below 1e-7."""
     with torch.no_grad():

@@ -4,8 +4,9 @@
     python tests/census/census.py --only llama,qwen3   # these, whatever the CSV holds
     python tests/census/census.py --tables             # docs/attention-families.md and the README's matrix from the CSV
 
-What this package says of a model is not believed: a probe that shares no code with the self-test runs every layer again on
-its own input and asks autograd (where a backend has no backward, finite changes) which tokens reach which. A row is
+What this package says of a model is not believed: a probe that shares no code with the self-test runs every layer
+again on its own input and asks autograd (where a backend has no backward, finite changes) which tokens reach which. A
+row is
 
     works            both ways in every layer, padded texts equal lone ones, packed ones equal padded ones
     encoder          so by itself; nothing was changed
@@ -108,7 +109,7 @@ def _examine(row: Row) -> None:
     row.outcome, row.reason = _both_ways(model)
     if row.backend == "eager" and before is not None:
         row.taps = _taps(model)
-    if row.outcome == "works" and row.backend in ("eager", "sdpa") and before is not None:
+    if row.outcome == "works" and row.backend == "eager" and before is not None:
         row.reload = _reloaded(model, row.backend, before)
 
 
@@ -402,7 +403,8 @@ def run(path: Path, names: list[str], done: set[tuple[str, str]]) -> None:
                     row = examine(name, backend)
                 writer.writerow(asdict(row))
                 file.flush()
-                print(f"{name:28} {backend:15} {row.outcome:15} {row.taps[:24]:24} {row.reload[:16]:16} {row.seconds}")
+                tried = f"{row.taps[:24]:24} {row.reload[:16]:16} {row.seconds}"
+                print(f"{name:28} {backend:15} {row.outcome:15} {tried}", flush=True)
 
 
 def summary(rows: list[Row]) -> str:

@@ -1,8 +1,8 @@
 """Every text family of the installed transformers as a tiny random model, its config shrunk by rules on names.
 
-A config class is read for its arguments; what is an integer by default is set by the first rule that its name fits. What
-no rule makes consistent (sizes that must be products of each other) stands in `EXCEPTIONS`. Models are random, with no
-parameter zero, in float32 on a CPU.
+A config class is read for its arguments; what is an integer by default is set by the first rule that its name fits.
+What no rule makes consistent (sizes that must be products of each other) stands in `EXCEPTIONS`. Models are random,
+with no parameter zero, in float32 on a CPU.
 """
 
 from __future__ import annotations
