@@ -95,7 +95,7 @@ def state(model: nn.Module) -> dict:
     return found
 
 
-# --- families and backends -----------------------------------------------------------------------------------------------------
+# --- families and backends ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "backend"), MATRIX)

@@ -296,11 +296,12 @@ def _by_changes(run: Callable, hidden: Tensor, ends: list[tuple[int, int]]) -> l
     answers = [False] * len(ends)
     with torch.no_grad():
         base, again = run(hidden.clone()), run(hidden.clone())
-        for trial in range(6):
+        for trial in range(24):
             changed = hidden.clone()
             for row, (first, last) in enumerate(ends):
                 token = hidden[row, first + trial % (last - first)]
-                changed[row, last] = token + 0.4 * token.std() * torch.randn(token.shape, generator=generator)
+                noise = torch.randn(token.shape, generator=generator)
+                changed[row, last] = token + (0.4, 0.1, 1.0)[trial % 3] * token.std() * noise
             output = run(changed)
             for row, (first, _) in enumerate(ends):
                 moved, noise = ((t[row, first] - base[row, first]).abs().max() for t in (output, again))

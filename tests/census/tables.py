@@ -11,9 +11,9 @@ README, PAGE = ROOT / "README.md", ROOT / "docs" / "attention-families.md"
 START, END = "<!-- attention-matrix -->", "<!-- /attention-matrix -->"
 COLUMNS = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex", "packed": "packed"}
 COMMON = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma2", "gemma3_text", "gemma4_text", "olmo2",
-    "granite", "gpt_neox", "gpt_oss", "stablelm", "opt", "gpt2", "falcon", "llama4_text", "bert", "xlm-roberta",
-    "modernbert",
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma2", "gemma3_text", "gemma4_text",
+    "olmo2", "granite", "gpt_neox", "gpt_oss", "stablelm", "opt", "gpt2", "falcon", "llama4_text", "bert",
+    "xlm-roberta", "modernbert",
 )  # fmt: skip
 CELLS = {"works": "ok", "encoder": "by itself", "no model": "–"}
 
@@ -33,8 +33,8 @@ def write_tables(rows: Sequence[Any], readme: Path = README, page: Path = PAGE) 
     version = rows[-1].transformers
     page.write_text(
         f"# Attention, family by family\n\n{len(families)} text families of transformers {version} as tiny random "
-        "models, made by `make census`: `bidirectional` on each backend, `pack`, `Taps` against `hidden_states[1:]`, and "
-        "`causal` after save, reload and `bidirectional`. *ok*: both ways in every layer by a probe that is not the "
+        "models, by `make census`: `bidirectional` on each backend, `pack`, `Taps` against `hidden_states[1:]`, "
+        "and `causal` after save, reload and `bidirectional`. *ok*: both ways in every layer by a probe that is not the "
         "package's own. *by itself*: an encoder. *refused*: with the reason. –: the library has no such backend, or no "
         f"such model can be built here.\n\n{_table(families, list(families), reasons=True)}\n",
         encoding="utf8",

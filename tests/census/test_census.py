@@ -11,13 +11,18 @@ import families
 import tables
 from census import Row, examine
 
-WORKS = ["llama", "gemma4_text", "deepseek_v32+index_topk=2", "glm_moe_dsa+index_topk=2", "neomme", "stablelm"]
+WORKS = ["llama", "gemma4_text", "deepseek_v32+index_topk=4", "glm_moe_dsa+index_topk=4", "stablelm"]
 
 
 @pytest.mark.parametrize("family", WORKS)
 def test_what_works(family):
     row = examine(family, "eager")
     assert (row.outcome, row.taps, row.reload) == ("works", "ok", "ok"), row
+
+
+def test_an_encoder_whose_windows_differ_by_layer():
+    row = examine("neomme", "eager")
+    assert (row.outcome, row.taps) == ("encoder", "ok"), row
 
 
 @pytest.mark.parametrize(
