@@ -214,7 +214,7 @@ class _Probe:
     def _tokens(self, count: int) -> Tensor:
         config: Any = self.trunk.config
         special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
-        size = getattr(config, "vocab_size", None) or self.trunk.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        size = getattr(config, "vocab_size", None) or embedding_table(self.trunk).num_embeddings
         drawn = torch.randint(size, (64 + count,), generator=self.generator).tolist()
         return torch.tensor([token for token in drawn if token not in special][:count])
 
@@ -288,10 +288,7 @@ class _Probe:
         return call, [place.to(device) for place in places]
 
     def _device(self) -> torch.device:
-        try:
-            weight: Any = self.trunk.get_input_embeddings().weight  # type: ignore[operator]
-        except (NotImplementedError, AttributeError):  # embeddings that are no single table (CANINE)
-            weight = next(self.trunk.parameters())
+        weight = embedding_table(self.trunk).weight
         return torch.device("cpu") if weight.device.type == "meta" else weight.device  # offloaded: its hook moves
 
     def _before(self, index: int) -> Any:
@@ -363,6 +360,22 @@ class _Probe:
         for batch, rows in self.groups.items():
             change = max(_change_of(first[rows[0]], first[row]) for row in rows[1:] if row != self.copy)
             report.answers[batch] = change if change > floor else 0.0
+
+
+def embedding_table(trunk: nn.Module) -> nn.Embedding:
+    """The token embeddings.
+
+    Raises:
+        ValueError: there is no one table of them.
+    """
+    try:
+        table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(
+            f"{type(trunk).__name__} has no one table of token embeddings (CANINE hashes characters), so there are no "
+            "tokens to try its attention with"
+        ) from error
+    return table
 
 
 def require_weights(trunk: nn.Module) -> None:

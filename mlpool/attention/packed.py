@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..pooling.tokens import select_tokens
 from ..taps import find_layers
-from .check import AttentionCheckError, _error, _precision, _undisturbed, require_weights
+from .check import AttentionCheckError, _error, _precision, _undisturbed, embedding_table, require_weights
 from .families import PACKED, backend_of, require_text_model
 from .varlen import PackedCall, has_flash_attn, register, require_no_softcap, running
 
@@ -158,8 +158,7 @@ class Packing:
         if output.get("pooler_output") is not None:  # it pooled the first text alone
             if not isinstance(getattr(trunk, "pooler", None), nn.Module):
                 raise ValueError(
-                    f"{_name(trunk)} cannot run packed: it pools each text by code of its own, which would take the "
-                    "row of all texts for one"
+                    f"{type(trunk).__name__} pools each text by code of its own, which would take the row for one text"
                 )
             first = hidden[:, packed_call.offsets[:-1].long()].transpose(0, 1)
             output["pooler_output"] = trunk.pooler(first)  # type: ignore[operator]
@@ -400,7 +399,7 @@ def _probe(trunk: nn.Module) -> list[Tensor]:
     """Last hidden states of two short texts, run as one right-padded batch."""
     require_weights(trunk)
     config: Any = trunk.config
-    table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
+    table = embedding_table(trunk)
     device = torch.device("cpu") if table.weight.is_meta else table.weight.device  # offloaded: its hook moves
     drawn = torch.randint(table.num_embeddings, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}

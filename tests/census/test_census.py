@@ -34,6 +34,7 @@ def test_an_encoder_whose_windows_differ_by_layer():
         ("gemma3", "Gemma3Model is multimodal"),
         ("phi4_multimodal", "several lists of layers"),
         ("bart", "encoder-decoder"),
+        ("canine", "CanineModel has no one table of token embeddings"),
     ],
 )
 def test_what_is_refused_says_why(family, reason):
