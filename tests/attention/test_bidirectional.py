@@ -18,7 +18,7 @@ from models import DECODERS, ENCODERS, REFUSED, WINDOWED, D, L, V, alone, build,
 from torch import Tensor, nn
 
 from mlpool.attention import AttentionCheckError, bidirectional, causal, check_attention, is_bidirectional
-from mlpool.attention.families import NO_LIMIT, attentions, varies_by_layer
+from mlpool.attention.families import NO_LIMIT, attentions, window_of
 from mlpool.taps import Taps, find_layers
 
 BACKENDS = ("eager", "sdpa", "flex_attention")
@@ -513,12 +513,12 @@ def test_a_model_on_meta():
 
 
 def test_windows_that_differ_by_layer():
-    sizes = {**models.HEAD, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
-    config = transformers.NeoMMEConfig(**sizes)
-    if not varies_by_layer(config, "sliding_window"):
-        pytest.skip("this transformers gives all layers one window")
-    with pytest.raises(ValueError, match="windows of neomme differ by layer; they can only be kept"):
-        bidirectional(transformers.NeoMMEModel(config), sliding_window="full")
+    """The config then refuses to name one window, and the library has no causal model that runs so."""
+    windows = {0: {"sliding_window": 9}, 1: {"sliding_window": 4}, 2: {"sliding_window": None}}
+    config = transformers.MistralConfig(**models.HEAD, per_layer_config=windows)
+    assert window_of(config) == 4
+    with pytest.raises(ValueError, match="windows of mistral differ by layer; they can only be kept"):
+        bidirectional(transformers.MistralModel(config), sliding_window="full")
 
 
 def test_an_error_inside_the_block_undoes_too():

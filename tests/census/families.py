@@ -47,9 +47,9 @@ LARGE = 128  # integers above it that no rule knows are widths of towers
 
 
 def families() -> list[str]:
-    """model_type of every bare model that takes input_ids, and the variants, in alphabetical order."""
+    """model_type of every bare model that takes input_ids, and the variants; wrappers around a text model last."""
     known = [name for name in MODEL_MAPPING_NAMES if (cls := model_class(name)) is not None and _reads_text(cls)]
-    return sorted([*known, *VARIANTS])
+    return sorted([*known, *VARIANTS], key=lambda name: (_is_wrapper(name), name))
 
 
 def model_class(name: str) -> type | None:
@@ -59,6 +59,10 @@ def model_class(name: str) -> type | None:
         return getattr(transformers, names if isinstance(names, str) else names[0])
     except (AttributeError, ImportError):
         return None
+
+
+def _is_wrapper(name: str) -> bool:
+    return bool(transformers.CONFIG_MAPPING[VARIANTS.get(name, (name,))[0]].sub_configs)
 
 
 def _reads_text(cls: type) -> bool:
@@ -160,7 +164,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cosmos3_edge_text": {"rope_parameters": M_ROPE},
     "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
-    "dots3_note_text": {"num_key_value_heads": HEADS},
+    "dots3_note_text": {"num_key_value_heads": HEADS, "use_dsa": False},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 3},
     "glm4v_moe_text": {"rope_parameters": HALF_M_ROPE},
     "glm4v_text": {"rope_parameters": M_ROPE},
