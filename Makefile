@@ -3,6 +3,7 @@
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
+# make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
 PYTHON ?= python3
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
@@ -12,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # The checkout itself, for interpreters into which mlpool was not installed.
 HERE = PYTHONPATH=.:kernels
 
-.PHONY: bench test test-floor test-cuda-dry lint study gpu
+.PHONY: bench test test-floor test-cuda-dry lint study census gpu
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlpool needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -123,3 +124,8 @@ gpu-summary:
 
 gpu-%:
 	@echo "there is no step $@; the steps are $(GPU_STEPS)" >&2; exit 2
+
+# Every text family of transformers on every backend; an interrupted census goes on. Then the tables of docs and README.
+census: $(VENV)/.dev
+	$(PY) tests/census/census.py
+	$(PY) tests/census/census.py --tables
