@@ -9,6 +9,7 @@ import torch
 from mlpool_kernels import Plan, Sizes, Weights, choose, fold_queries, fold_values
 from mlpool_kernels import pool as run_pool
 from mlpool_kernels.runtime import BACKENDS, use_triton
+from mlpool_kernels.tiles import fitted_rates
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -37,6 +38,7 @@ class TrainablePool(Pool):
     See `MultiLayerPool` and `LastLayerPool` for the arguments.
     """
 
+    has_latents = True
     hidden_size: int
     folded: bool
     folded_queries: Tensor
@@ -77,8 +79,7 @@ class TrainablePool(Pool):
         # A vector, not a scalar: FSDP2 cannot shard a tensor without dimensions.
         self.gate = new(d) if residual else None
         self._cache: tuple[Any, tuple[Tensor | None, ...]] | None = None
-        # Asked once: torch.compile cannot trace the question.
-        self._device_memory = report.device_memory(self.latents.device)
+        self._ask_device()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -119,6 +120,8 @@ class TrainablePool(Pool):
         plan = choose(
             sizes, training=training, cached=cached, triton=use_triton(self.backend, self.latents),
             itemsize=self._compute_dtype().itemsize, memory_bytes=self._device_memory,
+            # Tokens as keys come with a padding mask.
+            masked=self.layer_weights is None and keys != 1, rates=self._rates.get(self._compute_dtype()),
         )  # fmt: skip
         if not self.folded:
             return plan.override(self.choices)
@@ -168,8 +171,13 @@ class TrainablePool(Pool):
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._cache = None
         super()._apply(*args, **kwargs)
-        self._device_memory = report.device_memory(self.latents.device)
+        self._ask_device()
         return self
+
+    def _ask_device(self) -> None:
+        """What the cost model asks of the device, once: torch.compile cannot trace the questions."""
+        self._device_memory = report.device_memory(self.latents.device)
+        self._rates = fitted_rates(self.latents.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._cache = None
