@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pooling.base import log_once
-
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
@@ -45,13 +43,15 @@ def local_tasks(data: str | Path, names: Iterable[str] | None = None, split: str
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     data = Path(data)
-    found = _discover(data)
+    found = discover(data)
     wanted = dict.fromkeys(found, False) if names is None else _choose(found, names)
     tasks = []
     for name, by_name in wanted.items():
         kind, folder = found[name]
         if missing := [path for path in kind.files(folder, split) if not path.is_file()]:
             if not by_name:
+                from ..pooling.base import log_once
+
                 log_once(f"{name} is left out: there is no {missing[0]}")
                 continue
             raise FileNotFoundError(
@@ -284,7 +284,8 @@ KINDS = (
 )
 
 
-def _discover(data: Path) -> dict[str, tuple[_Kind, Path]]:
+def discover(data: Path) -> dict[str, tuple[_Kind, Path]]:
+    """By name, the kind and folder of every task under `data`; FileNotFoundError where there is none."""
     if not data.is_dir():
         raise FileNotFoundError(f"there is no folder {data}")
     found: dict[str, tuple[_Kind, Path]] = {}

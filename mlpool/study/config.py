@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..embedder.designs import Design, find_design
-from ..embedder.loading import _check_place as check_place
 from ..evaluation.local import SPLITS
+from ..options import check_place
 from ..training.config import _copy, _parse, _read_yaml, _set, _value, read_config
 
 KEYS = (
