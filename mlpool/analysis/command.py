@@ -26,9 +26,7 @@ import sys
 
 from .. import options
 from ..corpus.text_files import find_files
-
-FEWEST = 4  # texts: unbiased CKA is not defined below
-WINDOW = 512  # texts in memory at once
+from . import FEWEST, WINDOW
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..pooling.base import TOKEN_POOLINGS, gather_tokens
 from ..pooling.tokens import Tokens, select_tokens
 from ..taps import find_layers
-from .command import FEWEST, WINDOW
+from . import FEWEST, WINDOW
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

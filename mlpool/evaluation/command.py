@@ -27,10 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", default="results", metavar="DIR", help="results folder (default: %(default)s)")
     add("--label", help="the model's name in tables (default: its folder's or Hub name)")
     add("--seed", type=int, help="the seed it was trained with, for the tables")
-    add("--prompts", metavar="mteb|model|none|paper-exact|FILE", help="what stands before texts, queries only in "
+    add(
+        "--prompts",
+        metavar="mteb|model|none|paper-exact|FILE",
+        help="what stands before texts, queries only in "
         "retrieval: mteb's instructions (default), the model's own prompts (default of --local), nothing, or a JSON or "
         "YAML file that maps names or types of tasks or 'default' to instructions; paper-exact[=FILE]: as the paper's "
-        "own code does, no space behind an instruction, in reranking before documents too; FILE is its wording")  # fmt: skip
+        "own code does, no space behind an instruction, in reranking before documents too; FILE is its wording",
+    )
     add("--template", default=BARE, help="of an instruction, say 'Instruct: {instruction}\\nQuery: ' (default: bare, "
         "%(default)r)")  # fmt: skip
     add(

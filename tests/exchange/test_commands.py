@@ -78,10 +78,9 @@ def test_merge_refuses(saved, tmp_path, capsys, monkeypatch):
     refused("no folder", "merge", tmp_path / "none", "-o", tmp_path / "out")
 
     def careless(made):
-        return shake(commands_merge(made), 0.05)
+        return shake(merge(made), 0.05)
 
-    commands_merge = commands.merge_adapter
-    monkeypatch.setattr(commands, "merge_adapter", careless)
+    monkeypatch.setattr("mlpool.embedder.adapters.merge", careless)
     refused(
         "merging in torch.float32 changes embeddings by", "merge", root / "mean-bidirectional", "-o", tmp_path / "out"
     )
