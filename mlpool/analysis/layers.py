@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger("mlpool")
+_NAME = 40  # characters of a data set's name
 _NARROW = 1e-6  # range of cosines, below which there is nothing but rounding
 
 
@@ -373,9 +374,14 @@ def _sample(rows: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
 
 
 def _name_sets(paths: Sequence[str]) -> list[str]:
-    """sts/stsb/dev.jsonl is called stsb/dev."""
-    names = [f"{Path(path).resolve().parent.name}/{Path(path).stem}" for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
+    """sts/stsb/dev.jsonl is called stsb/dev, with as much of its path as tells it from the others; short in a plot."""
+    parts = [Path(path).resolve().with_suffix("").parts for path in paths]
+    for count in range(2, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        names = [name if len(name) <= _NAME else "…" + name[1 - _NAME :] for name in names]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{Path(path).stem[: _NAME - 5]} ({i})" for i, path in enumerate(paths, 1)]
 
 
 def load_model(

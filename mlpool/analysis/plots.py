@@ -58,7 +58,7 @@ def layer_curves(curves: Mapping[str, ArrayLike], own: float, ylabel: str, path:
 
 
 def pool_profile(profile: Any, path: str | Path) -> None:
-    """Of a `PoolProfile`: what a pool reads of each layer: bars with the spread over texts, and its heads and latents as heat maps."""
+    """Of a `PoolProfile`: bars of what it reads with their spread over texts, maps of its heads and latents."""
     import numpy as np
 
     maps = {} if profile.attention.shape[:2] == (1, 1) else {"head": profile.by_head, "latent": profile.by_latent}
