@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections import OrderedDict
@@ -10,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..options import check_place, near
 from ..pooling.base import check_choice
 from .backbone import PACKING, Backbone, load_model
 from .designs import build_pool, find_design
@@ -73,7 +73,7 @@ def load(
         FileNotFoundError: no such folder (nearest names) nor Hub model, a missing file (named).
     """
     name = os.path.expanduser(model)
-    _check_place(name)
+    check_place(name)
     check_folder(name, whole=verify)
     hub: dict[str, Any] = {
         "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
@@ -121,7 +121,7 @@ def load(
             raise
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"{name} is no folder here{_near(Path(name))} and no model on the Hub: {reason}"
+            f"{name} is no folder here{near(Path(name))} and no model on the Hub: {reason}"
         ) from error
     backbone = Backbone(
         transformer, tokenizer, chosen.name, layers, max_seq_length, append_eos, include_prompt, include_bos, packing,
@@ -142,9 +142,12 @@ def load(
     return embedder
 
 
-def open_model(name: str, design: str | None = None, device: str | None = None, dtype: Any = "auto") -> Any:
+def open_model(
+    name: str, design: str | None = None, device: str | None = None, dtype: Any = "auto",
+    max_seq_length: int | None = None,
+) -> Any:  # fmt: skip
     """Whatever embeds texts, for the commands: an embedder, any other SentenceTransformer as it is, or with `design` a
-    new embedder on a base model.
+    new embedder on a base model; cut at `max_seq_length` tokens, None for its own limit.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: a base model without a design, a folder of another design, a
@@ -152,35 +155,20 @@ def open_model(name: str, design: str | None = None, device: str | None = None, 
     """
     from sentence_transformers import SentenceTransformer
 
-    _check_place(name)
+    check_place(name)
     modules = _read_json(name, "modules.json", {})
     if design is None and modules and not any(module["type"] in _OURS for module in modules):
-        return SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
+        model = SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
+        if max_seq_length is not None:
+            model.max_seq_length = max_seq_length
+        return model
     if not modules and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         there = ", ".join(sorted(path.name for path in Path(name).iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{name} holds no model: expected modules.json (an embedder) or config.json (a base model, with --design), "
             f"found {there}"
         )
-    return load(name, design, device=device, dtype=dtype)
-
-
-def _check_place(name: str) -> None:
-    """A local path that is not there is an error here; a name with one slash may be on the Hub."""
-    path = Path(name)
-    if path.is_dir():
-        return
-    if path.is_file():
-        raise NotADirectoryError(f"{name} is a file; pass the folder of a model, or a Hub name")
-    local = path.is_absolute() or name.startswith(".") or name.count("/") > 1
-    if local:
-        raise FileNotFoundError(f"no folder {name}{_near(path)}")
-
-
-def _near(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=3)
-    return f" (near it: {', '.join(near)})" if near else ""
+    return load(name, design, device=device, dtype=dtype, max_seq_length=max_seq_length)
 
 
 def _read_json(name: str, file: str, hub: dict[str, Any]) -> Any:
