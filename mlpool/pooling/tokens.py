@@ -104,6 +104,8 @@ def _packed(shape, device, cu_seqlens: Tensor, token_mask: Tensor | None) -> Tok
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
         raise ValueError(f"packed hidden states must be [total, D] or [1, total, D], got shape {list(shape)}")
     total = shape[-2]
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor [B+1], got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:

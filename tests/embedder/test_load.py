@@ -91,13 +91,13 @@ def test_missing_file(copy, name):
 @pytest.mark.parametrize("broken", [b'{"design": ', b"\xff\xfe{}"])
 def test_broken_json(copy, name, broken):
     (copy / name).write_bytes(broken)
-    with pytest.raises(ValueError, match=f"model/{name} is no valid JSON"):
+    with pytest.raises(ValueError, match=f"model/{name} is not valid JSON"):
         load(copy)
 
 
 def test_broken_manifest(copy):
     (copy / "mlpool.json").write_text("{")
-    with pytest.raises(ValueError, match=r"model/mlpool\.json is damaged"):
+    with pytest.raises(ValueError, match=r"model/mlpool\.json is not valid JSON"):
         load(copy)
 
 
@@ -150,7 +150,7 @@ def test_without_a_manifest(copy):
     with pytest.raises(ValueError, match=r"model/model\.safetensors cannot be read, is it cut short\?"):
         load(copy)
     (copy / "modules.json").write_text("[")
-    with pytest.raises(ValueError, match=r"modules\.json is no valid JSON"):
+    with pytest.raises(ValueError, match=r"modules\.json is not valid JSON"):
         load(copy)
 
 
