@@ -3,21 +3,33 @@
 from typing import TYPE_CHECKING, Any
 
 from .attention import bidirectional, causal, check_attention, is_bidirectional
-from .pooling import EosPool, LastLayerPool, LayerWeightsPool, MeanPool, MultiLayerPool, gather
+from .pooling import (
+    EosPool,
+    LastLayerPool,
+    LayerWeightsPool,
+    MeanPool,
+    MultiLayerPool,
+    Pool,
+    gather,
+    register_pool,
+)
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .attention import pack, unpack
-    from .embedder import DESIGNS, Embedder, add_lora, load, merge
+    from .embedder import DESIGNS, Embedder, add_lora, load, merge, register_design
 
-__version__ = "0.1.0"
 # Not imported with `import mlpool`, which needs torch alone.
 _LATE = {
     "pack": "attention", "unpack": "attention", "DESIGNS": "embedder", "Embedder": "embedder", "add_lora": "embedder",
-    "load": "embedder", "merge": "embedder",
+    "load": "embedder", "merge": "embedder", "register_design": "embedder",
 }  # fmt: skip
 __all__ = [
-    "DESIGNS", "Embedder", "EosPool", "LastLayerPool", "LayerWeightsPool", "MeanPool", "MultiLayerPool", "add_lora",
-    "bidirectional", "causal", "check_attention", "gather", "is_bidirectional", "load", "merge", "pack", "unpack",
+    "DESIGNS", "Embedder", "EosPool", "LastLayerPool", "LayerWeightsPool", "MeanPool", "MultiLayerPool", "Pool",
+    "add_lora",
+    "bidirectional", "causal", "check_attention", "gather", "is_bidirectional", "load", "merge", "pack",
+    "register_design",
+    "register_pool", "unpack",
 ]  # fmt: skip
 
 

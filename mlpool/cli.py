@@ -56,7 +56,7 @@ def _find(place: str) -> Any:
 
 
 def _version() -> str:
-    from . import __version__
+    from .version import __version__
 
     return f"mlpool {__version__}"
 

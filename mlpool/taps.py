@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from mlpool_kernels.gather import text_of_row
+from mlpool_kernels.gather import gather_backward
 from torch import Tensor, nn
 
 from .pooling.base import gather_tokens
@@ -315,15 +315,9 @@ def _add_rows(grad_hidden: Tensor | None, grad_rows: Tensor, tokens: Tokens, tok
 
     In place would change gradients that autograd shares with other operands.
     """
-    rows = tokens.shape[0] * tokens.shape[1]
-    if token_pooling == "last":
-        if grad_hidden is not None:
-            return grad_hidden.index_add(0, tokens.last, grad_rows)
-        return grad_rows.new_zeros(rows, grad_rows.shape[1]).index_add_(0, tokens.last, grad_rows)
-    each = grad_rows / tokens.count.unsqueeze(1)
-    text = text_of_row(rows, tokens.starts, tokens.ends, tokens.keep)
-    spread = torch.cat([each, torch.zeros_like(each[:1])]).index_select(0, text)
-    return spread if grad_hidden is None else spread.add_(grad_hidden)
+    t, shape = tokens, (tokens.shape[0] * tokens.shape[1], grad_rows.shape[1])
+    spans = (t.starts, t.ends, t.last, t.count, t.keep)
+    return gather_backward(grad_rows[:, None], shape, *spans, token_pooling == "mean", "auto", grad_hidden)[0]
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

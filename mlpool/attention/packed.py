@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pooling.tokens import select_tokens
+from ..pooling.tokens import note_offsets, read_offsets, require, select_tokens
 from ..taps import find_layers
 from .check import AttentionCheckError, _error, _precision, _undisturbed
 from .families import PACKED, backend_of
@@ -191,13 +191,17 @@ class Packing:
             mask = torch.ones(shape, dtype=torch.bool, device=device)
         elif not isinstance(mask, Tensor):
             raise TypeError(f"attention_mask must be [B, T] of 0 and 1 on a packed model, got {type(mask).__name__}")
-        tokens = select_tokens((*shape, 1), device, mask)
+        tokens = select_tokens((*shape, 1), device, mask, check=False)
         counts = tokens.count
         starts = tokens.last - counts + 1
         # kept tokens are one run if the first of them is where the last one and their number say
         assert tokens.keep is not None
         first = tokens.starts + tokens.keep.view(shape).int().argmax(1)
-        lengths, gaps = torch.stack([counts, first - starts]).tolist()  # the one wait for the device
+        fine = torch.stack([check.fine for check in tokens.checks]).all().to(counts)
+        values = torch.cat([counts, first - starts, fine[None]]).tolist()  # the one wait for the device
+        lengths, gaps = values[: shape[0]], values[shape[0] : -1]
+        if not values[-1]:
+            require(tokens.checks)
         if any(gaps):
             rows = [i for i, gap in enumerate(gaps) if gap]
             raise ValueError(f"attention_mask has a gap within the text of row(s) {rows[:10]}; packing needs one run")
@@ -213,7 +217,9 @@ class Packing:
                 packed[name] = value.expand(shape + value.shape[2:]).flatten(0, 1).index_select(0, rows)[None]
         packed |= {"position_ids": positions[None] + self.position_offset, "attention_mask": None}
         packed |= dict.fromkeys(_OFFSETS, offsets) | dict.fromkeys(_LENGTHS, max(lengths))
-        return packed, PackedCall(offsets, [0, *itertools.accumulate(lengths)]), rows, shape
+        ends = [0, *itertools.accumulate(lengths)]
+        note_offsets(offsets, ends)
+        return packed, PackedCall(offsets, ends), rows, shape
 
     def _given(self, call: dict[str, Any]) -> tuple[dict[str, Any], PackedCall]:
         """A call that the caller packed, completed."""
@@ -223,8 +229,7 @@ class Packing:
         if inputs.shape[0] != 1:
             raise ValueError(f"with cu_seq_lens_q the batch must be one row [1, total], got {list(inputs.shape[:2])}")
         total = _check_total(inputs.shape[1])
-        select_tokens((1, total, 1), inputs.device, cu_seqlens=offsets)
-        ends = offsets.tolist()
+        ends = read_offsets(offsets, total)
         if ends[0] != 0 or ends[-1] != total:
             raise ValueError(
                 f"cu_seq_lens_q runs from {ends[0]} to {ends[-1]} in a row of {total} tokens; it must cover the row"
@@ -234,7 +239,9 @@ class Packing:
         if call.get("position_ids") is None:
             positions = torch.cat([torch.arange(n) for n in lengths]) + self.position_offset
             call["position_ids"] = positions[None].to(inputs.device)
-        offsets = offsets.to(inputs.device, torch.int32)
+        # A copy, whose values nobody changes, so that they need not be read again.
+        offsets = offsets.to(inputs.device, torch.int32, copy=True)
+        note_offsets(offsets, ends)
         call |= dict.fromkeys(_OFFSETS, offsets) | dict.fromkeys(_LENGTHS, max(lengths))
         return call, PackedCall(offsets, ends)
 

@@ -5,26 +5,28 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .embedder import Embedder
+    from sentence_transformers import SentenceTransformer
+
+E = TypeVar("E", bound="SentenceTransformer")
 
 # The paper's: attention and feed-forward of Llama, Mistral and Qwen.
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def add_lora(
-    embedder: Embedder,
+    embedder: E,
     rank: int = 16,
     alpha: int = 32,
     dropout: float = 0.1,
     target_modules: Sequence[str] | str | None = None,
     **options: Any,
-) -> Embedder:
+) -> E:
     """Freeze the backbone and put LoRA on it, in place; return the embedder. The pool stays trainable.
 
     Args:
@@ -55,7 +57,7 @@ def add_lora(
     return embedder
 
 
-def merge(embedder: Embedder) -> Embedder:
+def merge(embedder: E) -> E:
     """Fold LoRA into the weights, in place; return the embedder, which then has no adapter.
 
     Raises:

@@ -244,6 +244,8 @@ class Backbone(InputModule):
 
     def get_config_dict(self) -> dict[str, Any]:
         values = {key: getattr(self, key) for key in self.config_keys}
+        if self._design.package:  # of a design of somebody's own, so that a machine without it can say what it lacks
+            values["design_package"] = self._design.package
         if has_adapter(self.model):
             values["base_fingerprint"] = self.base_fingerprint or fingerprint(self.model)
         return values
@@ -278,6 +280,7 @@ class Backbone(InputModule):
         config = cls.load_config(model_name_or_path, subfolder, **hub)
         if "design" not in config:
             raise ValueError(f"{model_name_or_path} lacks {CONFIG_NAME} or its design; it is not a saved embedder")
+        find_design(config["design"], config.pop("design_package", None))  # before the weights are read
         expected = config.pop("base_fingerprint", None)
         model, tokenizer = load_model(
             model_name_or_path, {**hub, "trust_remote_code": trust_remote_code}, model_kwargs, subfolder,

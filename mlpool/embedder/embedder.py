@@ -189,7 +189,7 @@ class Embedder(SentenceTransformer):
             )
         if not safe_serialization:
             raise ValueError("embedders are saved as safetensors only; leave out safe_serialization=False")
-        from .. import __version__
+        from ..version import __version__
 
         with self._undisturbed(), staged(path) as stage:
             super().save(str(stage), model_name, create_model_card, train_datasets)

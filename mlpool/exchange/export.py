@@ -348,7 +348,7 @@ _PLAIN = {torch.ops.mlpool.gather.default: _plain_gather, torch.ops.mlpool.pool.
 
 def _extra_files(embedder: Embedder) -> dict[str, str]:
     """The settings and the tokenizer's files, as text."""
-    from .. import __version__
+    from ..version import __version__
 
     backbone: Any = embedder[0]
     kept = ("design", "max_seq_length", "append_eos", "include_prompt", "include_bos")

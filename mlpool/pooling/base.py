@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -138,8 +138,16 @@ def gather_tokens(states: Sequence[Tensor], tokens: Tokens, token_pooling: str, 
 
 
 class Pool(nn.Module):
-    """Base of all pools: the constructor's arguments are its config, and it saves to and loads from a folder."""
+    """Base of all pools: the constructor's arguments are its config, and it saves to and loads from a folder.
 
+    Attributes:
+        reads_all_layers: whether it reads `layer_states` [B, L, D] and takes num_layers after hidden_size.
+        trainable: whether it has parameters. has_latents: whether it is the paper's cross-attention, which has sizes.
+    """
+
+    reads_all_layers: ClassVar[bool] = False
+    trainable: ClassVar[bool] = True
+    has_latents: ClassVar[bool] = False
     normalize: bool
 
     def config(self) -> dict[str, Any]:
@@ -155,7 +163,10 @@ class Pool(nn.Module):
         save_file = _safetensors().save_file
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {"pool": type(self).__name__, **self.config()}
+        package = type(self).__module__.partition(".")[0]
+        # Of a pool of somebody's own the package is named, so that a machine without it can say what it lacks.
+        origin = {} if package == __name__.partition(".")[0] else {"package": package}
+        config = {"pool": type(self).__name__, **origin, **self.config()}
         tensors = {name: t.detach().contiguous().cpu() for name, t in self.state_dict().items()}
         with replacing(directory / WEIGHTS_NAME) as new:
             save_file(tensors, new, metadata={"format": "pt"})
@@ -176,6 +187,7 @@ class Pool(nn.Module):
                 raise FileNotFoundError(f"{directory} has no {name}; expected a folder written by save_pretrained")
         config = read_json(directory / CONFIG_NAME)
         kind = config.pop("pool", None)
+        config.pop("package", None)
         if kind != cls.__name__:
             raise ValueError(f"{directory} holds a {kind}, not a {cls.__name__}; load it with mlpool.{kind}")
         known = inspect.signature(cls.__init__).parameters

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .trainable import TrainablePool
+from .base import Pool, load_checked
 
-    P = TypeVar("P", bound=TrainablePool)
-
+P = TypeVar("P", bound=Pool)
 ATTENTION, FEED_FORWARD = "cross_attend_blocks.0", "cross_attend_blocks.1"
 KEY_VALUE = f"{ATTENTION}.fn.to_kv.weight"
 RELEASED = {
@@ -86,8 +84,6 @@ def read_released(path: str | Path, multi_layer: bool) -> dict[str, Tensor]:
 
 def load_released(cls: type[P], path: str | Path, num_heads: int, *, multi_layer: bool, **options: Any) -> P:
     """A pool of the sizes that the file's shapes give, with its tensors."""
-    from .base import load_checked
-
     released = read_released(path, multi_layer)
     for name in ("latents", KEY_VALUE, RELEASED["query_weight"], RELEASED["ff_in_weight"]):
         if released[name].dim() != 2:
@@ -104,6 +100,6 @@ def load_released(cls: type[P], path: str | Path, num_heads: int, *, multi_layer
     }  # fmt: skip
     if multi_layer:
         sizes["num_layers"] = released[RELEASED["layer_weights"]].shape[0]
-    pool = cls(hidden, **sizes, **options)
+    pool = cls(hidden, **sizes, **options)  # type: ignore[call-arg]
     load_checked(pool, from_released(released), str(path))
     return pool

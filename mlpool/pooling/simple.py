@@ -12,6 +12,7 @@ from .layers import last_state, read_layer_states, read_layers, select_layers
 
 
 class _LastLayer(Pool):
+    trainable = False
     token_pooling: str
 
     def __init__(self, hidden_size: int | None = None, normalize: bool = True, backend: str = "auto") -> None:
@@ -71,6 +72,8 @@ class LayerWeightsPool(Pool):
         hidden_size: D. num_layers: L. layers: indices of the layers to use, increasing; None for all.
         token_pooling: "last" or "mean". normalize: unit length. backend: "auto", "triton" or "torch".
     """
+
+    reads_all_layers = True
 
     def __init__(
         self,

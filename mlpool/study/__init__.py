@@ -110,10 +110,10 @@ def study(
     if not report_only:
         work.run_all(config.runs(recipes), config.output, jobs, config.keep_models, "study")
     if first:
-        from . import report
+        from . import page, report
 
         found = report.gather(config, recipes, matched)
-        paths = report.write(found, command or f"mlpool study {config.output / 'study.yaml'}")
+        paths = page.write(found, command or f"mlpool study {config.output / 'study.yaml'}")
         print(f"\n{report.summary(found)}\n{paths[0]}")
     return config.output
 

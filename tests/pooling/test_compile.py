@@ -3,8 +3,10 @@
 import pytest
 import torch
 from conftest import GPU, differentiate, last, leaves_of, make_mask, make_states, multi, use
+from mlpool_kernels import Rates
 
 from mlpool import EosPool, LayerWeightsPool, MeanPool
+from mlpool.pooling import trainable
 
 D, L, B, T = 16, 4, 3, 5
 
@@ -61,6 +63,15 @@ def test_fullgraph(name, target):
 @pytest.mark.parametrize("name", ["multi-last", "last-mean", "mean"])
 def test_batches_of_different_size(name, dynamic, target):
     """The second size makes torch.compile's sizes symbolic by itself; `dynamic=True` asks for it at once."""
+    check(name, target, "aot_eager", shapes=((3, 5), (4, 7), (2, 9)), dynamic=dynamic)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", ["multi-last", "last-mean"])
+def test_fitted_rates_are_traced(name, dynamic, target, monkeypatch):
+    """Seconds over symbolic sizes are compared without a graph break."""
+    rates = Rates(2e11, 1e11, 1e11, 1e11, 1e10, 1e-5, "fitted for a test")
+    monkeypatch.setattr(trainable, "fitted_rates", lambda device: {torch.float32: rates})
     check(name, target, "aot_eager", shapes=((3, 5), (4, 7), (2, 9)), dynamic=dynamic)
 
 
