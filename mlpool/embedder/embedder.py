@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ class Embedder(SentenceTransformer):
     """
 
     cache_folder: str | None = None  # of the Hub, where a base model was loaded from
+
+    @functools.cached_property
+    def _said_cut(self) -> set[int]:
+        """The limits of tokens for which it has been said that texts are cut."""
+        return set()
 
     # --- encode -------------------------------------------------------------------------------------------------------
 
@@ -120,10 +126,12 @@ class Embedder(SentenceTransformer):
                 for row, embedding in zip(part, embeddings.cpu() if save_to_cpu else embeddings, strict=True):
                     rows[row] = embedding
                 bar.update(len(part))
-        if (cut := backbone.truncated).count > before:
+        if (cut := backbone.truncated).count > before and cut.limit not in self._said_cut:
+            self._said_cut.add(cut.limit)
             logger.warning(
-                "%d of %d texts were longer than %d tokens and cut there (the longest ever had %d); raise "
-                "max_seq_length to read more", cut.count - before, len(inputs), cut.limit, cut.longest,
+                "%d of %d texts were longer than %d tokens and cut there (the longest had %d); raise max_seq_length to "
+                "read more. Said once; model[0].truncated counts on", cut.count - before, len(inputs), cut.limit,
+                cut.longest,
             )  # fmt: skip
         return torch.stack(rows) if rows else torch.empty(0, device=device)  # type: ignore[arg-type]
 
@@ -241,20 +249,56 @@ class Embedder(SentenceTransformer):
             again = reload(self, folder, device)
             if problems := _differences(self, again):
                 return problems
-            ours, theirs = (model._probe() for model in (self, again))
+            # The copy is what is widened for the comparison: this model may be in training.
+            change, limit = again.disagreement(again._probe(), self._probe(), again._probe)
         except RuntimeError as error:
             if device.type == "cpu" or not _out_of_memory(error):
                 raise
             return None
-        limit = _LIMITS[min((self.dtype, again.dtype), key=lambda dtype: torch.finfo(dtype).bits)]
-        change = (ours - theirs.to(ours.device)).abs().max().item()
-        return [] if change <= limit else [f"embeddings differ by {change:.1e} (at most {limit:.0e} is rounding)"]
+        return [] if change <= limit else [f"embeddings differ by {change:.1e} (at most {limit:.1e} is rounding)"]
+
+    def disagreement(self, ours: Tensor, theirs: Tensor, embed: Callable[[], Tensor]) -> tuple[float, float]:
+        """How far other embeddings are from this model's, and how far rounding may take them.
+
+        Where it is more than unit vectors round in this precision, the model itself says what the precision does to
+        it (a deep decoder with large states amplifies every rounding): both are compared with the same weights in
+        float64, and the others may be off by twice what this model is, and the rounding of a unit vector.
+
+        Args:
+            ours: this model's embeddings [B, D]. theirs: of the same texts. embed: makes `ours` again, as the model is
+                then; called with the weights in float64.
+
+        Returns: the largest difference of a coordinate, and the largest that is rounding. NaN agrees with nothing.
+        """
+        floor = _LIMITS[self.dtype]  # type: ignore[index]
+        error = _distance(ours, theirs)
+        if error <= floor or self.dtype == torch.float64:
+            return error, floor
+        with self.in_float64():
+            exact = embed()
+        return _distance(exact, theirs), 2 * _distance(exact, ours) + floor
+
+    @contextmanager
+    def in_float64(self) -> Iterator[None]:
+        """Every weight in float64 meanwhile, and afterwards as it was: float64 holds all narrower numbers exactly."""
+        tensors = (*self.parameters(), *self.buffers())
+        kept = [(tensor, tensor.dtype) for tensor in tensors if tensor.is_floating_point()]
+        try:
+            for tensor, _ in kept:
+                tensor.data = tensor.data.double()
+            self.eval()
+            yield
+        finally:
+            for tensor, dtype in kept:
+                tensor.data = tensor.data.to(dtype)
+            self.eval()  # drops what was folded from the wide weights
 
     def _probe(self) -> Tensor:
         """Embeddings of a few texts, whatever prompts and limits there are; leaves evaluation mode behind."""
         backbone: Any = self.eval()[0]
         backbone.arrange()
-        return self._embed(backbone.token_ids(_PROBES), range(len(_PROBES)), self.device).float()
+        embeddings = self._embed(backbone.token_ids(_PROBES), range(len(_PROBES)), self.device)
+        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
     def set_pooling_include_prompt(self, include_prompt: bool) -> None:
         """Whether the prompt's tokens are pooled, or only read by the model."""
@@ -284,6 +328,11 @@ def _as_ours(card: str, model_id: str | None) -> str:
     ):
         card = card.replace(theirs, ours)
     return card
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of a coordinate."""
+    return (ours.double() - theirs.to(ours.device).double()).abs().max().item()
 
 
 def _differences(model: SentenceTransformer, again: SentenceTransformer) -> list[str]:

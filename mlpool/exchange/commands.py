@@ -31,7 +31,7 @@ def _add_common(parser: argparse.ArgumentParser, folder: str, output: str) -> No
     parser.add_argument("folder", help=folder)
     parser.add_argument("-o", "--output", required=True, help=output)
     parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        "--dtype", default="auto", choices=("auto", "float64", "float32", "bfloat16", "float16"),
         help="of the backbone; auto is the dtype it was saved in (default)",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU where there is one)")
@@ -45,11 +45,11 @@ def _merge(embedder: Embedder) -> float:
     """Fold the adapter in; the largest difference of a coordinate, or an error where it is more than rounding."""
     with torch.no_grad():
         before = embedder._probe()
-        after = merge_adapter(embedder)._probe()
-    try:
-        return agreement(embedder, before, after, f"merging in {embedder.dtype} changes embeddings")
-    except RuntimeError as error:
-        raise ValueError(f"{error}; merge in a wider --dtype") from error
+        merged = merge_adapter(embedder)
+        try:
+            return agreement(merged, before, merged._probe, f"merging in {embedder.dtype} changes embeddings")
+        except RuntimeError as error:
+            raise ValueError(f"{error}, though every weight by itself is merged right") from error
 
 
 # --- merge ------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,10 @@ def _run_export(args: argparse.Namespace) -> None:
     error = export_embedder(embedder, args.output, args.format)
     print(f"{args.output}: {embedder[0].design}, loaded again; embeddings agree to {max(error, merged):.1e}")
     if Path(args.output).suffix == ".pt2":
-        print("torch.export.load(path).module()(input_ids, attention_mask), or mlpool.exchange.export.load_exported")
+        print(
+            "torch.export.load(path).module()(input_ids, attention_mask), every text between the tokens of its "
+            f"frame, {embedder[0].texts.prefix} … {embedder[0].texts.suffix}; or mlpool.exchange.export.load_exported"
+        )
     else:
         print("SentenceTransformer(path), text-embeddings-inference, vLLM and infinity read it")
 
