@@ -149,3 +149,11 @@ def check_folder(folder: str | Path, whole: bool = False) -> None:
                 raise ValueError(f"{path} has {size} bytes, {entry.get('bytes')} were saved; {advice}")
             if (whole or size <= _READ_WHOLE) and sha256(path) != entry["sha256"]:
                 raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was saved; {advice}")
+
+
+def check_index(folder: Path) -> None:
+    """Raises ValueError where an index of weights in several files names one outside of the folder."""
+    for index in folder.glob("*.safetensors.index.json"):
+        named = check(dict[str, Any], read_json(index).get("weight_map", {}), f"{index}.weight_map")
+        for name in set(map(str, named.values())):
+            confined(folder, name, index)

@@ -501,9 +501,7 @@ def _undisturbed(embedder: Embedder) -> Iterator[None]:
             module.training = True
 
 
-def agreement(
-    embedder: Embedder, theirs: Tensor, embed: Callable[[], Tensor], failure: str
-) -> float:
+def agreement(embedder: Embedder, theirs: Tensor, embed: Callable[[], Tensor], failure: str) -> float:
     """The largest difference of a coordinate; RuntimeError (`failure`) where it is more than rounding.
 
     Args:

@@ -47,23 +47,32 @@ def check_flags(**flags: bool) -> None:
             raise ValueError(f"{name} must be True or False, got {flag!r}")
 
 
-def check_range(states: Tensor) -> None:
-    """Rows [B, n, D] that layer norms can take: their squares, summed, are numbers of float32.
+class StatesTooLarge(ValueError):
+    """Hidden states whose squares are no numbers of float32; `row` is that of the text."""
 
-    Looked at on a CPU only, where it costs next to nothing and no waiting; `Embedder.encode` looks everywhere.
+    def __init__(self, row: int, largest: float) -> None:
+        super().__init__(
+            f"row {row}: its hidden states reach {largest:.1e}, and of more than {LARGEST:.0e} the squares are no "
+            "numbers of float32; look at the model that made them, or use float64"
+        )
+        self.row, self.largest = row, largest
+
+
+def check_range(states: Tensor, wait: bool = False) -> None:
+    """Whether layer norms can take rows [B, n, D]: their squares, summed, are numbers of float32.
+
+    Args:
+        wait: also look where that means waiting for the device; on a CPU it costs next to nothing.
 
     Raises:
-        ValueError: a finite value beyond `LARGEST`; its text is named.
+        StatesTooLarge: a finite value beyond `LARGEST`; the first such row is named.
     """
-    if states.device.type != "cpu" or states.dtype == torch.float64 or torch.compiler.is_compiling():
+    if (states.device.type != "cpu" and not wait) or states.dtype == torch.float64 or torch.compiler.is_compiling():
         return
     largest = torch.linalg.vector_norm(states.detach(), torch.inf, dim=(1, 2))
-    if bool(((largest > LARGEST) & largest.isfinite()).any()):
-        row = int(largest.nan_to_num(0, 0).argmax())
-        raise ValueError(
-            f"row {row}: its hidden states reach {largest[row]:.1e}, and of more than {LARGEST:.0e} the squares are no "
-            "numbers of float32; look at the model that made them, or pass float64"
-        )
+    rows = ((largest > LARGEST) & largest.isfinite()).nonzero().flatten().tolist()
+    if rows:
+        raise StatesTooLarge(rows[0], float(largest[rows[0]]))
 
 
 def unit(embedding: Tensor) -> Tensor:
@@ -195,7 +204,7 @@ class Pool(nn.Module):
             if name not in known or name in ("self", "device", "dtype"):
                 near = "".join(f"; nearest: {key}" for key in difflib.get_close_matches(name, known, n=1))
                 raise ValueError(
-                    f"{directory / CONFIG_NAME}: unknown key {name!r}{near}; it was edited, or written by a newer mlpool"
+                    f"{directory / CONFIG_NAME}: unknown key {name!r}{near}; edited, or written by a newer mlpool"
                 )
         st = _safetensors()
         try:
@@ -237,10 +246,20 @@ def not_finite(tensor: Tensor) -> str | None:
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return None
     low, high = tensor.detach().aminmax()
-    extremes = torch.stack([low, high]).float()
+    extremes = torch.stack([low, high])
     if bool(extremes.isnan().any()):
         return "NaN"
     return "infinity" if bool(extremes.isinf().any()) else None
+
+
+def broken_weights(module: nn.Module) -> list[str]:
+    """The weights that hold NaN or infinity, each in words."""
+    found = []
+    for name, weight in module.named_parameters():
+        local = weight.to_local() if hasattr(weight, "to_local") else weight  # this process's part of a sharded one
+        if fault := not_finite(local):
+            found.append(f"the weight {name} holds {fault}")
+    return found
 
 
 def _safetensors() -> Any:

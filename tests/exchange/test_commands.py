@@ -76,6 +76,7 @@ def test_merge_refuses(saved, tmp_path, capsys, monkeypatch):
     refused("there is no adapter to merge", "merge", tmp_path / "full", "-o", tmp_path / "out")
     refused("already and not empty", "merge", root / "mean-bidirectional", "-o", tmp_path / "full")
     refused("no folder", "merge", tmp_path / "none", "-o", tmp_path / "out")
+
     def careless(made):
         return shake(commands_merge(made), 0.05)
 
@@ -131,7 +132,9 @@ def test_merge_names_the_weight_that_is_wrong(monkeypatch):
         merge(half)
     whole = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda *arguments: 0.9 * whole(*arguments))
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight does not compute what it and its adapter"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight does not compute what it and its adapter"
+    ):
         merge(broken(1.0))
 
 

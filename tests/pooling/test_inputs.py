@@ -307,7 +307,7 @@ def test_large_states_are_pooled(kind):
 def test_states_beyond_layer_norms_are_named(pool):
     states = [s.clone() for s in STATES]
     states[-1][1] *= 1e20
-    with raises(ValueError, r"row 1: its hidden states reach \d\.\de\+2\d.*pass float64"):
+    with raises(ValueError, r"row 1: its hidden states reach \d\.\de\+2\d.*use float64"):
         pool(states, MASK)
     large = [s * 1e14 for s in STATES]
     assert pool(large, MASK).isfinite().all()
