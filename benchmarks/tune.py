@@ -235,10 +235,7 @@ def candidates(kernel: str, device: torch.device) -> list[tiles.Tile]:
     """The tiles to try; a plain operation has one, empty."""
     if kernel not in tiles.TILES:
         return [{}]
-    if device.type == "cpu":  # the interpreter, which follows descriptors
-        return tiles.candidates(kernel, 90)
-    major, minor = torch.cuda.get_device_capability(device)
-    return tiles.candidates(kernel, None if torch.version.hip else 10 * major + minor)
+    return tiles.candidates(kernel, feed_forward._capability(torch.empty(0, device=device)))
 
 
 def trial(job: Job, tile: tiles.Tile, clock: Clock | None) -> Row:
