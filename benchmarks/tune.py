@@ -194,9 +194,11 @@ def rate_jobs(new: Maker) -> Iterator[Job]:
         return [one.abs()]
 
     yield Job("launch", f"{LAUNCHES} of one number", launches, lambda: [one.abs()], Operation("launch", 0, 0))
+    # Into memory that is there already: on a CPU handing out new pages takes longer than filling them.
     source = new(COPY_BYTES[new.device.type] // new.dtype.itemsize)
-    moved = 2 * source.numel() * source.element_size()
-    yield Job("copy", f"{moved >> 20} MiB", lambda: [source.clone()], lambda: [source], Operation("memory", 0, moved))
+    target, moved = torch.empty_like(source), 2 * source.numel() * source.element_size()
+    cost = Operation("memory", 0, moved)
+    yield Job("copy", f"{moved >> 20} MiB", lambda: [target.copy_(source)], lambda: [source], cost)
     for rows, columns, depth in PRODUCTS[new.device.type]:
         a, b = new(rows, depth), new(columns, depth)
         moved = (a.numel() + b.numel() + rows * columns) * a.element_size()
@@ -237,10 +239,7 @@ def candidates(kernel: str, device: torch.device) -> list[tiles.Tile]:
     """The tiles to try; a plain operation has one, empty."""
     if kernel not in tiles.TILES:
         return [{}]
-    if device.type == "cpu":  # the interpreter, which follows descriptors
-        return tiles.candidates(kernel, 90)
-    major, minor = torch.cuda.get_device_capability(device)
-    return tiles.candidates(kernel, None if torch.version.hip else 10 * major + minor)
+    return tiles.candidates(kernel, feed_forward._capability(torch.empty(0, device=device)))
 
 
 def trial(job: Job, tile: tiles.Tile, clock: Clock | None) -> Row:

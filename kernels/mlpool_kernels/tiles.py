@@ -59,11 +59,12 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
         {"BLOCK_R": 64, "BLOCK_F": 64, "BLOCK_D": 32, "GROUP": 8, "num_warps": 4, "num_stages": 4},
     ],
-    # Two programs fit a multiprocessor at the first, so that one's gate runs beside the other's products.
+    # Held to 128 registers, two programs of the first fit a multiprocessor: one's gate beside the other's products.
     "feed_forward_tma": [
-        {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_R": 128, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 8, "num_warps": 16, "num_stages": 3},
-        {"BLOCK_R": 64, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
+        {"BLOCK_R": 128, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 8, "num_warps": 16, "num_stages": 3, "maxnreg": 128},
+        {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
+        {"BLOCK_R": 64, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
     ],
     "gate": [{"BLOCK_R": 16, "BLOCK_F": 128, "num_warps": 4}, {"BLOCK_R": 16, "BLOCK_F": 256, "num_warps": 8}],
 }
@@ -71,12 +72,12 @@ TILES: dict[str, list[Tile]] = {
 
 def candidates(kernel: str, capability: int | None) -> list[Tile]:
     """The tiles of `kernel` that suit a GPU: capability 90 for sm_90, None where it is not NVIDIA's."""
-    if kernel == "feed_forward_tma":
-        if capability is None or capability < 90:
-            return []
-        # From sm_100 on sums lie in tensor memory, which Triton does not fill from sixteen warps: it spills instead.
-        return [t for t in TILES[kernel] if capability < 100 or t["num_warps"] < 16]
-    return TILES[kernel]
+    if kernel != "feed_forward_tma":
+        return TILES[kernel]
+    if capability is None or capability < 90:
+        return []
+    # From sm_100 on sums lie in tensor memory; reading them out takes more registers, or spills.
+    return [t for t in TILES[kernel] if capability < 100 or t["maxnreg"] > 128]
 
 
 class Tuned(NamedTuple):
@@ -170,7 +171,7 @@ def _read_rates(dtype: str, fields: Any, source: str, name: str) -> Rates:
         value = fields.get(field)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"{where}: {field} must be a positive number, got {value!r}")
-    return Rates(*(float(fields[field]) for field in RATE_FIELDS), source)
+    return Rates._make([*(float(fields[field]) for field in RATE_FIELDS), source])
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -198,9 +199,12 @@ def _overrides() -> dict[str, Tile]:
     return tuned().tiles
 
 
-def tile(kernel: str, hidden: int | None = None, wide: bool = False) -> Tile:
-    """The tile of `kernel`; `hidden` shrinks BLOCK_D to a small D, `wide` (float32 operands) halves its depth."""
-    chosen = dict(_overrides().get(kernel, TILES[kernel][0]))
+def tile(kernel: str, hidden: int | None = None, wide: bool = False, capability: int | None = None) -> Tile:
+    """The tile of `kernel`; `hidden` shrinks BLOCK_D to a small D, `wide` (float32 operands) halves its depth.
+
+    capability: of the GPU, for a kernel whose tiles depend on it.
+    """
+    chosen = dict(_overrides().get(kernel) or candidates(kernel, capability)[0])
     if wide:
         # Four-byte operands in twice the shared memory and registers: half as deep.
         chosen["BLOCK_D"] = max(16, chosen["BLOCK_D"] // 2)

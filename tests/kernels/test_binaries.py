@@ -85,7 +85,7 @@ def _source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
 
 def _compile(kernel, args, options, target: str) -> None:
     machine, limit = TARGETS[target]
-    launch = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
+    launch = {k: v for k, v in options.items() if k in ("num_warps", "num_stages", "maxnreg")}
     binary = triton.compile(_source(kernel, args, options), target=machine, options=launch)
     assert binary.metadata.shared <= limit, f"{binary.metadata.shared} bytes of shared memory, {limit} there are"
     assert _spills(binary, machine.backend) == 0, "registers spill to memory"
