@@ -119,22 +119,23 @@ def _backward_kernel(
         begin = tl.where(text == 0, 0, begin + 1)
     else:
         start = tl.load(starts + text)
-    length = tl.where(text == texts - 1, rows, end) - begin
+    length = (tl.where(text == texts - 1, rows, end) - begin).to(tl.int32)
     size = (length + parts - 1) // parts
-    first = begin + part * size
-    stop = begin + tl.minimum((part + 1) * size, length)
+    first = part * size
+    stop = tl.minimum(first + size, length)
     grad = tl.load(grad_out + (text * LAYERS + layer) * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
     if not LAST:
         grad = grad / tl.load(count + text).to(tl.float32)
     base = _select(grads, layer, LAYERS)
     for done in range(first, stop, BLOCK_T):
-        row = done + tl.arange(0, BLOCK_T)
+        place = done + tl.arange(0, BLOCK_T)
+        row = begin + place
         kept = (row >= start) & (row < end)
         if keep is not None:
             kept = kept & (tl.load(keep + row, mask=kept, other=0) != 0)
         value = tl.where(kept[:, None], grad[None, :], 0.0)
         offset = row[:, None] * HIDDEN + column[None, :]
-        mask = (row < stop)[:, None] & inside[None, :]
+        mask = (place < stop)[:, None] & inside[None, :]
         if added is not None:
             value += tl.load(added + offset, mask=mask, other=0.0).to(tl.float32)
         tl.store(base + offset, value.to(grad_out.dtype.element_ty), mask=mask)

@@ -95,8 +95,12 @@ def fold_values(value_weight: Tensor, output_weight: Tensor, heads: int) -> Tens
     return torch.bmm(by_head, value_weight.unflatten(0, (heads, -1))).flatten(0, 1)
 
 
+def _batch_and_keys(states: Sequence[Tensor], rows: Tensor | None) -> tuple[int, int]:
+    return (len(rows), len(states)) if rows is not None else (states[0].shape[0], states[0].shape[1])
+
+
 def sizes(states: Sequence[Tensor], rows: Tensor | None, w: Weights, heads: int) -> Sizes:
-    batch, keys = (len(rows), len(states)) if rows is not None else states[0].shape[:2]
+    batch, keys = _batch_and_keys(states, rows)
     num_latents, hidden = w.latents.shape
     head_dim = w.value_weight.shape[0] // heads
     return Sizes(batch, keys, hidden, num_latents, heads, head_dim, w.ff_in_weight.shape[0] // 2)
@@ -124,7 +128,7 @@ def _attention(
     dtype = w.ff_in_weight.dtype
     norm = (w.layer_weights, w.key_norm_weight, w.key_norm_bias)
     one = triton and plan.launches == "one" and w.queries is not None and w.key_weight is None and key_mask is None
-    if one:
+    if one and attend.one_launch(*_batch_and_keys(states, rows), heads * len(w.latents), dtype):
         x0, keys, attention = attend.attend_one_launch(states, rows, *norm, w.queries, dtype)
         assert attention is not None
         return x0, keys, attention, None

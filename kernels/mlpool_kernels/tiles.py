@@ -2,7 +2,8 @@
 
 The first candidate of a kernel is the default. `benchmarks/tune.py` times all of them on the GPU at hand and writes a
 JSON file {kernel: tile}; MLPOOL_TILES=that file makes it the choice. Every candidate is compiled for four
-architectures by the tests, without spills and within shared memory.
+architectures by the tests, without spills and within shared memory. A kernel that holds whole rows has NUMBERS in place
+of blocks: how many numbers its tile has.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_D": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
         {"BLOCK_D": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     ],
-    "norm": [{"BLOCK_D": 512, "BLOCK_L": 4, "num_warps": 4}, {"BLOCK_D": 1024, "BLOCK_L": 2, "num_warps": 4}],
+    "attend_text": [
+        {"BLOCK_D": 32, "NUMBERS": 1 << 14, "num_warps": 8, "num_stages": 2},
+    ],
+    "norm": [{"NUMBERS": 4096, "num_warps": 4}, {"NUMBERS": 8192, "num_warps": 8}],
     "softmax": [
         {"BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4},
         {"BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4},
@@ -73,3 +77,10 @@ def tile(kernel: str, hidden: int | None = None, wide: bool = False) -> Tile:
     if hidden is not None and "BLOCK_D" in chosen:
         chosen["BLOCK_D"] = min(chosen["BLOCK_D"], power_of_2(hidden, 16))
     return chosen
+
+
+def whole_rows(kernel: str, hidden: int) -> tuple[Tile, int, int]:
+    """The options of a kernel that holds whole rows of D, and how its NUMBERS lie: rows, and columns at least D."""
+    chosen = tile(kernel)
+    columns = power_of_2(hidden, 16)
+    return chosen, max(1, chosen.pop("NUMBERS") // columns), columns

@@ -5,6 +5,7 @@ The interpreter must be chosen before Triton is imported, so these tests have a 
     TRITON_INTERPRET=1 pytest tests/kernels/test_interpreter.py
 """
 
+import importlib
 import itertools
 import os
 
@@ -34,6 +35,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlpool_kernels import Plan, reference
 from mlpool_kernels import plan as cost_model
+from mlpool_kernels.gather import gather_backward
 
 from mlpool import LastLayerPool, MultiLayerPool
 from mlpool.pooling import gather, select_tokens
@@ -41,6 +43,7 @@ from mlpool.pooling import gather, select_tokens
 # NumPy warns: lanes past the end of a softmax row, never stored, divide zero by zero; some tests feed Inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
+GATHER, ATTEND = (importlib.import_module(f"mlpool_kernels.{name}") for name in ("gather", "attend"))
 LAYERS, HIDDEN, LATENTS = (1, 6, 24, 28, 36, 80), (64, 384, 896, 1536), (1, 7, 64)
 # Every pair of two sizes; 768 latents at a small D. The forms take turns.
 FORMS = list(itertools.product(cost_model.LAUNCHES, cost_model.FEED_FORWARD, cost_model.VALUES, cost_model.MEMORY))
@@ -143,6 +146,75 @@ def test_gather(layers, hidden, how, dtype):
         torch.testing.assert_close(again.double(), want, **close)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_texts_are_summed_in_parts(packed, dtype, monkeypatch):
+    """Texts of 1 to 75 rows in up to 8 parts, some of them empty, a left-out run at a part's edge; and the gradients."""
+    monkeypatch.setattr(GATHER, "PART_ROWS", 10)
+    monkeypatch.setattr(GATHER, "PROGRAMS", 1000)
+    kernel = GATHER._mean_kernel
+    grids = []
+    monkeypatch.setattr(GATHER, "_mean_kernel", _Counted(kernel, grids))
+    mask = make_mask(3, 75, "left")
+    mask[0, 18:31] = 0
+    states = make_states(2, (3, 75, 37), dtype=dtype)
+    where = {"attention_mask": mask}
+    if packed:
+        rows = torch.cat([torch.arange(75 * b, 75 * b + 75)[n:] for b, n in enumerate((0, 40, 74))])
+        states = [s.flatten(0, 1)[rows] for s in states]
+        keep = torch.ones(len(rows), dtype=torch.bool)
+        keep[18:31] = False
+        where = {"cu_seqlens": torch.tensor([0, 75, 110, 111]), "token_mask": keep}
+    states = [s.requires_grad_() for s in states]
+    wide = [s.detach().double().requires_grad_() for s in states]
+    got = gather(states, token_pooling="mean", backend="triton", **where)
+    want = gather(wide, token_pooling="mean", backend="torch", **where)
+    assert len(grids) == 2 and grids[0][0] > 3  # in parts, and their sum
+    eps = torch.finfo(dtype).eps
+    close = {"rtol": 4 * eps, "atol": 8 * eps} if dtype == torch.float32 else {"rtol": eps, "atol": eps}
+    torch.testing.assert_close(got.double(), want, **close)
+    grad = torch.randn(want.shape).to(dtype)
+    for mine, exact in zip(
+        torch.autograd.grad(got, states, grad), torch.autograd.grad(want, wide, grad.double()), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), exact, **close)
+
+
+class _Counted:
+    """A kernel that notes the grids it is launched with."""
+
+    def __init__(self, kernel, grids):
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["last", "mean"])
+def test_a_gradient_added_to_the_state_s_own(how, dtype):
+    """As taps ask, with rows before, between and behind packed texts; out of place; the same numbers as in torch."""
+    mask = torch.tensor([[0, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 0]])
+    padded = select_tokens((2, 6, 20), torch.device("cpu"), mask)
+    packed = select_tokens((1, 12, 20), torch.device("cpu"), None, torch.tensor([1, 2, 8, 11]))
+    for t in (padded, packed):
+        grad = torch.randn(t.batch_size, 1, 20).to(dtype)
+        added = torch.randn(12, 20).to(dtype)
+        given = added.clone()
+        spans = (t.starts, t.ends, t.last, t.count, t.keep, how == "mean")
+        for more in (None, added):
+            got, want = (gather_backward(grad, (12, 20), *spans, backend, more)[0] for backend in ("triton", "torch"))
+            torch.testing.assert_close(got, want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+        assert torch.equal(added, given)
+    grad = torch.randn(2, 1, 20, requires_grad=True)
+    with pytest.raises(RuntimeError, match="autograd"):  # a kernel cannot be differentiated again: said, not wrong
+        spans = (padded.starts, padded.ends, padded.last, padded.count, padded.keep, True)
+        gather_backward(grad, (12, 20), *spans, "triton")[0].sum().backward()
+
+
 @pytest.mark.parametrize("how", ["last", "mean"])
 def test_strided_hidden_states(how):
     """Transposed and sliced states are read where they lie, in one launch or, where D is strided, layer by layer."""
@@ -203,6 +275,17 @@ def test_bitwise_from_run_to_run(form):
     states, mask = make_states(3, (2, 3, 40)), make_mask(2, 3)
     first, second = (ours(pool, states, use, mask) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_columns_of_a_text_in_one_program(dtype, monkeypatch):
+    """What many texts get: here with two, an odd number of columns, rows gathered and given."""
+    monkeypatch.setattr(ATTEND, "MANY_TEXTS", 1)
+    pool = multi(72, 5, INTERPRETER, num_latents=9, num_heads=3, head_dim=8, choices={"launches": "one"})
+    assert_close_to_equations(pool, make_states(5, (2, 3, 72)), make_mask(2, 3), dtype)
+    rows = torch.randn(2, 5, 72).to(dtype)
+    plain = multi(72, 5, TORCH, num_latents=9, num_heads=3, head_dim=8).to(dtype)
+    torch.testing.assert_close(use_rows(pool, [rows]), use_rows(plain, [rows]), atol=3e-2 if dtype != DTYPES[0] else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("memory", cost_model.MEMORY)

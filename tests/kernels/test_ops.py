@@ -1,11 +1,13 @@
 """The two ops by themselves: torch's own checks, exact gradients in float64, strides, NaN, and the cost model."""
 
+import importlib
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPU, make_mask, make_states
+from conftest import GPU, assert_close_to_equations, last, make_mask, make_states, multi, use
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlpool_kernels import Plan, Sizes, Weights, choose, fold_queries, fold_values, gather, pool, reference, tiles
@@ -215,6 +217,42 @@ def test_backends(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match='pip install "triton'):
         use_triton("triton", tensor)
     assert not use_triton("auto", tensor)
+
+
+def test_float64_is_torch_s(monkeypatch):
+    """Kernels accumulate in float32: "auto" leaves float64 to torch, whichever tensor has it; "triton" refuses it."""
+    runtime = importlib.import_module("mlpool_kernels.runtime")
+    monkeypatch.setattr(runtime, "triton", runtime.triton or object())
+    monkeypatch.setattr(runtime, "HAS_TRITON", True)
+    single, double = (SimpleNamespace(is_cuda=True, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    assert use_triton("auto", single, None)
+    assert not use_triton("auto", double)
+    assert not use_triton("auto", single, None, double)
+    with pytest.raises(ValueError, match=r'backend="triton" accumulates in float32, got float64; use backend="auto"'):
+        use_triton("triton", single, double)
+
+
+@pytest.mark.parametrize("which", ["pool", "states"])
+def test_the_pool_asks_for_float64_everywhere(which, monkeypatch):
+    """Kernels are asked for where neither states nor weights are float64, in the forward, backward and the gather."""
+    asked = []
+    for name in ("mlpool_kernels.pool", "mlpool.pooling.multi_layer"):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "use_triton", lambda _, *given: bool(asked.append({t.dtype for t in given if t is not None})))
+    net, states = multi(8, 3), [s.requires_grad_() for s in make_states(3, (2, 3, 8))]
+    if which == "pool":
+        net = net.double()
+    else:
+        states = [s.double() for s in states]
+    use(net, states, make_mask(2, 3)).sum().backward()
+    assert len(asked) == 3 and all(torch.float64 in dtypes for dtypes in asked)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [multi, last])
+def test_float64_runs_on_a_gpu(kind):
+    pool = kind(8, target=GPU._replace(backend="auto")).double()
+    assert_close_to_equations(pool, make_states(4, (2, 3, 8), GPU), make_mask(2, 3), torch.float64)
 
 
 @pytest.mark.gpu
