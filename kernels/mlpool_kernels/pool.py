@@ -367,7 +367,7 @@ def _gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     else:
         if dx0_direct is not None:
             dx0 = dx0 + dx0_direct
-        dstates = list(_gather_backward_op(dx0, ctx.shape, rows, rows, rows, rows, None, False, ctx.backend))
+        dstates = list(_gather_backward_op(dx0, ctx.shape, rows, rows, rows, rows, None, False, ctx.backend, None, []))
     present = [g if there else None for g, there in zip(dweights, ctx.present, strict=True)]
     return dstates, None, None, *present, None, None, None, None
 

@@ -43,9 +43,7 @@ class Sizes(NamedTuple):
     tokens: int = 32
 
 
-def record(
-    monkeypatch: Any, name: str, tile: dict[str, int] | None, sizes: Sizes, device: str = "cpu"
-) -> list[Launch]:
+def record(monkeypatch: Any, name: str, tile: dict[str, int] | None, sizes: Sizes, device: str = "cpu") -> list[Launch]:
     """The launches of the kernel `name` of `tiles.TILES`, at `tile` or at its own; device "meta" needs no memory."""
     launches: list[Launch] = []
     for module in MODULES:
@@ -80,6 +78,10 @@ def _launch(name: str, sizes: Sizes) -> None:
         gather._backward(x0, states[0].shape, *spans, True, "triton", None)
         gather._backward(x0, states[0].shape, *spans, False, "triton", None)
         gather._backward(x0[:, :1], states[0].shape, *spans, True, "triton", states[0])
+    elif name == "unit_mean":
+        gather._forward(states, *spans, True, "triton", True)
+        gather._backward(x0, states[0].shape, *spans, True, "triton", None, states)
+        gather._backward(x0[:, :1], states[0].shape, *spans, True, "triton", states[0], states[:1])
     elif name in ("attend", "attend_text", "norm"):
         queries = None if name == "norm" else torch.zeros(columns, hidden, dtype=dtype)
         attend.attend_one_launch(states, rows, torch.zeros(layers, hidden), vector, vector, queries, dtype)

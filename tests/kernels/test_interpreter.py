@@ -36,6 +36,7 @@ from hypothesis import strategies as st
 from mlpool_kernels import Plan, reference
 from mlpool_kernels import plan as cost_model
 from mlpool_kernels.gather import gather_backward
+from test_ops import unit_batch
 
 from mlpool import LastLayerPool, MultiLayerPool
 from mlpool.pooling import gather, select_tokens
@@ -120,7 +121,7 @@ def test_any_size(kind, hidden, layers, batch, tokens, seed, form, padding, **op
 # --- gather --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("layers", "hidden"), [(1, 7), (3, 300), (80, 16)])
 def test_gather(layers, hidden, how, dtype):
@@ -148,9 +149,10 @@ def test_gather(layers, hidden, how, dtype):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["mean", "unit_mean"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_long_texts_are_summed_in_parts(packed, dtype, monkeypatch):
-    """Texts of 1 to 75 rows in up to 8 parts, some of them empty, a left-out run at a part's edge; and the gradients."""
+def test_long_texts_are_summed_in_parts(packed, how, dtype, monkeypatch):
+    """Texts of 1 to 75 rows in up to 8 parts, some empty, a left-out run at a part's edge; and the gradients."""
     monkeypatch.setattr(GATHER, "PART_ROWS", 10)
     monkeypatch.setattr(GATHER, "PROGRAMS", 1000)
     kernel = GATHER._mean_kernel
@@ -168,9 +170,10 @@ def test_long_texts_are_summed_in_parts(packed, dtype, monkeypatch):
         where = {"cu_seqlens": torch.tensor([0, 75, 110, 111]), "token_mask": keep}
     states = [s.requires_grad_() for s in states]
     wide = [s.detach().double().requires_grad_() for s in states]
-    got = gather(states, token_pooling="mean", backend="triton", **where)
-    want = gather(wide, token_pooling="mean", backend="torch", **where)
-    assert len(grids) == 2 and grids[0][0] > 3  # in parts, and their sum
+    got = gather(states, token_pooling=how, backend="triton", **where)
+    want = gather(wide, token_pooling=how, backend="torch", **where)
+    assert len(grids) == 2  # the parts, and their sum
+    assert grids[0][0] > 3
     eps = torch.finfo(dtype).eps
     close = {"rtol": 4 * eps, "atol": 8 * eps} if dtype == torch.float32 else {"rtol": eps, "atol": eps}
     torch.testing.assert_close(got.double(), want, **close)
@@ -194,7 +197,7 @@ class _Counted:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 def test_a_gradient_added_to_the_state_s_own(how, dtype):
     """As taps ask, with rows before, between and behind packed texts; out of place; the same numbers as in torch."""
     mask = torch.tensor([[0, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 0]])
@@ -204,18 +207,38 @@ def test_a_gradient_added_to_the_state_s_own(how, dtype):
         grad = torch.randn(t.batch_size, 1, 20).to(dtype)
         added = torch.randn(12, 20).to(dtype)
         given = added.clone()
-        spans = (t.starts, t.ends, t.last, t.count, t.keep, how == "mean")
+        spans = (t.starts, t.ends, t.last, t.count, t.keep, how != "last")
+        states = [torch.randn((*t.shape, 20)).to(dtype)] if how == "unit_mean" else []
         for more in (None, added):
-            got, want = (gather_backward(grad, (12, 20), *spans, backend, more)[0] for backend in ("triton", "torch"))
+            got, want = (
+                gather_backward(grad, (12, 20), *spans, backend, more, states)[0] for backend in ("triton", "torch")
+            )
             torch.testing.assert_close(got, want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
         assert torch.equal(added, given)
     grad = torch.randn(2, 1, 20, requires_grad=True)
+    spans = (padded.starts, padded.ends, padded.last, padded.count, padded.keep, True)
+    (again,) = gather_backward(grad, (12, 20), *spans, "triton")
     with pytest.raises(RuntimeError, match="autograd"):  # a kernel cannot be differentiated again: said, not wrong
-        spans = (padded.starts, padded.ends, padded.last, padded.count, padded.keep, True)
-        gather_backward(grad, (12, 20), *spans, "triton")[0].sum().backward()
+        again.sum().backward()
 
 
-@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unit_mean_of_zeros_and_nan(dtype):
+    """As in torch, with zero tokens, a text of zeros alone and padding of NaN."""
+    states, _, mask = unit_batch(dtype, INTERPRETER)
+    got, want = (gather(states, mask, token_pooling="unit_mean", backend=backend) for backend in ("triton", "torch"))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got, want, rtol=2 * eps, atol=2 * eps)
+    grad = torch.randn(want.shape).to(dtype)
+    for mine, theirs in zip(*(torch.autograd.grad(out, states, grad) for out in (got, want)), strict=True):
+        # A tiny token's gradient is huge, a huge one's tiny: row by row.
+        torch.testing.assert_close(mine, theirs, rtol=8 * eps, atol=4 * eps * theirs.abs().max().item())
+        assert not mine[2].any()
+        assert not mine[mask == 0].any()
+
+
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 def test_strided_hidden_states(how):
     """Transposed and sliced states are read where they lie, in one launch or, where D is strided, layer by layer."""
     base = torch.randn(6, 3, 64)
@@ -285,7 +308,9 @@ def test_all_columns_of_a_text_in_one_program(dtype, monkeypatch):
     assert_close_to_equations(pool, make_states(5, (2, 3, 72)), make_mask(2, 3), dtype)
     rows = torch.randn(2, 5, 72).to(dtype)
     plain = multi(72, 5, TORCH, num_latents=9, num_heads=3, head_dim=8).to(dtype)
-    torch.testing.assert_close(use_rows(pool, [rows]), use_rows(plain, [rows]), atol=3e-2 if dtype != DTYPES[0] else 1e-5, rtol=0)
+    torch.testing.assert_close(
+        use_rows(pool, [rows]), use_rows(plain, [rows]), atol=3e-2 if dtype != DTYPES[0] else 1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("memory", cost_model.MEMORY)
@@ -309,16 +334,16 @@ def attend(pool, states):
     return torch.cat([t.flatten(1) for t in both], 1)
 
 
-@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 def test_opcheck(how):
     """torch's checks of the registrations with the kernels behind them, hidden states read by the pool's own launch."""
     pool = multi(24, 3, INTERPRETER)
     mask = make_mask(2, 4)
     states = [s.requires_grad_() for s in make_states(3, (2, 4, 24))]
     t = select_tokens(states[0].shape, states[0].device, mask)
-    arguments = (states, t.starts, t.ends, t.last, t.count, t.keep, how == "mean", "triton")
+    arguments = (states, t.starts, t.ends, t.last, t.count, t.keep, how != "last", "triton", how == "unit_mean")
     torch.library.opcheck(torch.ops.mlpool.gather.default, arguments)
-    if how == "mean":
+    if how != "last":
         return
     for plan in (Plan(launches="one"), Plan("plain", "late", memory="recompute"), Plan(memory="recompute_ff")):
         weights = pool._fold(plan, one_key=False)

@@ -37,7 +37,10 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         masks = name.startswith("index") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool for a in args if isinstance(a, list | tuple) for i in a
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for a in args
+            if isinstance(a, list | tuple)
+            for i in a
         )
         self.count += masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
         # Without `output_size` its result's size is read from the device.
