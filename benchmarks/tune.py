@@ -74,13 +74,14 @@ def gather_jobs(new: Maker, batch: int, length: int, layers: int, hidden: int) -
     grad = new(batch, layers, hidden)
     sizes = f"B={batch} T={length} L={layers} D={hidden}"
 
-    def forward(mean: bool, backend: str) -> Callable[[], list[Tensor]]:
-        return lambda: [gather._forward(states, *spans, mean, backend)]
+    def forward(mean: bool, backend: str, unit: bool = False) -> Callable[[], list[Tensor]]:
+        return lambda: [gather._forward(states, *spans, mean, backend, unit)]
 
     def backward(backend: str) -> Callable[[], list[Tensor]]:
         return lambda: gather._backward(grad, list(states[0].shape), *spans, True, backend)
 
     yield Job("mean", sizes, forward(True, "triton"), forward(True, "torch"))
+    yield Job("unit_mean", sizes, forward(True, "triton", True), forward(True, "torch", True))
     yield Job("last", sizes, forward(False, "triton"), forward(False, "torch"))
     yield Job("gather_backward", sizes, backward("triton"), backward("torch"))
 
@@ -99,7 +100,8 @@ def attend_jobs(new: Maker, batch: int, keys: int, hidden: int, columns: int) ->
         x = attend.norm_keys(x0, weights, *norm, torch.float32)
         return [x] if q is None else [x, (x @ q.float().T).softmax(1)]
 
-    yield Job("attend", sizes, one(queries), lambda: plain(queries))
+    # From so many texts on a program holds all columns of one.
+    yield Job("attend_text" if batch >= attend.MANY_TEXTS else "attend", sizes, one(queries), lambda: plain(queries))
     yield Job("norm", sizes, one(None), lambda: plain(None))
 
 
@@ -154,6 +156,7 @@ def jobs(new: Maker, small: bool) -> Iterator[Job]:
     if small:
         yield from gather_jobs(new, 2, 7, 3, 72)
         yield from attend_jobs(new, 2, 5, 72, 40)
+        yield from attend_jobs(new, attend.MANY_TEXTS, 2, 20, 10)
         yield softmax_job(new, 2, 5, 40)
         yield mix_job(new, 2, 3, 72, 2, 20)
         yield feed_forward_job(new, 2, 20, 72, 40)
@@ -163,6 +166,7 @@ def jobs(new: Maker, small: bool) -> Iterator[Job]:
     yield from gather_jobs(new, 64, 256, 32, 4096)
     for layers, hidden in ((24, 896), (32, 4096)):
         yield from attend_jobs(new, 64, layers, hidden, 512)
+        yield from attend_jobs(new, 256, layers, hidden, 512)
         yield softmax_job(new, 64, layers, 24576)
         yield mix_job(new, 64, layers, hidden, 8, 64)
         yield feed_forward_job(new, 64, 64, hidden, hidden)

@@ -22,7 +22,7 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_T": 32, "BLOCK_D": 128, "num_warps": 4},
         {"BLOCK_T": 8, "BLOCK_D": 512, "num_warps": 4},
     ],
-    "unit_mean": [{"NUMBERS": 8192, "num_warps": 8}, {"NUMBERS": 4096, "num_warps": 4}],
+    "unit_mean": [{"NUMBERS": 4096, "num_warps": 4}, {"NUMBERS": 4096, "num_warps": 8}],
     "last": [{"BLOCK_D": 1024, "num_warps": 4}],
     "gather_backward": [
         {"BLOCK_T": 16, "BLOCK_D": 256, "num_warps": 4},

@@ -38,7 +38,7 @@ def check_positive(**sizes: int) -> None:
 
 
 def check_token_pooling(token_pooling: str, skip_tokens: int) -> None:
-    """Raises: ValueError for an unknown token pooling, and for skip_tokens that is no count or has no mean to act on."""
+    """Raises: ValueError for an unknown token pooling, or skip_tokens that is no count or has no mean to act on."""
     check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
     if not isinstance(skip_tokens, int) or isinstance(skip_tokens, bool) or skip_tokens < 0:
         raise ValueError(f"skip_tokens must be an integer of at least 0, got {skip_tokens!r}")
