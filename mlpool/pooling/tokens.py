@@ -104,20 +104,22 @@ def select_tokens(
             "or cu_seqlens [B+1] for packed ones"
         )
     if cu_seqlens is not None:
-        return _packed(shape, *_together(device, cu_seqlens, token_mask), skip_tokens).to(device)
+        cu_seqlens, token_mask = _together(device, cu_seqlens, token_mask)
+        return _packed(shape, cu_seqlens, token_mask, skip_tokens).to(device)
     if attention_mask is None:
         raise ValueError(
             "got neither attention_mask nor cu_seqlens; pass attention_mask [B, T] (all ones when nothing is "
             "padded), or cu_seqlens [B+1] for packed hidden states"
         )
-    tokens = _padded(shape, *_together(device, attention_mask, token_mask), skip_tokens)
+    attention_mask, token_mask = _together(device, attention_mask, token_mask)
+    tokens = _padded(shape, attention_mask, token_mask, skip_tokens)
     if check:
         require(tokens.checks)
         tokens = replace(tokens, checks=())
     return tokens.to(device)
 
 
-def _together(device: torch.device, *tensors: Any) -> Sequence[Any]:
+def _together(device: torch.device, *tensors: Any) -> Any:
     """What may be masks as they lie if they lie together, else all on `device`; what is no tensor is refused later."""
     given = [t for t in tensors if isinstance(t, Tensor)]
     if len({t.device for t in given}) < 2:
