@@ -8,7 +8,8 @@ model's rates (`plan.py`) and writes both; MLPOOL_TILES=that file makes them the
 
 All of it is checked when it is first used. A file of another device is an error, one of other versions a warning. An
 older file is the tiles alone. Every candidate is compiled for four architectures by the tests, without spills and
-within shared memory.
+within shared memory. A kernel that holds whole rows has NUMBERS in place of blocks: how many numbers
+its tile has.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_T": 32, "BLOCK_D": 128, "num_warps": 4},
         {"BLOCK_T": 8, "BLOCK_D": 512, "num_warps": 4},
     ],
+    "unit_mean": [{"NUMBERS": 4096, "num_warps": 4}, {"NUMBERS": 4096, "num_warps": 8}],
     "last": [{"BLOCK_D": 1024, "num_warps": 4}],
     "gather_backward": [
         {"BLOCK_T": 16, "BLOCK_D": 256, "num_warps": 4},
@@ -44,7 +46,10 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_D": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
         {"BLOCK_D": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     ],
-    "norm": [{"BLOCK_D": 512, "BLOCK_L": 4, "num_warps": 4}, {"BLOCK_D": 1024, "BLOCK_L": 2, "num_warps": 4}],
+    "attend_text": [
+        {"BLOCK_D": 32, "NUMBERS": 1 << 14, "num_warps": 8, "num_stages": 2},
+    ],
+    "norm": [{"NUMBERS": 4096, "num_warps": 4}, {"NUMBERS": 8192, "num_warps": 8}],
     "softmax": [
         {"BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4},
         {"BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4},
@@ -212,3 +217,10 @@ def tile(kernel: str, hidden: int | None = None, wide: bool = False, capability:
     if hidden is not None and "BLOCK_D" in chosen:
         chosen["BLOCK_D"] = min(chosen["BLOCK_D"], power_of_2(hidden, 16))
     return chosen
+
+
+def whole_rows(kernel: str, hidden: int) -> tuple[Tile, int, int]:
+    """The options of a kernel that holds whole rows of D, and how its NUMBERS lie: rows, and columns at least D."""
+    chosen = tile(kernel)
+    columns = power_of_2(hidden, 16)
+    return chosen, max(1, chosen.pop("NUMBERS") // columns), columns
