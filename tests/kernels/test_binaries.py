@@ -19,7 +19,7 @@ if os.environ.get("MLPOOL_LOAD_TRITON") != "1" or os.environ.get("TRITON_INTERPR
     pytest.skip("runs by `make test` in its own process: MLPOOL_LOAD_TRITON=1 pytest ...", allow_module_level=True)
 
 triton = pytest.importorskip("triton")
-from launches import Sizes, record  # noqa: E402
+from launches import Sizes, feed_forward, record  # noqa: E402
 from mlpool_kernels import tiles  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -123,3 +123,10 @@ def test_default_tile_compiles_at_other_sizes(monkeypatch, name, sizes):
         return  # the cost model never launches it there
     for kernel, _, args, options in record(monkeypatch, name, None, SIZES[sizes]):
         _compile(kernel, args, options, "sm_90")
+
+
+def test_descriptors_of_more_texts_than_a_grid_is_high(monkeypatch):
+    sizes = Sizes(torch.bfloat16, 1, 64, 8, 1, batch=100_000, tokens=1)
+    for launch in record(monkeypatch, "feed_forward_tma", None, sizes):
+        assert launch.grid[0] < 2**31
+        assert all(0 < size < 65_536 for size in launch.grid[1:])

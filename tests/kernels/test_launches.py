@@ -12,11 +12,13 @@ from mlpool.taps import _add_rows, _pool_rows
 
 LIMITS = (2**31 - 1, 65_535, 65_535)
 SMALL = Sizes(torch.bfloat16, 24, 64, 8, 8)
+# Descriptors need Triton itself: test_binaries.py looks at their grid.
+KERNELS = [name for name in tiles.TILES if name != "feed_forward_tma"]
 
 
 @pytest.mark.parametrize("batch", [1, 100_000])
 @pytest.mark.parametrize("tokens", [4, 1 << 20])
-@pytest.mark.parametrize("name", tiles.TILES)
+@pytest.mark.parametrize("name", KERNELS)
 def test_grids_are_within_the_limits(monkeypatch, name, batch, tokens):
     for launch in record(monkeypatch, name, None, SMALL._replace(batch=batch, tokens=tokens), "meta"):
         grid = (*launch.grid, 1, 1)[:3]
