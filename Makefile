@@ -2,7 +2,8 @@
 # make test    environment, install, lint, types and the whole CPU suite
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
-# make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every preset, a summary (PY=python3 uses that one)
+# make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
+# make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
 PYTHON ?= python3
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
@@ -12,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # The checkout itself, for interpreters into which mlpool was not installed.
 HERE = PYTHONPATH=.:kernels
 
-.PHONY: bench test test-floor test-cuda-dry lint study gpu
+.PHONY: bench test test-floor test-cuda-dry lint study census gpu
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlpool needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -81,11 +82,50 @@ study: $(VENV)/.dev $(STUDY)/tiny-decoder
 	$(PY) -m mlpool.cli study configs/study/quick.yaml --base $(STUDY)/tiny-decoder --data $(FROM) --jobs 2 \
 		-o $(STUDY)/quick $(if $(DATA),,--made-data)
 
-gpu:
-	$(HERE) $(PY) -m pytest -m gpu tests
-	$(HERE) $(PY) benchmarks/tune.py
-	MLPOOL_TILES=$$(ls -t benchmarks/results/tiles-*.json | head -1) $(HERE) $(PY) benchmarks/throughput.py
-	$(HERE) $(PY) benchmarks/attention.py
-	$(HERE) $(PY) benchmarks/encode.py
-	$(HERE) $(PY) benchmarks/train_step.py
-	$(HERE) $(PY) benchmarks/summary.py
+# On a CUDA machine, see docs/gpu.md. Every step writes its rows to RESULTS as it measures them, stops after MINUTES and goes
+# on from there when it is run again. PY=python3 takes an interpreter that has torch already.
+RESULTS ?= benchmarks/results
+MINUTES ?= 8
+GPU_STEPS = gpu-check gpu-test gpu-tune gpu-throughput gpu-choices gpu-encode gpu-train gpu-attention gpu-summary
+CARD = --device cuda --results $(RESULTS) --minutes $(MINUTES)
+
+.PHONY: $(GPU_STEPS)
+
+gpu:  # every step, whatever became of those before it
+	@failed=; for step in $(GPU_STEPS); do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
+		test -z "$$failed" || { echo "not done:$$failed" >&2; exit 1; }
+
+gpu-check:
+	$(HERE) $(PY) benchmarks/check.py --results $(RESULTS)
+
+gpu-test:
+	$(HERE) $(PY) benchmarks/gpu_tests.py $(CARD)
+
+gpu-tune:
+	$(HERE) $(PY) benchmarks/tune.py $(CARD)
+
+gpu-throughput:
+	$(HERE) $(PY) benchmarks/throughput.py $(CARD)
+
+gpu-choices:  # every exact choice of the plan against the one that it picks
+	$(HERE) $(PY) benchmarks/throughput.py --choices $(CARD)
+
+gpu-encode:
+	$(HERE) $(PY) benchmarks/encode.py $(CARD)
+
+gpu-train:
+	$(HERE) $(PY) benchmarks/train_step.py $(CARD)
+
+gpu-attention:
+	$(HERE) $(PY) benchmarks/attention.py $(CARD)
+
+gpu-summary:
+	$(HERE) $(PY) benchmarks/summary.py $(RESULTS)
+
+gpu-%:
+	@echo "there is no step $@; the steps are $(GPU_STEPS)" >&2; exit 2
+
+# Every text family of transformers on every backend; an interrupted census goes on. Then the tables of docs and README.
+census: $(VENV)/.dev
+	$(PY) tests/census/census.py
+	$(PY) tests/census/census.py --tables

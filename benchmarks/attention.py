@@ -6,48 +6,50 @@
     python benchmarks/attention.py --batch-size 128 --max-tokens 1024
 
 The model has the shapes of Qwen2-0.5B and random weights; its vocabulary is cut, since embeddings are looked up. A text
-has as many tokens as words and punctuation marks; without data the lengths are log-normal. Prints a table, writes CSV
-and a plot to benchmarks/results/. A row whose error is out of bounds shows no speed, and the exit status is 1. What the
-columns mean:
+has as many tokens as words and punctuation marks; without data the lengths are log-normal. Prints tables and adds their
+rows to a CSV in benchmarks/results/ as they are measured. A row whose error is out of bounds shows no speed, and the
+exit status is 1. What the columns mean:
 
     tokens/s    of the texts, padding not counted
     extra MiB   peak of tensors above weights, their gradients and inputs
     vs sdpa     speed-up over padded sdpa; the target is 0.9 times padded tokens over the texts' own
     memory      extra MiB over that of padded sdpa
     x floor     time over that of the texts' matrix products alone (attention left out), at the rate of a large product
-    error       relative, of the last hidden states and, behind |, of the gradient by the embeddings
+    error       relative, of the last hidden states and, behind |, of the gradient by the embeddings, on a few texts
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import random
 import re
 import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from measure import (
-    RESULTS,
     Clock,
     Row,
-    Run,
+    add_run_arguments,
     device_name,
     device_slug,
-    extra_memory,
     facts,
     number,
+    peak_memory,
     product_rate,
     progress,
     quantiles,
     relative_error,
     rounds,
+    start,
     table,
-    write,
 )
+from rows import Rows, run_cases
 from torch import Tensor, nn
 
 from mlpool.attention import bidirectional, causal
@@ -64,6 +66,8 @@ LAYERS = 24
 MODES = ("forward", "forward+backward")
 # Largest relative errors in float32; in low precision, how often the error of padded eager.
 FORWARD, BACKWARD, LOW = 1e-5, 1e-4, 2.0
+CHECKED = 32  # texts that the errors are computed on
+BUDGET = (3.0, 15.0)  # seconds a provider: quick, full
 # Of padded tokens over the texts' own: the least speed-up of packed over padded sdpa.
 TARGET = 0.9
 
@@ -133,8 +137,8 @@ class Bench:
                     taps.take().square().mean().backward()
 
     def results(self, mode: str) -> list[Tensor]:
-        """Last hidden states of the first batch's texts and, with backward, the gradient by their embeddings."""
-        batch = self.batches[0]
+        """Last hidden states of the first texts and, with backward, the gradient by their embeddings."""
+        batch = {name: tensor[:CHECKED] for name, tensor in self.batches[0].items()}
         real = batch["attention_mask"].bool()
         embeds = self.model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_(mode != "forward")
         with torch.set_grad_enabled(mode != "forward"):
@@ -156,49 +160,27 @@ class Bench:
         return found
 
 
-def peak_memory(run: Run, device: torch.device) -> int | None:
-    """Peak bytes of tensors above what was there. On a CPU counted by the profiler: the resident set also holds what
-    the library of matrix products keeps, which does not shrink with the batch."""
-    if device.type != "cpu":
-        return extra_memory(run, device)[0]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(0, *itertools.accumulate(event.nbytes() for event in events)) if events else None
-
-
-def measure(
-    bench: Bench, mode: str, direction: str, providers: list[str], budget: float
-) -> tuple[list[Row], list[str]]:
-    """The rows of one case, and the providers that are wrong."""
-    case, device = f"{direction} {mode}", bench.device
+def measure(bench: Bench, key: Row, providers: list[str], budget: float) -> list[Row]:
+    """The rows of one case; `key` has its direction and mode."""
+    direction, mode, case, device = key["direction"], key["mode"], key["case"], bench.device
     progress(f"{case}: parity")
     truth = bench.truth(mode, direction)
     errors: dict[str, list[float]] = {}
-    for name in providers:
+    for name in ("eager", *(name for name in providers if name != "eager")):
         bench.use(name, direction)
         known = name == "eager" and bench.dtype == torch.float32
         found = truth if known else bench.results(mode)
         errors[name] = [relative_error(got, want) for got, want in zip(found, truth, strict=True)]
-    bounds = [FORWARD, BACKWARD] if bench.dtype == torch.float32 else [LOW * error for error in errors.get("eager", [])]
+    bounds = [FORWARD, BACKWARD] if bench.dtype == torch.float32 else [LOW * error for error in errors["eager"]]
     red = [name for name in providers if not all(e <= b for e, b in zip(errors[name], bounds, strict=False))]
-    sound = [name for name in providers if name not in red]
-    extra: dict[str, int | None] = {}
-    for name in sound:
-        progress(f"{case}: memory of {name}")
-        bench.use(name, direction)
-        bench.clear()
-        if mode != "forward" and any(p.grad is None for p in bench.model.parameters()):
-            bench.run(mode)  # gradients are not counted
-        extra[name] = peak_memory(lambda: bench.run(mode), device)
+    extra, why = _memory(bench, case, mode, direction, [name for name in providers if name not in red])
     progress(f"{case}: time")
 
     def prepare(name: str) -> None:
         bench.use(name, direction)
         bench.clear()
 
-    runs = {name: (lambda name=name: prepare(name), lambda: bench.run(mode)) for name in sound}
+    runs = {name: (lambda name=name: prepare(name), lambda: bench.run(mode)) for name in extra}
     if device.type == "cuda":
         for ready, run in runs.values():
             ready()
@@ -208,13 +190,13 @@ def measure(
     floor = bench.flops * (1 if mode == "forward" else 3) / rate
     rows = []
     for name in providers:
-        row: Row = {
-            "case": case, "preset": "qwen2-0.5b", "mode": mode, "direction": direction, "provider": name,
-            "batch": bench.batches[0]["input_ids"].shape[0], "batches": len(bench.batches), "layers": bench.layers,
+        row: Row = key | {
+            "preset": "qwen2-0.5b", "provider": name, "execution": "packed" if name == "packed" else "padded",
             "lengths": bench.source, "tokens": bench.tokens, "padded_tokens": bench.padded,
-            "padding_ratio": bench.padded / bench.tokens, "dtype": str(bench.dtype)[6:], "error": errors[name][0],
-            "limit": bounds[0], "gradient_error": errors[name][1] if len(errors[name]) > 1 else None,
+            "padding_ratio": bench.padded / bench.tokens, "error": errors[name][0], "limit": bounds[0],
+            "gradient_error": errors[name][1] if len(errors[name]) > 1 else None,
             "gradient_limit": bounds[1] if len(errors[name]) > 1 else None, "green": name not in red,
+            "note": why.get(name, ""),
         }  # fmt: skip
         if name in samples:
             low, median, high = quantiles(samples[name])
@@ -224,8 +206,27 @@ def measure(
                 "flops_per_s": floor * rate / median,
             }  # fmt: skip
             row |= compared(name, median, samples, extra, bench.padded / bench.tokens)
-        rows.append(row | facts(device))
-    return rows, red
+        rows.append(row)
+    print(f"\n{case}\n{table(HEADER, map(cells, rows))}", flush=True)
+    return rows
+
+
+def _memory(
+    bench: Bench, case: str, mode: str, direction: str, providers: Sequence[str]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Peak memory of each provider that fits, and why another does not."""
+    extra, why = {}, {}
+    for name in providers:
+        progress(f"{case}: memory of {name}")
+        bench.use(name, direction)
+        bench.clear()
+        try:
+            if mode != "forward" and any(p.grad is None for p in bench.model.parameters()):
+                bench.run(mode)  # gradients are not counted
+            extra[name], _ = peak_memory(lambda: bench.run(mode), bench.device)
+        except torch.OutOfMemoryError:
+            why[name] = "out of memory"
+    return extra, why
 
 
 def compared(name: str, median: float, samples: dict, extra: dict, padding: float) -> Row:
@@ -233,8 +234,8 @@ def compared(name: str, median: float, samples: dict, extra: dict, padding: floa
         f"ratio_{other}": quantiles(samples[other])[1] / median for other in ("eager", "sdpa") if other in samples
     }
     own, sdpa = extra[name], extra.get("sdpa")
-    row["extra_mib"] = None if own is None else own / 2**20
-    if own is not None and sdpa:
+    row["extra_mib"] = own / 2**20
+    if sdpa:
         row["memory_share"] = own / sdpa
     if name == "packed" and "ratio_sdpa" in row:
         met = row["ratio_sdpa"] >= TARGET * padding
@@ -249,7 +250,7 @@ def compared(name: str, median: float, samples: dict, extra: dict, padding: floa
 def cells(row: Row) -> list[str]:
     error = f"{row['error']:.0e}" + ("" if row["gradient_error"] is None else f" | {row['gradient_error']:.0e}")
     if "median_ms" not in row:
-        return [row["provider"], *["-"] * 7, error, "WRONG"]
+        return [row["provider"], *["-"] * 7, error, row["note"] if row["green"] else "WRONG"]
 
     def times(key: str) -> str:
         return f"{number(row[key])}x" if row.get(key) is not None else "-"
@@ -257,12 +258,12 @@ def cells(row: Row) -> list[str]:
     spread = f"{number(row['p20_ms'])}-{number(row['p80_ms'])}" if row["runs"] > 1 else "1 run"
     return [
         row["provider"], number(row["median_ms"]), spread, number(row["tokens_per_s"]),
-        "n/a" if row["extra_mib"] is None else number(row["extra_mib"]), times("ratio_sdpa"), times("memory_share"),
-        times("ratio_floor"), error, row.get("target", ""),
+        number(row["extra_mib"]), times("ratio_sdpa"), times("memory_share"), times("ratio_floor"), error,
+        row.get("target", ""),
     ]  # fmt: skip
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all layers and several batches also on a CPU")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of JSON lines with query and positive")
@@ -272,31 +273,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="texts in a batch; default: 32, on a GPU 128")
     parser.add_argument("--batches", type=int, help="default: 1, full: 4")
     parser.add_argument("--max-tokens", type=int, default=512, help="longer texts are cut")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; 1 where others use the cores too")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for CSV and plot")
-    args = parser.parse_args()
-    full = args.full or args.device.startswith("cuda")
-    args.layers = args.layers or (LAYERS if full else 2)
-    args.batches = args.batches or (4 if full else 1)
+    add_run_arguments(parser)
+    args = parser.parse_args(argv)
+    args.full |= args.device.startswith("cuda")
+    args.layers = args.layers or (LAYERS if args.full else 2)
+    args.batches = args.batches or (4 if args.full else 1)
     args.batch_size = args.batch_size or (128 if args.device.startswith("cuda") else 32)
-    args.name = "full" if full else "quick"
     return args
 
 
-def main() -> int:
-    args = arguments()
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: there is no CUDA GPU here; leave it out to run on the CPU", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
     if importlib.util.find_spec("transformers") is None:
-        print("this benchmark needs transformers: pip install 'mlpool[st]'", file=sys.stderr)
-        return 2
-    if args.threads:
-        torch.set_num_threads(args.threads)
+        raise SystemExit("this benchmark needs transformers: pip install 'mlpool[st]'")
+    device = start(args)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    name = f"attention-{device_slug(device)}-{'full' if args.full else 'quick'}.csv"
+    rows = Rows(args.results / name, facts(device) | {"transformers": version("transformers")}, args.again)
     bench = Bench(args, device, dtype)
     providers = ["eager", "sdpa", "packed"]
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None and dtype != torch.float32:
@@ -307,21 +300,21 @@ def main() -> int:
         f"{bench.tokens:,} tokens, {bench.padded:,} with padding: {number(bench.padded / bench.tokens)}x",
         flush=True,
     )
-    rows: list[Row] = []
-    wrong: list[str] = []
-    busy = facts(device)["load"] or 0.0
-    if device.type == "cpu" and busy > 0.6:
-        print(f"note: load {busy:.1f} before the start, others use the cores: --threads 1 suffers least")
+    busy = rows.facts["load"] or 0.0
+    if device.type == "cpu" and float(busy) > 0.6:
+        progress(f"load {busy} before the start, others use the cores: --threads 1 suffers least")
+    sizes = {
+        "dtype": str(dtype)[6:], "layers": args.layers, "batch": args.batch_size, "batches": args.batches,
+        "max_tokens": args.max_tokens,
+    }  # fmt: skip
+    todo = []
     for direction in args.direction or ("causal", "bidirectional"):
-        for mode in args.mode or (MODES if args.name == "full" or direction == "bidirectional" else MODES[:1]):
+        for mode in args.mode or (MODES if args.full or direction == "bidirectional" else MODES[:1]):
+            key = {"case": f"{direction} {mode}", "mode": mode, "direction": direction, **sizes}
             # a quick run takes eager's gradients as the reference and does not time them
-            known = args.name == "quick" and mode != "forward"
-            group, red = measure(bench, mode, direction, providers[known:], 15.0 if args.name == "full" else 3.0)
-            rows, wrong = rows + group, wrong + red
-            print(f"\n{direction} {mode}\n{table(HEADER, map(cells, group))}", flush=True)
-    slug = f"attention-{device_slug(device)}-{args.name}" + (f"-{args.dtype}" if args.dtype else "")
-    write(rows, args.results, slug, f"Qwen2-0.5B shapes on {device_name(device)}, {str(dtype)[6:]}")
-    return int(bool(wrong))
+            some = providers[1:] if not args.full and mode != "forward" else providers
+            todo.append((key, partial(measure, bench, key, some, BUDGET[args.full])))
+    return run_cases(todo, rows, device, args.minutes)
 
 
 if __name__ == "__main__":

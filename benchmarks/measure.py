@@ -1,18 +1,21 @@
-"""What every benchmark shares: time, peak memory, the device's own limits, errors, and tables, CSV files and plots."""
+"""What every benchmark shares: its start, time, peak memory, the device's own limits, errors, and tables."""
 
 from __future__ import annotations
 
-import csv
+import argparse
 import ctypes
 import gc
+import hashlib
 import importlib.metadata
-import importlib.util
+import itertools
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,16 +25,85 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+_ROOT = Path(__file__).parent.parent
 # Written before every timed call, so that the call finds none of its inputs in the L2 cache.
 FLUSH_BYTES = 256 << 20
-_START = time.perf_counter()
+START = time.perf_counter()
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines for every measurement of memory
 
 Run = Callable[[], Any]
 Row = dict[str, Any]
 
 
 def progress(message: str) -> None:
-    print(f"[{time.perf_counter() - _START:5.0f} s] {message}", file=sys.stderr, flush=True)
+    print(f"[{time.perf_counter() - START:5.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+# --- the start --------------------------------------------------------------------------------------------------------
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark takes; see `start`, `Rows` and `run_cases`."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU; 1 where others use the cores too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the rows; a run there is taken up")
+    parser.add_argument("--minutes", type=float, help="start no case after so many; run again to go on")
+    parser.add_argument("--again", action="store_true", help="measure again what failed or was wrong")
+
+
+def start(args: argparse.Namespace, tuned: bool = True) -> torch.device:
+    """The device of a run, once all is there that it needs.
+
+    Args:
+        args: of `add_run_arguments`.
+        tuned: use the tiles that the results hold for this device, unless MLPOOL_TILES names others.
+
+    Raises SystemExit, in one line: no GPU, no C compiler or Python headers for Triton, results that cannot be written.
+    """
+    device = torch.device(args.device)
+    if device.type == "cuda" and (missing := no_card() or no_compiler()):
+        raise SystemExit(missing)
+    writable(args.results)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if device.type == "cuda":
+        if tuned and tiles_file(args.results, device).is_file():
+            os.environ.setdefault("MLPOOL_TILES", str(tiles_file(args.results, device).resolve()))
+        progress(f"tiles: {os.environ.get('MLPOOL_TILES', 'the defaults')}")
+    return device
+
+
+def tiles_file(results: Path, device: torch.device) -> Path:
+    """Where tune.py writes its choice for a device, and where the other benchmarks look for it."""
+    return results / f"tiles-{device_slug(device)}.json"
+
+
+def no_card() -> str:
+    """What is missing for CUDA, or ""."""
+    if torch.version.cuda is None:
+        return f"there is no CUDA GPU for torch {torch.__version__}, which is built without CUDA"
+    return "" if torch.cuda.is_available() else "there is no CUDA GPU here: torch.cuda.is_available() is False"
+
+
+def no_compiler() -> str:
+    """What Triton lacks to build the launcher of its first kernel, or ""."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
+    if compiler is None or shutil.which(compiler) is None:
+        return f"Triton needs a C compiler and finds {compiler or 'no gcc and no clang'}: install gcc, or set CC to one"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return "" if header.is_file() else f"Triton needs {header}: install python3-dev, or a Python with its headers"
+
+
+def writable(folder: Path) -> None:
+    """SystemExit where no file can be written in `folder`; makes it."""
+    probe = folder / f".{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise SystemExit(f"results cannot be written to {folder} ({error.strerror}): give another folder") from None
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -125,6 +197,23 @@ def extra_memory(run: Run, device: torch.device) -> tuple[int | None, float]:
     return max(0, _status("VmHWM") - before_cpu), seconds
 
 
+def peak_memory(run: Run, device: torch.device) -> tuple[int, float]:
+    """Peak bytes of tensors above those there before, and the wall time.
+
+    On a CPU every allocation is recorded: in the resident set a long run of small steps is several times what it holds
+    at once, as the C library keeps what was freed between them.
+    """
+    if device.type == "cuda":
+        peak, seconds = extra_memory(run, device)
+        return peak or 0, seconds
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        seconds = wall_time(run, device)
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0)), seconds
+
+
 def _resident_after_trim() -> int | None:
     """Resident bytes with the peak reset to them; None where the system cannot."""
     try:
@@ -215,11 +304,11 @@ def load() -> float | None:
 
 
 def facts(device: torch.device) -> Row:
-    """What a row must carry to be read later: device, versions, commit."""
+    """What a row must carry to be read later: device, versions, commit, digests of the sources and of the tiles."""
     return {
         "device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
         "torch": torch.__version__, "triton": _version("triton"), "mlpool": _version("mlpool"), "commit": commit(),
-        "load": load(),
+        "code": code(), "tiles": tiles(), "load": load(),
     }  # fmt: skip
 
 
@@ -232,16 +321,46 @@ def _version(package: str) -> str:
 
 def commit() -> str:
     """The checked-out commit, with + where code of the package differs from it."""
-    root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "kernels", "mlpool")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def code() -> str:
+    """A digest of all that is measured and measures: a commit says nothing of changes, and a copy may have none."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "mlpool", "benchmarks"):
+        for path in sorted((_ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(_ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def tiles() -> str:
+    """A digest of the file of tiles that is used, or "default"."""
+    path = os.environ.get("MLPOOL_TILES")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:10] if path else "default"
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+class Skipped(Exception):
+    """A case that this machine cannot hold; its message says why."""
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether an error of a kernel has ended the process's use of the GPU, as an illegal access does."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -269,63 +388,3 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     align = [str.ljust, *[str.rjust] * (len(header) - 2), str.ljust]
     lines = ["  ".join(a(c, w) for a, c, w in zip(align, line, widths, strict=True)).rstrip() for line in cells]
     return "\n".join(lines)
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fields = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, restval="")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def write(rows: Sequence[Row], folder: Path, name: str, title: str) -> None:
-    """CSV and plot."""
-    write_csv(rows, folder / f"{name}.csv")
-    timed = [row for row in rows if "median_ms" in row]
-    drawn = plot(timed, folder / f"{name}.png", title) if timed else False
-    print(f"\nwritten: {name}.csv{f' and {name}.png' if drawn else ''} in {folder.name}/")
-
-
-def plot(rows: Sequence[Row], path: Path, title: str) -> bool:
-    """Bars of speed-up over eager and of extra memory, one group per case; False where matplotlib is missing.
-
-    Rows need: case, provider, ratio_eager, extra_mib.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        progress("no plot: pip install matplotlib")
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    cases, providers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "provider"))
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 1.5 + 0.18 * len(rows)), sharey=True, layout="constrained")
-    colors = dict(zip(providers, pyplot.get_cmap("tab10").colors * 2, strict=False)) | {"eager": "0.65"}
-    places, ticks, place = [], [], 0.0
-    for case in cases:
-        group = [row for row in rows if row["case"] == case]
-        places += [(place + i, row) for i, row in enumerate(group)]
-        ticks.append(place + (len(group) - 1) / 2)
-        place += len(group) + 1
-    for axis, key in zip(axes, ("ratio_eager", "extra_mib"), strict=True):
-        for y, row in places:
-            if row.get(key) is not None:
-                axis.barh(y, row[key], color=colors[row["provider"]])
-                axis.text(row[key], y, f" {number(row[key])}", va="center", fontsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.12)
-    axes[0].set_yticks(ticks, cases)
-    axes[0].invert_yaxis()
-    axes[0].axvline(1, color="0.6", linewidth=0.8)
-    axes[0].set_xlabel("speed-up over the eager reference")
-    axes[1].set_xscale("log")
-    axes[1].set_xlabel("peak extra memory, MiB")
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[p]) for p in providers]
-    figure.legend(handles, providers, title=title, loc="outside upper center", ncols=len(providers), frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return True

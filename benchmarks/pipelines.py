@@ -6,8 +6,13 @@
     sentence-transformers  its Transformer and its mean pooling: no pool to train, the cheapest peer there is
     mlpool                 the embedder that `mlpool.load` makes
 
-All share every parameter, the tokenizer, dtype, threads, attention implementation (sdpa) and direction, and the first
-two also sentence-transformers' own loop (sorted by length, batches of a fixed size, padded). Nothing is downloaded: the
+and, in encode.py on a GPU, two stronger peers:
+
+    compiled                    eager under torch.compile, layer by layer and the pool, for any shapes
+    sentence-transformers fp16  in half precision, without padding where it can: that takes flash-attn
+
+The first three share every parameter, the tokenizer, dtype, threads, attention implementation (sdpa) and direction; all
+but mlpool also sentence-transformers' own loop (sorted by length, batches of a fixed size). Nothing is downloaded: the
 weights are random, a tokenizer is made of numbered words.
 """
 
@@ -15,33 +20,31 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
-import itertools
-import os
+import importlib.util
 import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from cases import Case, Preset
 from measure import (
-    RESULTS,
     Clock,
     Row,
+    Skipped,
+    add_run_arguments,
     device_name,
     device_slug,
-    extra_memory,
     facts,
     free_memory,
     number,
     progress,
     quantiles,
-    wall_time,
+    start,
 )
 from mlpool_kernels import reference
+from rows import Rows
 from torch import Tensor, nn
 from work import needed_bytes, randomised
 
@@ -52,17 +55,19 @@ try:
     from sentence_transformers.base.modules import Module, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
+    from mlpool import bidirectional, causal
     from mlpool.embedder import DESIGNS, Embedder, add_lora
     from mlpool.embedder.backbone import Backbone
     from mlpool.embedder.designs import build_pool
     from mlpool.embedder.pooler import Pooler
+    from mlpool.taps import find_layers
 except ModuleNotFoundError as error:
     raise SystemExit(f"this benchmark needs {error.name}: pip install 'mlpool[train]'") from error
 
 BOTH, LAST = DESIGN_NAMES = ("multi-layer-bidirectional", "multi-layer-causal")  # the paper's designs 5 and 3
 POOLERS = ("default", "paper")
 EAGER, PEER, OURS = "eager", "sentence-transformers", "mlpool"
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines for every measurement of memory
+COMPILED, HALF = "compiled", "sentence-transformers fp16"
 # Share of the free memory that an estimate may fill.
 FILL = 0.85
 # Embeddings are looked up, so the vocabulary costs nothing and is cut.
@@ -94,6 +99,7 @@ SIZES = {
     "minilm": Size("bert", _encoder(384, 6, 12)),
     "qwen2-0.5b": Size("qwen2", _decoder(896, 24, 14, 2, 4864)),
     "mistral-7b": Size("mistral", _decoder(4096, 32, 32, 8, 14336)),
+    "mistral-7b-8-layers": Size("mistral", _decoder(4096, 8, 32, 8, 14336)),  # for cards that do not hold all 32
 }
 
 
@@ -177,8 +183,27 @@ def loaded_base(folder: str, device: torch.device, dtype: torch.dtype) -> Transf
     base.model.to(device).eval()
     if base.tokenizer.pad_token is None:
         base.tokenizer.pad_token = base.tokenizer.eos_token
+    # Where a tokenizer has a chat template, sentence-transformers wraps every text in it without a word.
+    if base.modality_config.pop("message", None):
+        base.input_formatter.supported_modalities = list(base.modality_config)
+        progress("the chat template is left out: a text is compared as it is")
+    end_with_eos(base.tokenizer)
     base.max_seq_length = min(MAX_TOKENS, base.max_seq_length or MAX_TOKENS)
     return base
+
+
+def end_with_eos(tokenizer: Any) -> None:
+    """Have a fast tokenizer close every text with its EOS, as the paper and mlpool do, unless it does so already."""
+    from tokenizers import processors
+
+    if tokenizer("a")["input_ids"][-1:] in ([tokenizer.eos_token_id], [tokenizer.sep_token_id]):
+        return
+    eos = tokenizer.eos_token
+    closing = processors.TemplateProcessing(
+        single=f"$A {eos}", pair=f"$A $B {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    own = tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = closing if own is None else processors.Sequence([own, closing])
 
 
 def build(base: Transformer, design: str, pooler: str, lora: int | None = None) -> dict[str, SentenceTransformer]:
@@ -210,19 +235,49 @@ def build(base: Transformer, design: str, pooler: str, lora: int | None = None) 
     return {EAGER: eager, PEER: peer, OURS: ours}
 
 
+def compiled(eager: SentenceTransformer) -> SentenceTransformer:
+    """The eager pipeline under torch.compile: each layer, as one graph serves them all, and the pool."""
+    # Beyond its limit of graphs the compiler would go on uncompiled, silently.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.reset()
+    transformer, pool = (share(module) for module in eager)
+    for layer in find_layers(transformer.model)[1]:
+        layer.compile(dynamic=True)
+    pool.compute = torch.compile(pool.compute, dynamic=True)
+    return SentenceTransformer(modules=[transformer, pool], device=str(eager.device))
+
+
+def half_precision(peer: SentenceTransformer, design: str) -> tuple[SentenceTransformer, str]:
+    """sentence-transformers' mean pooling in float16 without padding, or why it is padded."""
+    transformer, pooling = copy.deepcopy(peer[0]).half(), copy.deepcopy(peer[1])
+    why = ""
+    try:
+        transformer.model.set_attn_implementation("flash_attention_2")
+        (bidirectional if DESIGNS[design].attention == "bidirectional" else causal)(transformer.model)
+        transformer.unpad_inputs = True
+    except (ImportError, ValueError) as error:
+        missing = importlib.util.find_spec("flash_attn") is None
+        why = "padded: flash-attn is not installed" if missing else f"padded: {error}".splitlines()[0][:160]
+    if not why and not transformer.can_flatten_inputs:
+        why = "padded: sentence-transformers does not unpad this model"
+    return SentenceTransformer(modules=[transformer, pooling], device=str(peer.device)), why
+
+
 class EagerPool(Module):
     """The reference over the parameters of one of our pools."""
 
     def __init__(self, pool: Any) -> None:
         super().__init__()
+        self.compute: Callable[..., Tensor] = _reference
         # Not the pool itself, whose folded weights would be dropped with every eval() of this module.
         self.shared = nn.ParameterDict(dict(pool.named_parameters()))
         self.num_heads, self.token_pooling = pool.num_heads, pool.token_pooling
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         states = features.pop("all_layer_embeddings")[1:]
-        features["sentence_embedding"] = reference.multi_layer_pool(
-            states, features["attention_mask"], self.shared, self.num_heads, self.token_pooling
+        features["sentence_embedding"] = self.compute(
+            states, features["attention_mask"], dict(self.shared), self.num_heads, self.token_pooling
         )
         return features
 
@@ -230,9 +285,19 @@ class EagerPool(Module):
         raise NotImplementedError("a benchmark's provider is not saved")
 
 
+def _reference(*args: Any) -> Tensor:
+    return reference.multi_layer_pool(*args)
+
+
 def share(module: Any) -> Any:
     """A copy of a module with the parameters of the original itself."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def execution(backbone: Any) -> str:
+    """Whether padding is computed: of our Backbone, or of sentence-transformers' Transformer."""
+    packed = backbone.packed if hasattr(backbone, "packed") else backbone.can_flatten_inputs
+    return "packed" if packed else "padded"
 
 
 def check_tokens(providers: dict[str, SentenceTransformer], texts: Sequence[str]) -> list[int]:
@@ -270,111 +335,73 @@ def mean_reference(eager: SentenceTransformer, texts: Sequence[str]) -> Tensor:
 
 
 class Bench:
-    """What a run of either benchmark has: a device, one backbone at a time, rows and notes.
+    """What a run of either benchmark has: a device, one backbone at a time, and its rows on disk.
 
     Args:
+        benchmark: its name, for the file.
         args: of `add_arguments`. budget: seconds for a provider, calls of it at most, seconds of a call beyond which
             there is no second one: in a quick and in a full run on a CPU, and on a GPU.
     """
 
-    def __init__(self, args: argparse.Namespace, budget: Sequence[tuple[float, int, float]]) -> None:
-        device = torch.device(args.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise SystemExit("--device cuda: there is no CUDA GPU here; leave it out to run on the CPU")
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        gpu = device.type == "cuda"
-        self.args, self.device = args, device
+    def __init__(self, benchmark: str, args: argparse.Namespace, budget: Sequence[tuple[float, int, float]]) -> None:
+        self.args, self.device = args, start(args)
+        gpu = self.device.type == "cuda"
         self.full = args.full or args.all or (gpu and not args.quick)
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
         self.low = self.dtype in (torch.bfloat16, torch.float16)
         self.budget, self.most, self.slow = budget[2 if gpu else self.full]
         versions = {m.__name__: m.__version__ for m in (transformers, sentence_transformers)}
-        self.clock, self.facts = Clock(device), facts(device) | versions
-        self.rows: list[Row] = []
-        self.notes: list[str] = []
+        self.clock, self.facts = Clock(self.device), facts(self.device) | versions
+        name = f"{benchmark}-{device_slug(self.device)}-{'full' if self.full else 'quick'}.csv"
+        self.rows = Rows(args.results / name, self.facts, args.again)
         self.base: Any = None
         self.base_name = ""
         print(
-            f"{device_name(device)}, {torch.get_num_threads()} threads, {str(self.dtype)[6:]}, torch "
+            f"{device_name(self.device)}, {torch.get_num_threads()} threads, {str(self.dtype)[6:]}, torch "
             f"{torch.__version__}, " + ", ".join(f"{k} {v}" for k, v in versions.items()), flush=True,
         )  # fmt: skip
         if not gpu and (busy := self.facts["load"] or 0.0) > 0.6:
-            self.note(f"load {busy:.1f} before the start: others use the cores, so no time here is to be trusted")
+            progress(f"load {busy:.1f} before the start: others use the cores, so no time here is to be trusted")
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-        progress(text)
-
-    def load(self, size: str, share: float = 1.0) -> bool:
-        """Have the backbone; False, with a note, where it does not fit. share: what is needed over its weights."""
+    def load(self, size: str, share: float = 1.0) -> None:
+        """Have the backbone; `Skipped` where it does not fit. share: what is needed over its weights."""
         if self.base_name == size:
-            return True
+            return
         self.base, self.base_name = None, ""
         need, free = share * weights_of(size) * self.dtype.itemsize, free_memory(self.device)
         if need > FILL * free:
-            self.note(f"{size} skipped: it needs {int(need) >> 20:,} MiB and {free >> 20:,} are free")
-            return False
+            raise Skipped(f"{size} needs {int(need) >> 20:,} MiB and {free >> 20:,} are free")
         progress(f"{size}: weights")
         self.base, self.base_name = random_base(size, self.device, self.dtype), size
-        return True
 
     def chosen(self, cases: Sequence[Any], **wanted: Sequence[str] | None) -> list[Any]:
-        """The cases that the arguments leave; a size that no case has takes the place of the first case's.
+        """The cases that the arguments leave; a preset that no case has takes the place of the first case's.
 
         Args:
             wanted: attribute of a case -> values to keep, or None for all.
         """
-        sizes = self.args.size or []
+        sizes = self.args.preset or []
         if missing := [size for size in sizes if size not in {case.size for case in cases}]:
             first = [case for case in cases if case.size == cases[0].size]
             cases = [*cases, *(replace(case, size=size, targets={}) for size in missing for case in first)]
-        wanted |= {name: getattr(self.args, name) for name in ("size", "design", "pooler", "lengths")}
+        wanted |= {"size": sizes} | {name: getattr(self.args, name) for name in ("design", "pooler", "lengths")}
         left = [c for c in cases if all(not values or getattr(c, name) in values for name, values in wanted.items())]
         if self.device.type == "cpu" and not self.args.all:
-            left = [case for case in left if case.size != "mistral-7b"]
+            left = [case for case in left if not case.size.startswith("mistral-7b")]
         if not left:
             raise SystemExit(f"no case is left; there are: {', '.join(dict.fromkeys(case.name for case in cases))}")
         return left
-
-    @property
-    def name(self) -> str:
-        """For files: the device, how much was measured, what alone."""
-        args = self.args
-        parts = [part for parts in (args.size, args.design, args.pooler, args.lengths) for part in parts or ()]
-        parts = [device_slug(self.device), "full" if self.full else "quick", *parts, *filter(None, [args.dtype])]
-        return "-".join(parts)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every size and more texts; the default on a GPU")
     parser.add_argument("--quick", action="store_true", help="without mistral-7b; the default on a CPU")
     parser.add_argument("--all", action="store_true", help="mistral-7b on a CPU too")
-    parser.add_argument("--size", action="append", choices=SIZES, help="only this one; may be repeated")
+    parser.add_argument("--preset", action="append", choices=SIZES, help="only this size; may be repeated")
     parser.add_argument("--design", action="append", choices=DESIGN_NAMES, help="only this one")
     parser.add_argument("--pooler", action="append", choices=POOLERS, help="only this one")
     parser.add_argument("--lengths", action="append", help="only these: tokens a text, or mixed")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; 1 where others use the cores too")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for CSV and plot")
-
-
-def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[int, float]:
-    """Peak bytes of tensors above those there before, and the wall time.
-
-    On a CPU every allocation is recorded: in the resident set a long run of small steps is several times what it holds
-    at once, as the C library keeps what was freed between them.
-    """
-    if device.type == "cuda":
-        peak, seconds = extra_memory(run, device)
-        return peak or 0, seconds
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
-        seconds = wall_time(run, device)
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0)), seconds
+    add_run_arguments(parser)
 
 
 def keep(outputs: dict[str, Any], name: str, run: Callable[[], Any]) -> Callable[[], None]:

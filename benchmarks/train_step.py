@@ -14,40 +14,39 @@ queries: three times as many texts. The texts are tokenized before.
     mlpool                 InfoNCE, every activation kept
     mlpool cached          InfoNCE with cached gradients; both caches take --mini-batch-tokens at a time
 
-The learning rate is zero: AdamW does all its work and every step starts from the same weights. Prints tables, writes
-CSV and a plot (memory and speed against batch) to benchmarks/results/. What the columns mean:
+The learning rate is zero: AdamW does all its work and every step starts from the same weights. Prints tables and adds
+their rows to a CSV in benchmarks/results/, batch by batch. What the columns mean:
 
+    run         packed: no padding is computed; padded: it is
     peak MiB    of tensors above weights and optimizer state: gradients, activations and every workspace
-    vs eager    texts/s over eager's at its largest batch
+    vs eager    texts/s over eager's at the same batch, or at its largest below
     error       relative, to eager (where it did not run, to the first that did) at the same batch: of the loss and,
                 behind |, of all gradients of the pool or of the backbone, whichever is worse. A row out of bounds shows
                 no speed, and the exit status is 1
-    target      batches that fit into the peak of eager's largest: how many times as large
+    target      whether a batch fits into the memory of eager's largest below, and that one four times as large does
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from cases import TRAIN
 from measure import (
     Row,
-    device_name,
     free_memory,
     number,
+    peak_memory,
     progress,
     rounds,
     table,
     touch,
-    write_csv,
 )
 from pipelines import (
     BOTH,
@@ -61,17 +60,18 @@ from pipelines import (
     build,
     check_tokens,
     eager_bytes,
+    execution,
     keep,
     lengths_of,
     nothing,
-    peak_memory,
     spread,
     texts_of,
     timed,
 )
+from rows import run_cases
 from torch import Tensor
 
-HEADER = ["", "batch", "median ms", "20-80 %", "texts/s", "peak MiB", "vs eager", "error", "target"]
+HEADER = ["", "batch", "run", "median ms", "20-80 %", "texts/s", "peak MiB", "vs eager", "error", "target"]
 EAGER_CACHED, OURS_CACHED = "eager cached", "mlpool cached"
 PROVIDERS = (EAGER, EAGER_CACHED, PEER, OURS, OURS_CACHED)
 TUNINGS = ("lora", "full")
@@ -88,7 +88,7 @@ BUDGET = ((8.0, 3, 4.0), (30.0, 5, 15.0), (1.0, 5, 1.0))
 
 @dataclass(frozen=True)
 class Case:
-    """One table.
+    """A backbone, a pool and how they are trained; one table a batch.
 
     batches: of each provider, in queries. mini_batch: tokens of the cached losses. targets: whether mlpool's batch at
     eager's memory has one.
@@ -108,8 +108,11 @@ class Case:
         return f"{self.size} {self.design} {self.pooler} {self.tuning} {self.lengths}"
 
     @property
-    def largest(self) -> int:
-        return max(batch for batches in self.batches.values() for batch in batches)
+    def sizes(self) -> list[int]:
+        return sorted({batch for batches in self.batches.values() for batch in batches})
+
+    def key(self, batch: int, dtype: str) -> Row:
+        return {"case": self.name, "batch": batch, "dtype": dtype, "mini_batch": self.mini_batch}
 
 
 QUICK = {EAGER: (2,), PEER: (2, 8), OURS: (2, 8), OURS_CACHED: (2, 8)}
@@ -177,7 +180,7 @@ class Trainer:
             p.grad = torch.zeros_like(p)
         self.optimizer.step()  # its state belongs to the weights, not to the step
         self.clear()
-        self.texts = texts_of(lengths_of(case.lengths, COLUMNS * case.largest))
+        self.texts = texts_of(lengths_of(case.lengths, COLUMNS * case.sizes[-1]))
         self.tokens = check_tokens(self.models, self.texts)
         # Of the first provider at each batch, and its gradients at the first batch.
         self.known: dict[int, float] = {}
@@ -203,6 +206,11 @@ class Trainer:
             gradients = max(_relative(tensors, self.truth[part]) for part, tensors in grads.items())
         return abs(loss - known) / abs(known), gradients
 
+    def execution(self, provider: str) -> str:
+        """Whether padding is computed."""
+        backbone: Any = self.models[provider.removesuffix(" cached")][0]
+        return execution(backbone)
+
     def step(self, provider: str, batch: int) -> Callable[[], float]:
         """A call that does one step and returns the loss."""
         model = self.models[provider.removesuffix(" cached")]
@@ -222,35 +230,69 @@ class Trainer:
 
 
 class TrainBench(Bench):
-    """Measures case after case."""
+    """Measures batch after batch, with one case's models at a time."""
 
-    def measure(self, case: Case) -> None:
-        # In full fine-tuning each weight has a gradient and two states of AdamW.
-        if not self.load(case.size, share=4.0 if case.tuning == "full" else 1.5):
-            return
-        case = replace(case, mini_batch=self.args.mini_batch_tokens or case.mini_batch)
-        progress(case.name)
-        trainer = Trainer(case, self.base)
-        with torch.no_grad():
-            for model in trainer.models.values():  # once for what only a first call does
-                model(batch_to(model, trainer.texts[:1]))
-        sizes = sorted({batch for batches in case.batches.values() for batch in batches})
-        group = [row for batch in sizes for row in self._batch(case, trainer, batch)]
-        compare(group, bool(case.targets) and not self.args.threads)
-        self.rows += group
-        print(f"\n{case.name}  {COLUMNS} texts a query, mini-batches of {case.mini_batch} tokens")
-        print(table(HEADER, map(cells, group)), flush=True)
+    trainer: Trainer | None = None
+    case: Case | None = None
 
-    def _batch(self, case: Case, trainer: Trainer, batch: int) -> list[Row]:
+    def cases(self, tuning: Sequence[str] | None) -> list[Case]:
+        found = self.chosen(CASES[self.device.type, "full" if self.full else "quick"], tuning=tuning)
+        return [replace(case, mini_batch=self.args.mini_batch_tokens or case.mini_batch) for case in found]
+
+    def measure(self, case: Case, batch: int) -> list[Row]:
         """Every provider at one batch."""
-        names = [name for name in PROVIDERS if batch in case.batches.get(name, ())]
+        trainer = self._trainer(case)
+        runs, losses, extra, samples, errors, why = self._first_steps(case, trainer, batch)
+        wrong = [name for name, error in errors.items() if not self._green(*error)]
+        progress(f"{case.name}: batch {batch}, time")
+        due = {name: (nothing, run) for name, run in runs.items() if name not in samples and name not in wrong}
+        samples |= rounds(due, self.clock, self.budget, self.most, latency=True)
+        trainer.clear()
+        group = []
+        for name in (*runs, *why):
+            error = errors.get(name, (None, None))
+            row: Row = case.key(batch, str(self.dtype)[6:]) | {
+                "preset": case.size, "mode": "train step", "design": case.design, "pooler": case.pooler,
+                "tuning": case.tuning, "lengths": case.lengths, "provider": name, "texts": COLUMNS * batch,
+                "tokens": sum(trainer.tokens[: COLUMNS * batch]),
+                "mini_batch_tokens": case.mini_batch if "cached" in name else None,
+                "execution": trainer.execution(name), "trained": sum(p.numel() for p in trainer.trained),
+                "loss": losses.get(name), "error": error[0], "limit": self._limits[0], "gradient_error": error[1],
+                "gradient_limit": self._limits[1], "green": name not in wrong, "note": why.get(name, ""),
+            }  # fmt: skip
+            if name in samples and name not in wrong:
+                row |= timed(samples[name], COLUMNS * batch, extra[name])
+            group.append(row)
+        known = self.rows.of(case=case.name, dtype=str(self.dtype)[6:], provider=EAGER)
+        compare(group, [row for row in known if row["batch"] < batch], bool(case.targets) and not self.args.threads)
+        print(f"\n{case.name}  batch {batch}, {COLUMNS} texts a query, mini-batches of {case.mini_batch} tokens")
+        print(table(HEADER, map(cells, group)), flush=True)
+        return group
+
+    def _trainer(self, case: Case) -> Trainer:
+        """The case's models, after what only a first call does."""
+        if self.trainer is None or self.case != case:
+            self.trainer = None
+            # In full fine-tuning each weight has a gradient and two states of AdamW.
+            self.load(case.size, share=4.0 if case.tuning == "full" else 1.5)
+            progress(case.name)
+            self.trainer, self.case = Trainer(case, self.base), case
+            with torch.no_grad():
+                for model in self.trainer.models.values():
+                    model(batch_to(model, self.trainer.texts[:1]))
+        return self.trainer
+
+    def _first_steps(self, case: Case, trainer: Trainer, batch: int) -> tuple[Any, ...]:
+        """One step of each provider, for its memory and its errors; what does not fit is left out with the reason."""
         runs: dict[str, Callable[[], float]] = {}
         losses: dict[str, float] = {}
         extra: dict[str, int] = {}
         samples: dict[str, list[float]] = {}
         errors: dict[str, tuple[float, float | None]] = {}
-        for name in names:
-            if not self._fits(case, trainer, name, batch):
+        why: dict[str, str] = {}
+        for name in (name for name in PROVIDERS if batch in case.batches.get(name, ())):
+            if name == EAGER and (reason := self._too_large(trainer, batch)):
+                why[name] = reason
                 continue
             progress(f"{case.name}: batch {batch}, memory of {name}")
             run = trainer.step(name, batch)
@@ -258,36 +300,14 @@ class TrainBench(Bench):
             try:
                 extra[name], seconds = peak_memory(keep(losses, name, run), self.device)
             except torch.OutOfMemoryError:
-                self.note(f"{case.name}: {name} at batch {batch} left out, out of memory")
+                why[name] = "out of memory"
                 continue
             runs[name] = run
             if seconds > self.slow:
                 samples[name] = [seconds]
             if name != PEER:
                 errors[name] = trainer.errors(batch, losses[name])
-        wrong = [name for name, error in errors.items() if not self._green(*error)]
-        for name in wrong:
-            self.note(f"{case.name}: {name} at batch {batch} IS WRONG, errors of loss and gradients {errors[name]}")
-        progress(f"{case.name}: batch {batch}, time")
-        due = {name: (nothing, run) for name, run in runs.items() if name not in samples and name not in wrong}
-        samples |= rounds(due, self.clock, self.budget, self.most, latency=True)
-        trainer.clear()
-        rows = []
-        for name in runs:
-            error = errors.get(name, (None, None))
-            row: Row = {
-                "case": case.name, "preset": case.size, "mode": "train step", "design": case.design,
-                "pooler": case.pooler, "tuning": case.tuning, "lengths": case.lengths, "provider": name, "batch": batch,
-                "texts": COLUMNS * batch, "tokens": sum(trainer.tokens[: COLUMNS * batch]),
-                "mini_batch_tokens": case.mini_batch if "cached" in name else None,
-                "trained": sum(p.numel() for p in trainer.trained), "dtype": str(self.dtype)[6:], "loss": losses[name],
-                "error": error[0], "limit": self._limits[0], "gradient_error": error[1],
-                "gradient_limit": self._limits[1], "green": name not in wrong,
-            }  # fmt: skip
-            if name in samples and name not in wrong:
-                row |= timed(samples[name], COLUMNS * batch, extra[name])
-            rows.append(row | self.facts)
-        return rows
+        return runs, losses, extra, samples, errors, why
 
     @property
     def _limits(self) -> tuple[float, float]:
@@ -297,20 +317,14 @@ class TrainBench(Bench):
         # A NaN is red too.
         return loss <= self._limits[0] and (gradient is None or gradient <= self._limits[1])
 
-    def _fits(self, case: Case, trainer: Trainer, name: str, batch: int) -> bool:
-        """Whether eager is estimated to fit; on a CPU nobody says so before the machine is out of memory."""
-        if name != EAGER:
-            return True
+    def _too_large(self, trainer: Trainer, batch: int) -> str:
+        """Why eager is estimated not to fit; on a CPU nobody says so before the machine is out of memory."""
         texts, free = COLUMNS * batch, free_memory(self.device)
         need = eager_bytes(trainer.models[OURS], TRAIN, texts, max(trainer.tokens[:texts]))
         if need > FILL * free:
-            self.note(
-                f"{case.name}: {name} at batch {batch} left out, it is estimated to take {need >> 20:,} MiB and "
-                f"{free >> 20:,} are free"
-            )
-            return False
+            return f"estimated to take {need >> 20:,} MiB, and {free >> 20:,} are free"
         touch(need, self.device)
-        return True
+        return ""
 
 
 def _relative(values: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -328,75 +342,38 @@ def batch_to(model: Any, texts: Sequence[str]) -> dict[str, Any]:
     return {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in features.items()}
 
 
-def compare(group: Sequence[Row], wanted: bool) -> None:
-    """Write into the rows what they are over eager's largest batch: speed, memory, and the batch in its memory."""
-    timed = [row for row in group if "median_ms" in row]
-    base = next((row for row in reversed(timed) if row["provider"] == EAGER), None)
+def compare(group: Sequence[Row], known: Sequence[Row], wanted: bool) -> None:
+    """Write into the rows of a batch what they are over eager at its largest batch up to theirs.
+
+    Args:
+        known: eager's rows at smaller batches.
+    """
+    base = next((r for r in reversed([*known, *group]) if r["provider"] == EAGER and "median_ms" in r), None)
     for row in group:
         row |= {"target": "", "target_met": None}
-        if base is not None and "median_ms" in row:
-            row["ratio_eager"] = row["texts_per_s"] / base["texts_per_s"]
-            row["memory_share"] = row["extra_mib"] / base["extra_mib"]
-    for name in (EAGER_CACHED, OURS, OURS_CACHED):
-        rows = [row for row in timed if row["provider"] == name and "memory_share" in row]
-        fitting = [row for row in rows if row["memory_share"] <= 1]
-        if not rows:
+        if base is None or "median_ms" not in row:
             continue
-        row = fitting[-1] if fitting else rows[-1]
-        row["batch_ratio"] = ratio = row["batch"] / base["batch"] if fitting else 0.0
-        row["target"] = f"fits: {ratio:g}x eager's batch" if fitting else "does not fit eager's memory"
-        if wanted and name == OURS_CACHED:
-            row["target_met"] = ratio >= TARGET
-            row["target"] += f", >= {TARGET}x {'met' if row['target_met'] else 'MISSED'}"
+        row["ratio_eager"] = row["texts_per_s"] / base["texts_per_s"]
+        row["memory_share"] = row["extra_mib"] / base["extra_mib"]
+        row["batch_ratio"] = ratio = row["batch"] / base["batch"]
+        fits = row["memory_share"] <= 1
+        if ratio > 1 and row["provider"] != PEER:
+            row["target"] = f"{ratio:g}x eager's batch {'fits' if fits else 'does not fit'} its memory"
+        if wanted and row["provider"] == OURS_CACHED and ratio == TARGET:
+            row["target_met"] = fits
+            row["target"] += f": {'met' if fits else 'MISSED'}"
 
 
 def cells(row: Row) -> list[str]:
     error = "" if row["error"] is None else f"{row['error']:.0e}"
     error += "" if row["gradient_error"] is None else f" | {row['gradient_error']:.0e}"
+    start = [row["provider"], str(row["batch"]), row["execution"]]
     if "median_ms" not in row:
-        return [row["provider"], str(row["batch"]), *["-"] * 5, error, "WRONG"]
+        return [*start, *["-"] * 5, error, row["note"] if row["green"] else "WRONG"]
     return [
-        row["provider"], str(row["batch"]), number(row["median_ms"]), spread(row), number(row["texts_per_s"]),
-        number(row["extra_mib"]),
+        *start, number(row["median_ms"]), spread(row), number(row["texts_per_s"]), number(row["extra_mib"]),
         f"{number(row['ratio_eager'])}x" if "ratio_eager" in row else "-", error, row["target"],
     ]  # fmt: skip
-
-
-def plot(rows: Sequence[Row], path: Path, title: str) -> bool:
-    """Peak memory and speed against batch, one row of axes a case; False where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        progress("no plot: pip install matplotlib")
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure, axes = pyplot.subplots(
-        len(cases), 2, figsize=(11, 0.8 + 2.6 * len(cases)), squeeze=False, layout="constrained"
-    )
-    colors = dict(zip(PROVIDERS, ("0.65", "0.4", *pyplot.get_cmap("tab10").colors), strict=False))
-    for case, (memory, speed) in zip(cases, axes, strict=True):
-        for provider in (p for p in PROVIDERS if any(row["provider"] == p for row in rows)):
-            points = [row for row in rows if row["case"] == case and row["provider"] == provider]
-            batches = [row["batch"] for row in points]
-            for axis, key in ((memory, "extra_mib"), (speed, "texts_per_s")):
-                axis.plot(batches, [row[key] for row in points], "o-", color=colors[provider], label=provider)
-        for axis, what in ((memory, "peak, MiB"), (speed, "texts/s")):
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_ylabel(what)
-            axis.set_title(case, fontsize=9)
-            axis.set_xticks(sorted({row["batch"] for row in rows}), labels=sorted({row["batch"] for row in rows}))
-            axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel("batch, queries")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, title=title, loc="outside upper center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -407,20 +384,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if importlib.util.find_spec("peft") is None:
         raise SystemExit("this benchmark needs peft: pip install 'mlpool[train]'")
-    bench = TrainBench(args, BUDGET)
-    device = bench.device.type
-    for case in bench.chosen(CASES[device, "full" if bench.full else "quick"], tuning=args.tuning):
-        bench.measure(case)
-        gc.collect()
-    for line in bench.notes:
-        print(f"note: {line}")
-    if bench.rows:
-        path = args.results / f"train-step-{'-'.join([bench.name, *(args.tuning or [])])}.csv"
-        write_csv(bench.rows, path)
-        title = f"a training step on {device_name(bench.device)}, {str(bench.dtype)[6:]}"
-        drawn = plot([row for row in bench.rows if "median_ms" in row], path.with_suffix(".png"), title)
-        print(f"\nwritten: {path.name}{f' and {path.stem}.png' if drawn else ''} in {path.parent.name}/")
-    return int(not all(row["green"] for row in bench.rows))
+    bench = TrainBench("train-step", args, BUDGET)
+    todo = (
+        (case.key(batch, str(bench.dtype)[6:]), partial(bench.measure, case, batch))
+        for case in bench.cases(args.tuning) for batch in case.sizes
+    )  # fmt: skip
+    return run_cases(todo, bench.rows, bench.device, args.minutes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """mlpool_kernels: multi-layer pooling for torch, with Triton kernels where there is a GPU. Needs torch alone."""
 
 from .gather import gather
-from .plan import Plan, Sizes, choose
+from .plan import Plan, Rates, Sizes, choose, predict
 from .pool import Weights, fold_queries, fold_values, pool
 
-__all__ = ["Plan", "Sizes", "Weights", "choose", "fold_queries", "fold_values", "gather", "pool"]
+__all__ = ["Plan", "Rates", "Sizes", "Weights", "choose", "fold_queries", "fold_values", "gather", "pool", "predict"]

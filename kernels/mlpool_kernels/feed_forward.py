@@ -4,7 +4,9 @@
 
 N [B,R,D] -> ū [B,F]. The mean commutes with W2, which then acts on one row per text (`pool.py`). Two forms:
 
-    fused     one launch: both halves of W1, gate and mean; a program holds a block of F and sums over all latents
+    fused     one launch: both halves of W1, gate and mean; a program holds a block of F and sums over all latents.
+              From sm_90 on the tiles come by tensor descriptors (the copy engine), which leaves registers for larger
+              ones; elsewhere, and for rows that do not start every 16 bytes, by pointers
     chunked   the product W1 in chunks of texts, then one launch that gates and reduces; on a CPU the same in torch
 
 The backward computes [a|g] again chunk by chunk (or reads it, where it was saved) and turns it into its gradient.
@@ -14,12 +16,18 @@ Source: arXiv 2409.02727, section 3.3, equation 6; GEGLU with the exact gelu as 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .runtime import ceil_div, dot_options, jit, tl
+from .runtime import INTERPRETED, ceil_div, dot_options, jit, tl, triton
 from .tiles import tile
+
+TensorDescriptor: Any = None
+if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[no-redef]
 
 # The chunk of [a|g] that is alive at once; large enough for products at full speed.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
@@ -36,38 +44,56 @@ def _gelu(x):
 
 @jit
 def _feed_forward_kernel(
-    normed, weight, bias, out, R,
-    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    normed, weight, bias, out, B, R,
+    HIDDEN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs share a text's N and differ in their block of W1.
-    unit = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    text = tl.program_id(1).to(tl.int64)
+    """ū of TEXTS texts and BLOCK_F units. normed and weight are pointers, or with DESCRIPTORS tensor descriptors."""
+    # ROWS = R where several texts fill a tile; else a tile is ROWS = BLOCK_R latents of one text.
+    TEXTS: tl.constexpr = BLOCK_R // ROWS
+    # GROUP tiles of texts go through all of W1 together: what one program reads of either, the others find in L2.
+    blocks = (WIDTH + BLOCK_F - 1) // BLOCK_F
+    group = tl.program_id(0) // (GROUP * blocks)
+    place = tl.program_id(0) % (GROUP * blocks)
+    size = tl.minimum(tl.cdiv(B, TEXTS) - group * GROUP, GROUP)
+    first_text = (group * GROUP + place % size) * TEXTS
+    first_unit = place // size * BLOCK_F
+    unit = first_unit + tl.arange(0, BLOCK_F)
     valid = unit < WIDTH
     bias_a = tl.load(bias + unit, mask=valid, other=0.0).to(tl.float32)
     bias_g = tl.load(bias + WIDTH + unit, mask=valid, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK_F], tl.float32)
-    for start in range(0, R, BLOCK_R):
-        latent = start + tl.arange(0, BLOCK_R)
-        row = (text * R + latent)[:, None] * HIDDEN
+    total = tl.zeros([TEXTS, BLOCK_F], tl.float32)
+    for start in range(0, R, ROWS):
+        index = tl.arange(0, BLOCK_R)
+        own = (start + index % ROWS < R) & (first_text + index // ROWS < B)
+        row = (first_text.to(tl.int64) * R + start + index)[:, None] * HIDDEN
         a = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
         g = tl.zeros([BLOCK_R, BLOCK_F], tl.float32)
         for first in range(0, HIDDEN, BLOCK_D):
-            column = first + tl.arange(0, BLOCK_D)
-            inside = column < HIDDEN
-            x = tl.load(normed + row + column[None, :], mask=(latent < R)[:, None] & inside[None, :], other=0.0)
-            half = weight + unit[None, :].to(tl.int64) * HIDDEN + column[:, None]
-            mask = valid[None, :] & inside[:, None]
-            wa = tl.load(half, mask=mask, other=0.0)
-            wg = tl.load(half + WIDTH * HIDDEN, mask=mask, other=0.0)
+            if DESCRIPTORS:
+                # Rows of the next text and units of the other half are read too, and left out below.
+                x = normed.load([first_text * R + start, first])
+                wa = weight.load([first_unit, first]).T
+                wg = weight.load([WIDTH + first_unit, first]).T
+            else:
+                column = first + tl.arange(0, BLOCK_D)
+                inside = column < HIDDEN
+                x = tl.load(normed + row + column[None, :], mask=own[:, None] & inside[None, :], other=0.0)
+                half = weight + unit[None, :].to(tl.int64) * HIDDEN + column[:, None]
+                mask = valid[None, :] & inside[:, None]
+                wa = tl.load(half, mask=mask, other=0.0)
+                wg = tl.load(half + WIDTH * HIDDEN, mask=mask, other=0.0)
             if UPCAST:
                 x, wa, wg = x.to(tl.float32), wa.to(tl.float32), wg.to(tl.float32)
             a = tl.dot(x, wa, a, input_precision=PRECISION)
             g = tl.dot(x, wg, g, input_precision=PRECISION)
         gated, _ = _gelu(g + bias_g[None, :])
-        u = (a + bias_a[None, :]) * gated
-        total += tl.sum(tl.where((latent < R)[:, None], u, 0.0), 0)
-    tl.store(out + text * WIDTH + unit, total / R, mask=valid)
+        u = tl.where(own[:, None], (a + bias_a[None, :]) * gated, 0.0)
+        total += tl.sum(tl.reshape(u, [TEXTS, ROWS, BLOCK_F]), 1)
+    text = first_text + tl.arange(0, TEXTS)
+    target = out + text.to(tl.int64)[:, None] * WIDTH + unit[None, :]
+    tl.store(target, total / R, mask=(text < B)[:, None] & valid[None, :])
 
 
 @jit
@@ -185,15 +211,37 @@ def _feed_forward_cpu(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def takes_descriptors(normed: Tensor, weight: Tensor) -> bool:
+    """Whether the copy engine of sm_90 and later can read the tiles: 16-bit rows that start every 16 bytes.
+
+    The interpreter follows descriptors too.
+    """
+    if not INTERPRETED and (torch.version.hip or torch.cuda.get_device_capability(normed.device) < (9, 0)):
+        return False
+    narrow = normed.element_size() == 2 and normed.shape[2] % 8 == 0
+    # The engine's coordinates are of 32 bits.
+    return narrow and len(normed) * normed.shape[1] < 2**31 and all(t.data_ptr() % 16 == 0 for t in (normed, weight))
+
+
+def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor, descriptors: bool | None = None) -> Tensor:
+    """descriptors: read by tensor descriptors or by pointers; None is by descriptors where they can be used."""
     batch, num_latents, hidden = normed.shape
     width = weight.shape[0] // 2
     out = normed.new_empty(batch, width, dtype=torch.float32)
-    t = tile("feed_forward", hidden, wide=normed.dtype == torch.float32)
+    descriptors = takes_descriptors(normed, weight) if descriptors is None else descriptors
+    name = "feed_forward_tma" if descriptors else "feed_forward"
+    t = tile(name, hidden, wide=normed.dtype == torch.float32)
+    rows = num_latents if t["BLOCK_R"] % num_latents == 0 else t["BLOCK_R"]
+    tiles = ceil_div(batch, t["BLOCK_R"] // rows) * ceil_div(width, t["BLOCK_F"])
+    x, w = normed.contiguous(), weight.contiguous()
+    if descriptors:
+        x = TensorDescriptor.from_tensor(x.flatten(0, 1), [t["BLOCK_R"], t["BLOCK_D"]])
+        w = TensorDescriptor.from_tensor(w, [t["BLOCK_F"], t["BLOCK_D"]])
     with torch.cuda.device_of(normed):
-        _feed_forward_kernel[(ceil_div(width, t["BLOCK_F"]), batch)](
-            normed, weight, bias, out, num_latents, hidden, width, **t, **dot_options(normed.dtype)
-        )
+        _feed_forward_kernel[(tiles,)](
+            x, w, bias, out, batch, num_latents, hidden, width, rows, **t, DESCRIPTORS=descriptors,
+            **dot_options(normed.dtype),
+        )  # fmt: skip
     return out
 
 

@@ -22,6 +22,11 @@ from torch import Tensor
 from .runtime import ceil_div, direct, jit, tl, use_triton
 from .tiles import tile
 
+# Programs that fill a large GPU several times over (132 multiprocessors), the fewest rows worth one, and the tile that
+# adds up what they leave.
+PROGRAMS, PART_ROWS = 1024, 32
+SUM_TILE = {"BLOCK_T": 64, "BLOCK_D": 64, "num_warps": 4}
+
 
 @jit
 def _select(states, index, LAYERS: tl.constexpr):
@@ -34,27 +39,42 @@ def _select(states, index, LAYERS: tl.constexpr):
 
 @jit
 def _mean_kernel(
-    states, starts, ends, keep, count, out, tokens, stride_text, stride_token,
-    LAYERS: tl.constexpr, HIDDEN: tl.constexpr, MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    states, starts, ends, keep, count, out, tokens, stride_text, stride_token, parts, texts_per_count,
+    LAYERS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    text = tl.program_id(0).to(tl.int64)
+    """out [texts, LAYERS, parts, HIDDEN]: a program sums one of `parts` equal parts of a text's tokens.
+
+    Without `count` the sums themselves, else means (parts is 1). Without `starts` every text has `tokens` rows.
+    """
+    text = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
     layer = tl.program_id(1).to(tl.int64)
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < HIDDEN
-    base = _select(states, layer, LAYERS)
-    start, end = tl.load(starts + text), tl.load(ends + text)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(start, end, BLOCK_T):
-        row = first + tl.arange(0, BLOCK_T)
-        kept = row < end
-        if MASKED:
-            kept = kept & (tl.load(keep + row, mask=kept, other=0) != 0)
+    if starts is None:
+        start, length = text * tokens, tokens
+    else:
+        start = tl.load(starts + text)
+        length = (tl.load(ends + text) - start).to(tl.int32)
+    size = (length + parts - 1) // parts
+    first = part * size
+    stop = tl.minimum(first + size, length)
+    # A text's rows lie one stride apart: the only division is outside the loop.
+    base = _select(states, layer, LAYERS) + (start // tokens) * stride_text + (start % tokens) * stride_token
+    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for done in range(first, stop, BLOCK_T):
+        row = done + tl.arange(0, BLOCK_T)
+        kept = row < stop
+        if keep is not None:
+            kept = kept & (tl.load(keep + start + row, mask=kept, other=0) != 0)
         # Rows left out are not read at all: NaN in padding stays in padding.
-        offset = (row // tokens) * stride_text + (row % tokens) * stride_token
-        x = tl.load(base + offset[:, None] + column[None, :], mask=kept[:, None] & inside[None, :], other=0.0)
-        total += tl.sum(x.to(tl.float32), 0)
-    mean = total / tl.load(count + text).to(tl.float32)
-    tl.store(out + (text * LAYERS + layer) * HIDDEN + column, mean.to(out.dtype.element_ty), mask=inside)
+        offset = row.to(tl.int64)[:, None] * stride_token + column[None, :]
+        total += tl.load(base + offset, mask=kept[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    result = tl.sum(total, 0)
+    if count is not None:
+        result = result / tl.load(count + text // texts_per_count).to(tl.float32)
+    target = out + ((text * LAYERS + layer) * parts + part) * HIDDEN + column
+    tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -76,21 +96,47 @@ def _last_kernel(
 
 @jit
 def _backward_kernel(
-    grads, grad_out, text_of_row, scale, rows,
-    LAYERS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    grads, added, grad_out, starts, ends, count, keep, rows, texts, parts,
+    LAYERS: tl.constexpr, HIDDEN: tl.constexpr, LAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Row t of layer l's gradient is scale[t] · grad_out[text of t, l]; every element is written once."""
+    """A kept row gets its text's gradient, divided by the text's tokens, the others zero; every element once.
+
+    A program writes one of `parts` equal parts of a text's rows. The first text's begin at row 0, another's where the
+    one before ended, the last text's reach to the end, so that what lies around packed texts is written too.
+    With LAST `ends` holds the last tokens themselves. `added` [rows, HIDDEN] or None is a gradient to add to.
+    """
+    text = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
     layer = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    valid = row < rows
-    factor = tl.load(scale + row, mask=valid, other=0.0)
-    text = tl.load(text_of_row + row, mask=valid, other=0)
-    used = (valid & (factor != 0))[:, None] & (column < HIDDEN)[None, :]
-    source = grad_out + (text[:, None] * LAYERS + layer) * HIDDEN + column[None, :]
-    grad = tl.load(source, mask=used, other=0.0).to(tl.float32) * factor[:, None]
-    target = _select(grads, layer, LAYERS) + row[:, None] * HIDDEN + column[None, :]
-    tl.store(target, grad.to(grad_out.dtype.element_ty), mask=valid[:, None] & (column < HIDDEN)[None, :])
+    inside = column < HIDDEN
+    end = tl.load(ends + text)
+    begin = tl.where(text == 0, 0, tl.load(ends + text - 1, mask=text > 0, other=0))
+    start = end
+    if LAST:
+        end += 1
+        begin = tl.where(text == 0, 0, begin + 1)
+    else:
+        start = tl.load(starts + text)
+    length = tl.where(text == texts - 1, rows, end) - begin
+    size = (length + parts - 1) // parts
+    first = begin + part * size
+    stop = begin + tl.minimum((part + 1) * size, length)
+    grad = tl.load(grad_out + (text * LAYERS + layer) * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
+    if not LAST:
+        grad = grad / tl.load(count + text).to(tl.float32)
+    base = _select(grads, layer, LAYERS)
+    for done in range(first, stop, BLOCK_T):
+        row = done + tl.arange(0, BLOCK_T)
+        kept = (row >= start) & (row < end)
+        if keep is not None:
+            kept = kept & (tl.load(keep + row, mask=kept, other=0) != 0)
+        value = tl.where(kept[:, None], grad[None, :], 0.0)
+        offset = row[:, None] * HIDDEN + column[None, :]
+        mask = (row < stop)[:, None] & inside[None, :]
+        if added is not None:
+            value += tl.load(added + offset, mask=mask, other=0.0).to(tl.float32)
+        tl.store(base + offset, value.to(grad_out.dtype.element_ty), mask=mask)
 
 
 def token_strides(state: Tensor) -> tuple[int, int, int]:
@@ -117,23 +163,42 @@ def _forward(
         # Layer by layer; which text a row counts for is worked out once.
         text = text_of_row(first.shape[:-1].numel(), starts, ends, keep) if mean else None
         return torch.stack([_pool_torch(s, last, count, text).to(states[-1].device) for s in states], 1)
+    if mean:
+        return _mean_triton(states, starts, ends, count, keep)
     hidden, layers, batch = first.shape[-1], len(states), len(last)
     out = first.new_empty(batch, layers, hidden)
-    tokens, stride_text, stride_token = token_strides(first)
+    t = tile("last", hidden=hidden)
     with torch.cuda.device_of(first):
-        if mean:
-            t = tile("mean", hidden=hidden)
-            grid = (batch, layers, ceil_div(hidden, t["BLOCK_D"]))
-            _mean_kernel[grid](
-                tuple(states), starts, ends, keep, count, out, tokens, stride_text, stride_token,
-                layers, hidden, keep is not None, **t,
-            )  # fmt: skip
-        else:
-            t = tile("last", hidden=hidden)
-            _last_kernel[(batch, layers)](
-                tuple(states), last, out, tokens, stride_text, stride_token, layers, hidden, **t
+        _last_kernel[(batch, layers)](tuple(states), last, out, *token_strides(first), layers, hidden, **t)
+    return out
+
+
+def _mean_triton(
+    states: Sequence[Tensor], starts: Tensor, ends: Tensor, count: Tensor, keep: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Where texts alone are too few programs, each is summed in parts, and the same kernel adds the parts up."""
+    first = states[0]
+    batch, layers, hidden = len(starts), len(states), first.shape[-1]
+    t = tile("mean", hidden=hidden)
+    blocks = ceil_div(hidden, t["BLOCK_D"])
+    parts = _parts(batch * layers * blocks, first.shape[-2])
+    out = first.new_empty(batch, layers, hidden)
+    sums = out if parts == 1 else first.new_empty(batch, layers, parts, hidden, dtype=torch.float32)
+    with torch.cuda.device_of(first):
+        _mean_kernel[(batch * parts, layers, blocks)](
+            tuple(states), starts, ends, keep, count if parts == 1 else None, sums, *token_strides(first), parts, 1,
+            layers, hidden, **t,
+        )  # fmt: skip
+        if parts > 1:
+            _mean_kernel[(batch * layers, 1, ceil_div(hidden, SUM_TILE["BLOCK_D"]))](
+                (sums,), None, None, None, count, out, parts, parts * hidden, hidden, 1, layers, 1, hidden, **SUM_TILE
             )
     return out
+
+
+def _parts(programs: int, longest: int) -> int:
+    """Into how many parts a text of up to `longest` rows is cut, where there are `programs` without cutting."""
+    return max(1, min(ceil_div(longest, PART_ROWS), ceil_div(PROGRAMS, programs)))
 
 
 def _pool_torch(state: Tensor, last: Tensor, count: Tensor, text: Tensor | None) -> Tensor:
@@ -159,42 +224,42 @@ def text_of_row(rows: int, starts: Tensor, ends: Tensor, keep: Tensor | None) ->
     return text.masked_fill(left_out, len(ends))
 
 
-def _row_scale(
-    rows: int, starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None, mean: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """For each flat row its text [rows] int64 and the factor [rows] its text's gradient reaches it with."""
-    if not mean:
-        row = torch.arange(rows, device=last.device)
-        text = torch.searchsorted(last, row).clamp(max=len(last) - 1)
-        return text, (row == last[text]).to(dtype)
-    text = text_of_row(rows, starts, ends, keep)
-    inverse = torch.cat([1 / count.to(dtype), count.new_zeros(1, dtype=dtype)])
-    return text.clamp(max=len(ends) - 1), inverse[text]
-
-
 def _backward(
     grad: Tensor, shape: Sequence[int], starts: Tensor, ends: Tensor, last: Tensor, count: Tensor,
-    keep: Tensor | None, mean: bool, backend: str,
+    keep: Tensor | None, mean: bool, backend: str, added: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    """grad [B, L, D] -> L dense gradients of `shape`."""
     layers, hidden = grad.shape[1:]
     grad = grad.contiguous()
     rows = torch.Size(shape).numel() // hidden
-    if not use_triton(backend, grad):
-        if mean:
-            text = text_of_row(rows, starts, ends, keep)
-            each = torch.cat([grad / count[:, None, None], grad.new_zeros(1, layers, hidden)])
-            return [each[:, layer].index_select(0, text).view(shape) for layer in range(layers)]
-        zeros = [grad.new_zeros(rows, hidden) for _ in range(layers)]
-        return [zero.index_copy_(0, last, grad[:, layer]).view(shape) for layer, zero in enumerate(zeros)]
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    text, scale = _row_scale(rows, starts, ends, last, count, keep, mean, wide)
+    if use_triton(backend, grad):
+        return _backward_triton(grad, shape, starts, ends if mean else last, count, keep, mean, added)
+    flat = None if added is None else added.reshape(rows, hidden)
+    if mean:
+        text = text_of_row(rows, starts, ends, keep)
+        each = torch.cat([grad / count[:, None, None], grad.new_zeros(1, layers, hidden)])
+        spread = [each[:, layer].index_select(0, text) for layer in range(layers)]
+        return [(s if flat is None else s.add_(flat)).view(shape) for s in spread]
+    if flat is not None:
+        return [flat.index_add(0, last, grad[:, 0]).view(shape)]
+    zeros = [grad.new_zeros(rows, hidden) for _ in range(layers)]
+    return [zero.index_copy_(0, last, grad[:, layer]).view(shape) for layer, zero in enumerate(zeros)]
+
+
+def _backward_triton(
+    grad: Tensor, shape: Sequence[int], starts: Tensor, ends: Tensor, count: Tensor, keep: Tensor | None, mean: bool,
+    added: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    batch, layers, hidden = grad.shape
+    rows = torch.Size(shape).numel() // hidden
     grads = [grad.new_empty(shape) for _ in range(layers)]
     t = tile("gather_backward", hidden=hidden)
-    grid = (ceil_div(rows, t["BLOCK_T"]), layers, ceil_div(hidden, t["BLOCK_D"]))
+    blocks = ceil_div(hidden, t["BLOCK_D"])
+    parts = _parts(batch * layers * blocks, shape[-2])
     with torch.cuda.device_of(grad):
-        _backward_kernel[grid](tuple(grads), grad, text, scale, rows, layers, hidden, **t)
+        _backward_kernel[(batch * parts, layers, blocks)](
+            tuple(grads), None if added is None else added.contiguous(), grad, starts, ends, count,
+            keep if mean else None, rows, batch, parts, layers, hidden, not mean, **t,
+        )  # fmt: skip
     return grads
 
 
@@ -214,13 +279,13 @@ def _(states, starts, ends, last, count, keep, mean, backend):
 @torch.library.custom_op("mlpool::gather_backward", mutates_args=())
 def _gather_backward_op(
     grad: Tensor, shape: list[int], starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None,
-    mean: bool, backend: str,
+    mean: bool, backend: str, added: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    return _backward(grad, shape, starts, ends, last, count, keep, mean, backend)
+    return _backward(grad, shape, starts, ends, last, count, keep, mean, backend, added)
 
 
 @_gather_backward_op.register_fake
-def _(grad, shape, starts, ends, last, count, keep, mean, backend):
+def _(grad, shape, starts, ends, last, count, keep, mean, backend, added=None):
     return [grad.new_empty(shape) for _ in range(grad.shape[1])]
 
 
@@ -256,3 +321,19 @@ def gather(
     """
     arguments = (list(states), starts, ends, last, count, keep, mean, backend)
     return (_forward if direct(states) else _gather_op)(*arguments)
+
+
+def gather_backward(
+    grad: Tensor, shape: Sequence[int], starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None,
+    mean: bool, backend: str = "auto", added: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of the L states, dense and of `shape`, from that of their rows.
+
+    Args:
+        grad: [B, L, D]. added: a gradient [rows, D] of the state, where L is 1, to which its own is added, out of place.
+        The others are those of `gather`.
+    """
+    arguments = (grad, list(shape), starts, ends, last, count, keep, mean, backend, added)
+    # Torch's own operations can be traced and differentiated again; a kernel cannot, and its op says so.
+    plain = direct([grad, added]) or not use_triton(backend, grad)
+    return (_backward if plain else _gather_backward_op)(*arguments)

@@ -3,10 +3,18 @@
 Every form gives the same numbers; they differ in floating-point operations, memory and launches. FLOP counts are two
 per multiply-add. Work on weights alone (`once`) is paid per weight update: in training at every step, in evaluation
 only when the folded weights are not cached.
+
+`predict` turns a plan into seconds by the `Rates` of a device: each step is a list of operations, and an operation
+takes launch + FLOP / rate + bytes / memory. A sum, not the larger of the two: it is smooth in every size, rates are
+fitted to it one by one (`benchmarks/tune.py`), and torch.compile needs no guard per operation. `choose` compares those
+seconds where rates were fitted for the device; elsewhere it counts FLOP, and keeps to a few constants for what FLOP do
+not tell.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,15 +24,54 @@ VALUES = ("early", "absorbed", "late")
 LAUNCHES = ("one", "two")
 FEED_FORWARD = ("fused", "chunked")
 MEMORY = ("save", "recompute_ff", "recompute")
-CHOICES = {"keys": KEYS, "values": VALUES, "launches": LAUNCHES, "feed_forward": FEED_FORWARD, "memory": MEMORY}
+MIX = ("kernel", "product")
+CHOICES = {
+    "keys": KEYS, "values": VALUES, "launches": LAUNCHES, "feed_forward": FEED_FORWARD, "memory": MEMORY, "mix": MIX,
+}  # fmt: skip
+STEPS = ("scores, softmax", "values, mixing", "feed-forward, mean")
 
-# One launch re-reads a text's rows for every block of columns: worth it up to this many scores per key.
+# What the kernels can hold in one tile: the keys of a text, its latents.
+ONE_LAUNCH_KEYS, MIX_LATENTS = 128, 128
+# Without fitted rates: one launch re-reads a text's rows for every block of columns, which is worth it up to this many
+# scores per key.
 ONE_LAUNCH_COLUMNS = 1024
 # The fused feed-forward saves writing and reading [a|g], 4 bytes for 2·D operations: worth it for a small D, and for
 # few latents, where launches count. Elsewhere a product at library speed plus a second pass is faster.
 FUSED_HIDDEN, FUSED_LATENTS = 1536, 128
 # What a backward pass may keep alive before it computes again instead, as a share of the device's memory.
 SAVED_SHARE = 0.1
+
+
+class Rates(NamedTuple):
+    """What a device does in a second, for one compute dtype.
+
+    product: FLOP/s of the library's matrix products. attend, mix, feed_forward: FLOP/s of these kernels (as executed:
+    the mix kernel computes Y twice). memory: bytes/s, read and written. launch: seconds of one operation that does
+    nothing. source: "default", or "fitted for" the device's name.
+    """
+
+    product: float
+    attend: float
+    mix: float
+    feed_forward: float
+    memory: float
+    launch: float
+    source: str
+
+
+# To show seconds where none were measured: by device type and bytes of the dtype. The GPU's are an H200's measured
+# product and bandwidth and the kernels' estimates from their binaries, the CPU's those of two cores.
+DEFAULT_RATES = {
+    ("cuda", 2): Rates(7.9e14, 1e14, 1e14, 3.5e14, 4.3e12, 5e-6, "default"),
+    ("cuda", 4): Rates(5e13, 1e13, 1e13, 2e13, 4.3e12, 5e-6, "default"),
+    ("cpu", 4): Rates(1.6e11, 1.6e11, 1.6e11, 1.6e11, 1e10, 1e-5, "default"),
+}
+
+
+def default_rates(device: str, itemsize: int) -> Rates:
+    """The rates to predict by where none were fitted; device: a torch device type."""
+    known = DEFAULT_RATES.get((device, itemsize))
+    return known or DEFAULT_RATES["cuda" if device == "cuda" else "cpu", 4]
 
 
 class Sizes(NamedTuple):
@@ -49,7 +96,8 @@ class Plan:
 
     keys: "absorbed" | "plain". values: "absorbed" | "early" | "late". launches: "one" | "two" for gather, norm,
     scores and softmax. feed_forward: "fused" | "chunked". memory: "save" what the backward needs, "recompute_ff" all
-    but the feed-forward's width, "recompute" everything from the gathered rows.
+    but the feed-forward's width, "recompute" everything from the gathered rows. mix: "kernel" | "product" for mixing,
+    residual, norm and mean.
     """
 
     keys: str = "absorbed"
@@ -57,9 +105,10 @@ class Plan:
     launches: str = "two"
     feed_forward: str = "chunked"
     memory: str = "save"
+    mix: str = "product"
 
     def __str__(self) -> str:
-        return f"{self.keys} {self.values} {self.launches} {self.feed_forward} {self.memory}"
+        return f"{self.keys} {self.values} {self.launches} {self.feed_forward} {self.memory} {self.mix}"
 
     @staticmethod
     @lru_cache
@@ -125,14 +174,139 @@ def saved_bytes(s: Sizes, plan: Plan, itemsize: int) -> int:
     return kept * itemsize
 
 
-def choose(s: Sizes, *, training: bool, cached: bool, triton: bool, itemsize: int, memory_bytes: int) -> Plan:
+# --- seconds ----------------------------------------------------------------------------------------------------------
+
+
+class Operation(NamedTuple):
+    """One launch or library call on a batch. unit: the field of `Rates` that its FLOP go by."""
+
+    unit: str
+    flops: float
+    bytes: float
+
+
+def seconds(operations: Iterable[Operation], rates: Rates) -> float:
+    total = 0.0
+    for unit, flops, moved in operations:
+        total = total + rates.launch + flops / getattr(rates, unit) + moved / rates.memory
+    return total
+
+
+def key_operations(s: Sizes, plan: Plan, itemsize: int, *, cached: bool) -> list[Operation]:
+    """From the gathered rows to the attention, by plan.keys and plan.launches."""
+    rows, columns, inner = s.batch * s.keys, s.heads * s.latents, s.inner
+    read, weight = rows * s.hidden * itemsize, inner * s.hidden * itemsize
+    scores, queries = rows * columns * itemsize, columns * s.hidden * itemsize
+    if s.keys == 1:
+        return [Operation("product", 0, 2 * read)]
+    (per_text, once), operations = key_flops(s, plan.keys), []
+    if not cached:
+        folded = weight + queries if plan.keys == "absorbed" else 0
+        operations.append(Operation("product", once, weight + folded))
+    if plan.launches == "one":
+        return [*operations, Operation("attend", s.batch * per_text, 3 * read + queries + scores)]
+    operations.append(Operation("product", 0, 2 * read))
+    if plan.keys == "absorbed":
+        operations.append(Operation("product", s.batch * per_text, read + queries + scores))
+    else:
+        k = rows * inner * itemsize
+        operations.append(Operation("product", 2 * rows * inner * s.hidden, read + weight + k))
+        operations.append(Operation("product", 2 * rows * inner * s.latents, k + s.latents * inner * itemsize + scores))
+    return [*operations, Operation("product", 0, 2 * scores)]
+
+
+def value_operations(s: Sizes, plan: Plan, itemsize: int, *, cached: bool) -> list[Operation]:
+    """From the attention to the normed latents, by plan.values and plan.mix."""
+    rows, columns, inner = s.batch * s.keys, s.heads * s.latents, s.inner
+    read, weight = rows * s.hidden * itemsize, inner * s.hidden * itemsize
+    v, vo, attention = rows * inner * itemsize, rows * s.heads * s.hidden * itemsize, rows * columns * itemsize
+    y = s.batch * s.latents * s.hidden * itemsize
+    project = 2 * rows * inner * s.hidden
+    if plan.values == "late":
+        outputs = s.batch * s.latents * inner
+        return [
+            Operation("product", project, read + weight + v),
+            Operation("product", 2 * outputs * s.keys, attention + v + outputs * itemsize),
+            Operation("product", 2 * outputs * s.hidden, outputs * itemsize + weight + y),
+            Operation("product", 0, 2 * y),
+            Operation("product", 0, y),
+        ]
+    operations = []
+    if plan.values == "absorbed":
+        folded = s.heads * s.hidden * s.hidden * itemsize
+        if not cached:
+            operations.append(Operation("product", value_flops(s, "absorbed")[1], 2 * weight + folded))
+        operations.append(Operation("product", 2 * rows * s.heads * s.hidden * s.hidden, read + folded + vo))
+    else:
+        operations.append(Operation("product", project, read + weight + v))
+        operations.append(Operation("product", project, v + weight + vo))
+    mixing = 2 * rows * columns * s.hidden
+    if plan.mix == "kernel":
+        return [*operations, Operation("mix", 2 * mixing, 2 * (attention + vo) + y)]
+    operations.append(Operation("product", mixing, attention + vo + y))
+    return [*operations, Operation("product", 0, 2 * y), Operation("product", 0, y)]
+
+
+def feed_forward_operations(s: Sizes, plan: Plan, itemsize: int) -> list[Operation]:
+    """From the normed latents to the pooled vector, by plan.feed_forward; a saved [a|g] is a plain product's."""
+    first, second = 4 * s.batch * s.latents * s.hidden * s.width, 2 * s.batch * s.width * s.hidden
+    moved = (s.batch * s.latents * s.hidden + 2 * s.width * s.hidden) * itemsize
+    out = Operation("product", second, s.width * s.hidden * itemsize)
+    if plan.feed_forward == "fused" and plan.memory != "save":
+        return [Operation("feed_forward", first, moved), out]
+    both = 2 * s.batch * s.latents * s.width * itemsize
+    return [Operation("product", first, moved + both), Operation("product", 0, both), out]
+
+
+def predict(
+    s: Sizes, plan: Plan, rates: Rates, *, itemsize: int, training: bool = False, cached: bool = True
+) -> dict[str, float]:
+    """Seconds of each of `STEPS` of one call: by `rates`, the backward as twice the forward.
+
+    Args:
+        itemsize: bytes of the compute dtype. training: with a backward pass, and what plan.memory computes again.
+        cached: the folded weights are there already.
+    """
+    times = [
+        seconds(key_operations(s, plan, itemsize, cached=cached), rates),
+        seconds(value_operations(s, plan, itemsize, cached=cached), rates),
+        seconds(feed_forward_operations(s, plan, itemsize), rates),
+    ]
+    if training:
+        again = {"save": (0, 0, 0), "recompute_ff": (0, 0, 1), "recompute": (1, 1, 1)}[plan.memory]
+        times = [t * (3 + more) for t, more in zip(times, again, strict=True)]
+    return dict(zip(STEPS, times, strict=True))
+
+
+# --- choice -----------------------------------------------------------------------------------------------------------
+
+
+def choose(
+    s: Sizes, *, training: bool, cached: bool, triton: bool, itemsize: int, memory_bytes: int, masked: bool = False,
+    rates: Rates | None = None,
+) -> Plan:  # fmt: skip
     """The cheapest plan.
 
     Args:
         s: the call's sizes. training: a backward pass will follow. cached: the folded weights are there already.
         triton: kernels will run. itemsize: bytes of the compute dtype. memory_bytes: of the device.
+        masked: some keys are padding, which one launch does not take.
+        rates: fitted for the device and dtype; None compares FLOP.
     """
+    one = triton and not masked and s.keys <= ONE_LAUNCH_KEYS
+    mixes = triton and s.latents <= MIX_LATENTS
+    if rates is None:
+        plan = _by_flops(s, cached=cached, triton=triton, one=one, mixes=mixes)
+    else:
+        plan = _by_seconds(s, rates, itemsize, cached=cached, triton=triton, one=one, mixes=mixes)
+    if not training:
+        return replace(plan, memory="recompute")
+    if s.batch * saved_bytes(s, plan, itemsize) <= SAVED_SHARE * memory_bytes:
+        return plan
+    return replace(plan, memory="recompute_ff" if keys_fit(s, plan, itemsize, memory_bytes) else "recompute")
 
+
+def _by_flops(s: Sizes, *, cached: bool, triton: bool, one: bool, mixes: bool) -> Plan:
     # The backward costs twice the forward everywhere, so it changes no comparison.
     def cost(flops: tuple[int, int]) -> int:
         per_text, once = flops
@@ -144,14 +318,39 @@ def choose(s: Sizes, *, training: bool, cached: bool, triton: bool, itemsize: in
         keys = form if cost(key_flops(s, form)) < cost(key_flops(s, keys)) else keys
     for form in VALUES[1:]:
         values = form if cost(value_flops(s, form)) < cost(value_flops(s, values)) else values
-    one = triton and keys == "absorbed" and s.heads * s.latents <= ONE_LAUNCH_COLUMNS and s.keys <= 128
+    one = one and keys == "absorbed" and s.heads * s.latents <= ONE_LAUNCH_COLUMNS
     fused = triton and (s.hidden <= FUSED_HIDDEN or s.latents <= FUSED_LATENTS)
-    plan = Plan(keys, values, "one" if one else "two", "fused" if fused else "chunked")
-    if not training:
-        return replace(plan, memory="recompute")
-    if s.batch * saved_bytes(s, plan, itemsize) <= SAVED_SHARE * memory_bytes:
-        return plan
-    return replace(plan, memory="recompute_ff" if keys_fit(s, plan, itemsize, memory_bytes) else "recompute")
+    return Plan(
+        keys, values, "one" if one else "two", "fused" if fused else "chunked",
+        mix="kernel" if mixes and values != "late" else "product",
+    )  # fmt: skip
+
+
+def _by_seconds(
+    s: Sizes, rates: Rates, itemsize: int, *, cached: bool, triton: bool, one: bool, mixes: bool
+) -> Plan:  # fmt: skip
+    def of_keys(plan: Plan) -> float:
+        return seconds(key_operations(s, plan, itemsize, cached=cached), rates)
+
+    def of_values(plan: Plan) -> float:
+        return seconds(value_operations(s, plan, itemsize, cached=cached), rates)
+
+    def of_feed_forward(plan: Plan) -> float:
+        return seconds(feed_forward_operations(s, replace(plan, memory="recompute"), itemsize), rates)
+
+    plan = Plan(feed_forward="chunked")
+    for keys, launches in (("plain", "two"), *((("absorbed", "one"),) if one else ())):
+        other = replace(plan, keys=keys, launches=launches)
+        plan = other if of_keys(other) < of_keys(plan) else plan
+    for values, mix in itertools.product(VALUES, MIX if mixes else MIX[1:]):
+        if values == "late" and mix == "kernel":
+            continue
+        other = replace(plan, values=values, mix=mix)
+        plan = other if of_values(other) < of_values(plan) else plan
+    if triton:
+        other = replace(plan, feed_forward="fused")
+        plan = other if of_feed_forward(other) < of_feed_forward(plan) else plan
+    return plan
 
 
 def keys_fit(s: Sizes, plan: Plan, itemsize: int, memory_bytes: int) -> bool:

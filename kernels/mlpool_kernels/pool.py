@@ -147,8 +147,9 @@ def _forward_chunk(
     x0, keys, attention, k = _attention(states, rows, key_mask, w, heads, plan, triton)
     mixed = mix.values(keys, w.value_weight, w.output_weight, heads, plan.values)
     keep = plan.memory != "recompute"
+    kernel = triton and plan.mix == "kernel"
     normed, y_mean, y = mix.mix(
-        attention, mixed, w.output_weight, w.latents, w.ff_norm_weight, w.ff_norm_bias, plan.values, triton, keep
+        attention, mixed, w.output_weight, w.latents, w.ff_norm_weight, w.ff_norm_bias, plan.values, kernel, keep
     )
     save = plan.memory == "save"
     u_mean, both = feed_forward.feed_forward(normed, w.ff_in_weight, w.ff_in_bias, plan.feed_forward, triton, save)
@@ -167,7 +168,7 @@ def _forward(
     backend: str, output_attentions: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[ū, ȳ, A or empty, X0 or empty, *kept]; empty stands for what nobody needs."""
-    triton = use_triton(backend, states[0])
+    triton = use_triton(backend, states[0], *w)
     keep = plan.memory != "recompute"
     with torch.autocast(states[0].device.type, enabled=False):
         parts = []
@@ -234,7 +235,7 @@ def _backward(
     heads: int, plan: Plan, backend: str, attention: Tensor, kept: Sequence[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     """[dX0, the gradient of every weight in the order of `Weights`]; empty for a weight that is absent."""
-    triton = use_triton(backend, x0)
+    triton = use_triton(backend, x0, *w)
     dx0 = torch.empty_like(x0)
     total: dict[str, Tensor] = {}
     with torch.autocast(x0.device.type, enabled=False):

@@ -32,26 +32,35 @@ def jit(function: Any) -> Any:
     return triton.jit(function) if triton is not None else function
 
 
-def use_triton(backend: str, tensor: Tensor) -> bool:
-    """Whether `backend` means the Triton kernels for data that lie where `tensor` lies.
+def use_triton(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether `backend` means the Triton kernels for these tensors (None is passed over), which lie together.
 
-    "auto": on a GPU with Triton installed. "triton": always, or an error that says what is missing.
+    "auto": on a GPU with Triton installed, for float32 and less; the kernels accumulate in float32, so float64 is
+    torch's. "triton": always, or an error that says what is missing.
 
     Raises:
-        ValueError: an unknown backend, or "triton" for CPU tensors outside the interpreter.
+        ValueError: an unknown backend, or "triton" for float64, or for CPU tensors outside the interpreter.
         ModuleNotFoundError: "triton" where Triton is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "torch":
         return False
+    given = [t for t in tensors if t is not None]
+    double = any(t.dtype == torch.float64 for t in given)
     if backend == "auto":
-        return tensor.is_cuda and triton is not None
+        return all(t.is_cuda for t in given) and triton is not None and not double
     if not HAS_TRITON:
         raise ModuleNotFoundError('backend="triton" needs Triton: pip install "triton>=3.6", or use backend="torch"')
-    if not tensor.is_cuda and not INTERPRETED:
+    if double:
         raise ValueError(
-            f'backend="triton" needs CUDA tensors, got {tensor.device}; use backend="auto" or "torch", or set '
+            'backend="triton" accumulates in float32, got float64; use backend="auto" or "torch", which compute '
+            "float64 in torch"
+        )
+    elsewhere = next((t.device for t in given if not t.is_cuda), None)
+    if elsewhere is not None and not INTERPRETED:
+        raise ValueError(
+            f'backend="triton" needs CUDA tensors, got {elsewhere}; use backend="auto" or "torch", or set '
             "TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
         )
     return True

@@ -1,8 +1,9 @@
 """The designs as embedders: build, encode, save and load. Needs `pip install 'mlpool[st]'`."""
 
+from . import requirements  # noqa: F401  (first: it refuses an old sentence-transformers)
 from .adapters import add_lora, merge
-from .designs import DESIGNS, Design
+from .designs import DESIGNS, Design, register_design
 from .embedder import Embedder
 from .loading import load
 
-__all__ = ["DESIGNS", "Design", "Embedder", "add_lora", "load", "merge"]
+__all__ = ["DESIGNS", "Design", "Embedder", "add_lora", "load", "merge", "register_design"]

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..pooling import EosPool, LastLayerPool, LayerWeightsPool, MeanPool, MultiLayerPool
-from ..pooling.base import Pool
+from ..pooling.base import TOKEN_POOLINGS, Pool, check_choice
+from ..pooling.registry import absent, announced, package_of, register_pool
+
+GROUP = "mlpool.designs"
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Design:
 
     Attributes:
         number: the paper's, or None for a control. attention: "causal" or "bidirectional".
-        pool: the class of mlpool.pooling. token_pooling: "last" or "mean", which row of a layer counts.
+        pool: its class. token_pooling: "last" or "mean", which row of a layer counts.
     """
 
     name: str
@@ -27,17 +30,22 @@ class Design:
 
     @property
     def reads_all_layers(self) -> bool:
-        return self.pool in (MultiLayerPool, LayerWeightsPool)
+        return self.pool.reads_all_layers
 
     @property
     def trainable(self) -> bool:
         """Whether the pool has parameters."""
-        return self.pool not in (EosPool, MeanPool)
+        return self.pool.trainable
 
     @property
     def has_latents(self) -> bool:
         """Whether the pool is the paper's cross-attention, which comes in sizes."""
-        return self.pool in (MultiLayerPool, LastLayerPool)
+        return self.pool.has_latents
+
+    @property
+    def package(self) -> str | None:
+        """The package whose pool it is; None for ours."""
+        return package_of(self.pool)
 
 
 DESIGNS = {
@@ -55,15 +63,46 @@ DESIGNS = {
 }
 
 
-def find_design(name: str | int | None) -> Design:
-    """A design by its name, or the paper's number 1 to 5.
+def register_design(
+    name: str, attention: str, pool: type[Pool], token_pooling: str = "mean", number: int | None = None
+) -> Design:
+    """Add a design of your own, which `mlpool.load`, `train` and `study` then know by its name.
+
+    An installed package announces one as an entry point of the group `mlpool.designs` that names a `Design`.
+
+    Args:
+        name: not a number, not one that is taken. attention: "causal" or "bidirectional".
+        pool: its class, registered here if it is not yet. token_pooling: which row of a layer counts, see `gather`.
 
     Raises:
-        ValueError: none such; the message lists them.
+        ValueError: a name that is taken or a number, an unknown attention or token pooling. TypeError: no pool class.
     """
+    check_choice("attention", attention, ("causal", "bidirectional"))
+    check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
+    if not isinstance(name, str) or not name.strip() or name.strip().isdigit():
+        raise ValueError(f"a design's name must be a word, and no number (1 to 5 are the paper's), got {name!r}")
+    design = Design(name, number, attention, register_pool(pool), token_pooling)
+    if DESIGNS.setdefault(name, design) != design:
+        raise ValueError(f"there is a design {name!r} already: {DESIGNS[name]}; give yours another name")
+    return design
+
+
+def find_design(name: str | int | None, package: str | None = None) -> Design:
+    """A design by its name, or the paper's number 1 to 5.
+
+    Args:
+        package: of a saved folder whose design is somebody's own, for the error's sake alone.
+
+    Raises:
+        ValueError: none such; the message lists them. ModuleNotFoundError: its package is not here.
+    """
+    if name is not None and str(name) not in DESIGNS and (found := announced(GROUP, str(name))) is not None:
+        register_design(found.name, found.attention, found.pool, found.token_pooling)
     for design in DESIGNS.values():
         if name is not None and str(name) in (design.name, str(design.number or design.name)):
             return design
+    if package:
+        raise ModuleNotFoundError(absent("design", str(name), package, GROUP), name=package)
     known = ", ".join(f"{d.name} (the paper's {d.number})" if d.number else d.name for d in DESIGNS.values())
     given = "no design was given" if name is None else f"there is no design {name!r}"
     raise ValueError(f"{given}; choose one of {known}")
@@ -94,7 +133,7 @@ def build_pool(
             f"pooler={pooler!r}: token_pooling is set by the design ({design.name}: {design.token_pooling}), and "
             "layers is an argument of its own"
         )
-    if not design.has_latents and pooler != "default":
+    if (pooler == "paper" and not design.has_latents) or (sizes and not design.trainable):
         raise ValueError(f'{design.name} has no latents to size; leave pooler at "default", got {pooler!r}')
     if layers is not None and not design.reads_all_layers:
         raise ValueError(f"layers={list(layers)} were given, but {design.name} reads the last layer only")

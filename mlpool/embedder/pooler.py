@@ -8,8 +8,9 @@ from typing import Any, Self
 from sentence_transformers.base.modules import Module
 from torch import Tensor
 
-from .. import pooling
+from ..files import read_json
 from ..pooling.base import CONFIG_NAME, Pool
+from ..pooling.registry import find_pool
 
 
 class Pooler(Module):
@@ -64,12 +65,14 @@ class Pooler(Module):
         hub: dict[str, Any] = {
             "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
         }  # fmt: skip
-        kind = cls.load_config(model_name_or_path, subfolder, CONFIG_NAME, **hub).get("pool")
-        pool_class = getattr(pooling, str(kind), None)
-        if not (isinstance(pool_class, type) and issubclass(pool_class, Pool)):
+        path = cls.load_file_path(model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        config = {} if path is None else read_json(path)
+        try:
+            pool_class = find_pool(config.get("pool"), config.get("package"))
+        except ValueError as error:
             raise ValueError(
-                f"{model_name_or_path}/{subfolder}/{CONFIG_NAME} names the pool {kind!r}, which is none of mlpool's; "
-                "the file is missing or damaged, or was written by a newer mlpool"
-            )
+                f"{model_name_or_path}/{subfolder}/{CONFIG_NAME}: {error}; the file is missing or damaged, or was "
+                "written by a newer mlpool"
+            ) from error
         folder = cls.load_dir_path(model_name_or_path, subfolder, **hub)
         return cls(pool_class.from_pretrained(Path(str(folder))))

@@ -3,10 +3,11 @@
 from .base import Pool, gather
 from .last_layer import LastLayerPool
 from .multi_layer import MultiLayerPool
+from .registry import register_pool
 from .simple import EosPool, LayerWeightsPool, MeanPool
 from .tokens import Tokens, select_tokens
 
 __all__ = [
     "EosPool", "LastLayerPool", "LayerWeightsPool", "MeanPool", "MultiLayerPool", "Pool", "Tokens", "gather",
-    "select_tokens",
+    "register_pool", "select_tokens",
 ]  # fmt: skip

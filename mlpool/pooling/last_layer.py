@@ -110,7 +110,7 @@ def _padded_keys(state: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         mask = tokens.keep.view(tokens.shape)
         return torch.where(mask[:, :, None], state, 0), mask
     flat = state.reshape(-1, state.shape[-1])
-    length = int((tokens.ends - tokens.starts).max())
+    length = int((tokens.ends - tokens.starts).max()) if tokens.longest is None else tokens.longest
     row = tokens.starts[:, None] + torch.arange(length, device=state.device)
     mask = row < tokens.ends[:, None]
     row = torch.where(mask, row, 0)

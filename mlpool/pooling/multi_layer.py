@@ -37,6 +37,8 @@ class MultiLayerPool(TrainablePool):
     Source: "Pooling And Attention" (arXiv 2409.02727), section 3.3.
     """
 
+    reads_all_layers = True
+
     def __init__(
         self,
         hidden_size: int,
@@ -70,6 +72,10 @@ class MultiLayerPool(TrainablePool):
     @classmethod
     def from_released(cls, path: str | Path, num_heads: int = 32, token_pooling: str = "last", **options: Any) -> Self:
         """Load the authors' `attn_pool.pt` (read with weights_only=True); all sizes but the heads come from the file.
+
+        Args:
+            options: of the pool; num_layers for a base model of fewer layers than the file has rows (theirs has 32
+                always, of which the first are read).
 
         Raises:
             FileNotFoundError; ValueError for a file that is cut short or holds anything but plain tensors, and for
@@ -121,7 +127,7 @@ class MultiLayerPool(TrainablePool):
         """X0, or the layers and their rows where the pool's own kernel is to gather them."""
         tokens = select_tokens(layers[0].shape, layers[-1].device, attention_mask, cu_seqlens, token_mask)
         home = self.latents.device
-        fused = self.token_pooling == "last" and use_triton(self.backend, self.latents) and len(layers) > 1
+        fused = self.token_pooling == "last" and use_triton(self.backend, self.latents, layers[0]) and len(layers) > 1
         if fused and layers[0].device == home and one_launch(layers):
             return layers, tokens.last
         x0 = gather_tokens(layers, tokens, self.token_pooling, self.backend)

@@ -2,15 +2,32 @@
 
 Every pool and every tap asks `select_tokens` once and then works on flat rows: a batch of hidden states
 [B, T, D] is seen as [B·T, D], a packed one [total, D] or [1, total, D] as [total, D].
+
+On a GPU the host waits for the device once, for all checks together, and not at all where the masks lie on the CPU or
+where the offsets' values are known already (`note_offsets`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Check(NamedTuple):
+    """Something that must hold of a batch, and the error if it does not.
+
+    fine: bool [], on the device. message: said by the device where the host may not wait. error: makes the exception,
+    which may read the device to name the rows.
+    """
+
+    fine: Tensor
+    message: str
+    error: Callable[[], Exception]
 
 
 @dataclass(frozen=True)
@@ -23,6 +40,8 @@ class Tokens:
     keep: bool [rows] or None, False for padding and for tokens that `token_mask` leaves out; None keeps all.
     shape: (B, T) of a padded batch, (1, total) of a packed one.
     packed: whether the batch is packed.
+    longest: the rows of the longest text, or None of a packed batch whose offsets the host has not read.
+    checks: what `select_tokens` left to its caller to check; see there.
     """
 
     starts: Tensor
@@ -32,6 +51,8 @@ class Tokens:
     keep: Tensor | None
     shape: tuple[int, int]
     packed: bool
+    longest: int | None
+    checks: tuple[Check, ...] = ()
 
     @property
     def batch_size(self) -> int:
@@ -39,8 +60,13 @@ class Tokens:
 
     def to(self, device: torch.device) -> Tokens:
         """The same selection with its tensors on `device`."""
+        if self.starts.device == device:
+            return self
+        # To a GPU without waiting for it; from one the values must have arrived.
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=device.type == "cuda")
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -51,6 +77,7 @@ def select_tokens(
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     token_mask: Tensor | None = None,
+    check: bool = True,
 ) -> Tokens:
     """Read a batch's mask or packed offsets.
 
@@ -61,6 +88,8 @@ def select_tokens(
         cu_seqlens: [B+1] integer, text b has the rows cu_seqlens[b] … cu_seqlens[b+1]-1.
         token_mask: like attention_mask ([total] or [1, total] when packed); 0 also leaves a token out
             (BOS, instruction tokens).
+        check: False of a padded batch leaves the values unchecked, for a caller that waits for the device anyway: it
+            reads `checks` together with what it wants and calls `require` where one does not hold.
 
     Raises:
         ValueError: both or neither of attention_mask and cu_seqlens, a wrong shape, offsets that do not
@@ -73,16 +102,49 @@ def select_tokens(
             "or cu_seqlens [B+1] for packed ones"
         )
     if cu_seqlens is not None:
-        return _packed(shape, device, cu_seqlens, token_mask)
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens must be an int32 or int64 tensor [B+1], got {type(cu_seqlens).__name__}")
+        return _packed(shape, *_together(device, cu_seqlens, token_mask)).to(device)
     if attention_mask is None:
         raise ValueError(
             "got neither attention_mask nor cu_seqlens; pass attention_mask [B, T] (all ones when nothing is "
             "padded), or cu_seqlens [B+1] for packed hidden states"
         )
-    return _padded(shape, device, attention_mask, token_mask)
+    tokens = _padded(shape, *_together(device, attention_mask, token_mask))
+    if check:
+        require(tokens.checks)
+        tokens = replace(tokens, checks=())
+    return tokens.to(device)
 
 
-def _padded(shape, device, attention_mask: Tensor, token_mask: Tensor | None) -> Tokens:
+def _together(device: torch.device, *tensors: Any) -> Sequence[Any]:
+    """What may be masks as they lie if they lie together, else all on `device`; what is no tensor is refused later."""
+    given = [t for t in tensors if isinstance(t, Tensor)]
+    if len({t.device for t in given}) < 2:
+        return tensors
+    return [t.to(device, non_blocking=device.type == "cuda") if isinstance(t, Tensor) else t for t in tensors]
+
+
+def require(checks: Sequence[Check]) -> None:
+    """Raise the error of the first check that does not hold; one wait for the device."""
+    if not _may_sync(checks[0].fine):
+        for check in checks:
+            torch._assert_async(check.fine, check.message)
+    elif not bool(torch.stack([check.fine for check in checks]).all()):
+        raise next(check.error() for check in checks if not bool(check.fine))
+
+
+def note_offsets(cu_seqlens: Tensor, values: Sequence[int]) -> None:
+    """Note the values of valid offsets that the host knows already, so that `select_tokens` does not wait for them."""
+    cu_seqlens._mlpool_values = (_version(cu_seqlens), list(values))  # type: ignore[attr-defined]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _padded(shape, attention_mask: Tensor, token_mask: Tensor | None) -> Tokens:
+    """On the mask's own device: what lies on the CPU is checked there."""
     if len(shape) != 3:
         raise ValueError(f"hidden states must be [B, T, D] with attention_mask, got shape {list(shape)}")
     batch, length = shape[0], shape[1]
@@ -90,40 +152,49 @@ def _padded(shape, device, attention_mask: Tensor, token_mask: Tensor | None) ->
         raise ValueError(f"got a batch of no texts (hidden states {list(shape)}); B must be at least 1")
     if length == 0:
         raise ValueError(f"got texts of no tokens (hidden states {list(shape)}); T must be at least 1")
-    keep = _as_bool("attention_mask", attention_mask, (batch, length), device)
+    checks: list[Check] = []
+    keep = _as_bool("attention_mask", attention_mask, (batch, length), checks)
     if token_mask is not None:
-        keep = keep & _as_bool("token_mask", token_mask, (batch, length), device)
-    position = torch.arange(length, device=device)
+        keep = keep & _as_bool("token_mask", token_mask, (batch, length), checks)
+    position = torch.arange(length, device=keep.device)
     last = torch.where(keep, position, -1).amax(1)
-    starts = torch.arange(batch, device=device) * length
-    _require_tokens(last >= 0, "attention_mask and token_mask" if token_mask is not None else "attention_mask")
-    return Tokens(starts, starts + length, starts + last, keep.sum(1), keep.reshape(-1), (batch, length), False)
+    starts = torch.arange(batch, device=keep.device) * length
+    checks.append(
+        _any_token(last >= 0, "attention_mask and token_mask" if token_mask is not None else "attention_mask")
+    )
+    flat = (keep.sum(1), keep.reshape(-1))
+    return Tokens(starts, starts + length, starts + last, *flat, (batch, length), False, length, tuple(checks))
 
 
-def _packed(shape, device, cu_seqlens: Tensor, token_mask: Tensor | None) -> Tokens:
+def _packed(shape, cu_seqlens: Tensor, token_mask: Tensor | None) -> Tokens:
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
         raise ValueError(f"packed hidden states must be [total, D] or [1, total, D], got shape {list(shape)}")
     total = shape[-2]
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must be [B+1] with B at least 1, got shape {list(cu_seqlens.shape)}")
-    offsets = cu_seqlens.to(device=device, dtype=torch.int64)
+    _check_form(cu_seqlens)
+    offsets = cu_seqlens.to(torch.int64)
     starts, ends = offsets[:-1], offsets[1:]
-    _check_offsets(offsets, total)
-    if token_mask is None:
-        return Tokens(starts, ends, ends - 1, ends - starts, None, (1, total), True)
-    keep = _as_bool("token_mask", token_mask.reshape(1, -1), (1, total), device).reshape(-1)
+    tokens = Tokens(starts, ends, ends - 1, ends - starts, None, (1, total), True, None)
+    if token_mask is not None:
+        tokens = _leave_out(tokens, token_mask)
+    return replace(tokens, longest=_check_offsets(cu_seqlens, total, tokens.checks), checks=())
+
+
+def _leave_out(tokens: Tokens, token_mask: Tensor) -> Tokens:
+    """Packed tokens less those that the mask leaves out; harmless where the offsets, not checked yet, are wrong."""
+    starts, ends, total, device = tokens.starts, tokens.ends, tokens.shape[1], tokens.starts.device
+    checks: list[Check] = []
+    keep = _as_bool("token_mask", token_mask.reshape(1, -1), (1, total), checks).reshape(-1)
     row = torch.arange(total, device=device)
     text = torch.searchsorted(ends, row, right=True).clamp(max=starts.shape[0] - 1)
     keep = keep & (row >= starts[0]) & (row < ends[-1])
     last = torch.full_like(starts, -1).scatter_reduce(0, text, torch.where(keep, row, -1), "amax")
     count = torch.zeros_like(starts).index_add(0, text, keep.to(torch.int64))
-    _require_tokens(last >= 0, "token_mask")
-    return Tokens(starts, ends, last, count, keep, (1, total), True)
+    checks.append(_any_token(last >= 0, "token_mask"))
+    return replace(tokens, last=last, count=count, keep=keep, checks=tuple(checks))
 
 
-def _as_bool(name: str, mask: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
+def _as_bool(name: str, mask: Tensor, shape: tuple[int, int], checks: list[Check]) -> Tensor:
+    """The mask as bool where it lies; what must hold of a floating one's values is added to `checks`."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor of 0 and 1, got {type(mask).__name__}")
     if mask.dtype.is_complex:
@@ -131,12 +202,13 @@ def _as_bool(name: str, mask: Tensor, shape: tuple[int, int], device: torch.devi
     if tuple(mask.shape) != shape:
         hint = " (a 4-dimensional attention mask cannot say which tokens are text)" if mask.dim() == 4 else ""
         raise ValueError(f"{name} must be {list(shape)} like the hidden states, got {list(mask.shape)}{hint}")
-    if mask.dtype.is_floating_point and _may_sync(mask) and bool(((mask != 0) & (mask != 1)).any()):
-        raise ValueError(
+    if mask.dtype.is_floating_point:
+        message = (
             f"{name} of dtype {mask.dtype} holds values other than 0 and 1; an additive mask (0 and -inf) "
             "cannot be used here, pass 1 for text and 0 for padding"
         )
-    return mask.to(device) != 0
+        checks.append(Check(((mask == 0) | (mask == 1)).all(), message, lambda: ValueError(message)))
+    return mask != 0
 
 
 def _may_sync(tensor: Tensor) -> bool:
@@ -146,28 +218,49 @@ def _may_sync(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _require_tokens(present: Tensor, source: str) -> None:
-    if not _may_sync(present):
-        torch._assert_async(present.all(), f"a text has no token left by {source}")
-        return
-    if not bool(present.all()):
+def _any_token(present: Tensor, source: str) -> Check:
+    """That every text has a token; present: bool [B]."""
+
+    def error() -> Exception:
         rows = (~present).nonzero().flatten().tolist()
-        raise ValueError(f"no token left by {source} in row(s) {rows[:10]}; every text needs at least one token")
+        return ValueError(f"no token left by {source} in row(s) {rows[:10]}; every text needs at least one token")
+
+    return Check(present.all(), f"a text has no token left by {source}", error)
 
 
-def _check_offsets(offsets: Tensor, total: int) -> None:
-    lengths = offsets.diff()
-    fine = (lengths > 0).all() & (offsets[0] >= 0) & (offsets[-1] <= total)
-    if not _may_sync(offsets):
-        torch._assert_async(fine, "cu_seqlens must increase and stay within the packed rows")
-        return
-    if bool(fine):
-        return
-    values = offsets.tolist()
+def _check_form(cu_seqlens: Tensor) -> None:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must be [B+1] with B at least 1, got shape {list(cu_seqlens.shape)}")
+
+
+def read_offsets(cu_seqlens: Tensor, total: int, checks: Sequence[Check] = ()) -> list[int]:
+    """The offsets' values, if they are right and `checks` hold; one wait at most for all of it. See `select_tokens`."""
+    _check_form(cu_seqlens)
+    version, values = getattr(cu_seqlens, "_mlpool_values", (None, None))
+    fine = 0
+    if values is None or version != _version(cu_seqlens):
+        held = torch.stack([check.fine for check in checks]).all() if checks else cu_seqlens.new_ones(())
+        *values, fine = torch.cat([cu_seqlens, held[None].to(cu_seqlens)]).tolist()
     if values[0] < 0 or values[-1] > total:
         raise ValueError(f"cu_seqlens runs from {values[0]} to {values[-1]}, but there are {total} packed rows")
-    rows = (lengths <= 0).nonzero().flatten().tolist()
-    raise ValueError(
-        f"cu_seqlens must increase: text(s) {rows[:10]} have no token or a negative length "
-        f"(offsets {values[rows[0]]} to {values[rows[0] + 1]})"
-    )
+    rows = [row for row, (start, end) in enumerate(pairwise(values)) if end <= start]
+    if rows:
+        raise ValueError(
+            f"cu_seqlens must increase: text(s) {rows[:10]} have no token or a negative length "
+            f"(offsets {values[rows[0]]} to {values[rows[0] + 1]})"
+        )
+    if checks and not fine:
+        require(checks)
+    return values
+
+
+def _check_offsets(cu_seqlens: Tensor, total: int, checks: Sequence[Check]) -> int | None:
+    """The longest text's rows, where the host may know it."""
+    if _may_sync(cu_seqlens):
+        return max(end - start for start, end in pairwise(read_offsets(cu_seqlens, total, checks)))
+    fine = (cu_seqlens.diff() > 0).all() & (cu_seqlens[0] >= 0) & (cu_seqlens[-1] <= total)
+    message = "cu_seqlens must increase and stay within the packed rows"
+    require([Check(fine, message, lambda: ValueError(message)), *checks])
+    return None

@@ -5,6 +5,7 @@ The interpreter must be chosen before Triton is imported, so these tests have a 
     TRITON_INTERPRET=1 pytest tests/kernels/test_interpreter.py
 """
 
+import importlib
 import itertools
 import os
 
@@ -37,6 +38,8 @@ from mlpool_kernels import plan as cost_model
 
 from mlpool import LastLayerPool, MultiLayerPool
 from mlpool.pooling import gather, select_tokens
+
+feed_forward = importlib.import_module("mlpool_kernels.feed_forward")
 
 # NumPy warns: lanes past the end of a softmax row, never stored, divide zero by zero; some tests feed Inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -112,6 +115,53 @@ def test_any_size(kind, hidden, layers, batch, tokens, seed, form, padding, **op
     assert_close_to_equations(
         pool, make_states(layers, (batch, tokens, hidden), seed=seed), make_mask(batch, tokens, padding, seed)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mix", cost_model.MIX)
+@pytest.mark.parametrize("values", cost_model.VALUES)
+def test_mix_by_kernel_and_by_product(values, mix, dtype, monkeypatch):
+    """Both are exact, and the choice is what runs; with late values there is no kernel."""
+    module, launched = importlib.import_module("mlpool_kernels.mix"), []
+    kernel = module._mix_triton
+    monkeypatch.setattr(module, "_mix_triton", lambda *args: launched.append(mix) or kernel(*args))
+    pool = multi(72, 5, INTERPRETER, num_latents=9, num_heads=2, head_dim=8, choices={"values": values, "mix": mix})
+    assert_close_to_equations(pool, make_states(5, (2, 3, 72)), make_mask(2, 3), dtype)
+    assert bool(launched) == (mix == "kernel" and values != "late")
+
+
+# --- feed-forward --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "latents", "hidden", "width"),
+    # Latents that divide a tile share it with other texts; tiles that end inside texts, D and F; groups of tiles.
+    [(3, 9, 72, 40), (35, 8, 16, 72), (2, 130, 48, 130), (3, 64, 64, 100), (300, 1, 24, 16), (3, 7, 20, 33)],
+)
+def test_feed_forward_by_pointers_and_by_descriptors(batch, latents, hidden, width, dtype):
+    """A tile of the copy engine reads rows of other texts and units of the other half, here NaN: none may count."""
+    generator = torch.Generator().manual_seed(0)
+    normed, weight, bias = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((batch, latents, hidden), (2 * width, hidden), (2 * width,))
+    )
+    normed[1] = torch.nan
+    others = torch.arange(batch) != 1
+
+    def plain(precision):
+        both = (normed[others].to(precision) @ weight.to(precision).T) + bias.to(precision)
+        a, g = both.chunk(2, -1)
+        return (a * torch.nn.functional.gelu(g)).mean(1).double()
+
+    exact = plain(torch.float64)
+    limit = max(2 * (plain(dtype) - exact).norm() / exact.norm(), torch.finfo(dtype).eps)
+    fits = feed_forward.takes_descriptors(normed, weight)
+    assert fits == (dtype != torch.float32 and hidden % 8 == 0)
+    for descriptors in (False, True) if fits else (False,):
+        got = feed_forward._feed_forward_triton(normed, weight, bias, descriptors)
+        assert (got[others].double() - exact).norm() / exact.norm() <= limit
+        assert got[1].isnan().all()
 
 
 # --- gather --------------------------------------------------------------------------------------------------------
@@ -237,7 +287,11 @@ def test_opcheck(how):
     torch.library.opcheck(torch.ops.mlpool.gather.default, arguments)
     if how == "mean":
         return
-    for plan in (Plan(launches="one"), Plan("plain", "late", memory="recompute"), Plan(memory="recompute_ff")):
+    for plan in (
+        Plan(launches="one", mix="kernel"),
+        Plan("plain", "late", memory="recompute"),
+        Plan(memory="recompute_ff"),
+    ):
         weights = pool._fold(plan, one_key=False)
         weights = [None if w is None else w.detach().requires_grad_() for w in weights]
         arguments = (

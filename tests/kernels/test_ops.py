@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 
 import pytest
 import torch
@@ -223,20 +224,82 @@ def test_auto_means_triton_on_a_gpu():
     assert not use_triton("torch", torch.zeros(1, device=GPU.device))
 
 
-def test_tile_overrides(tmp_path, monkeypatch):
+@pytest.fixture
+def tuned_file(tmp_path, monkeypatch):
+    """Call with what MLPOOL_TILES is to hold, a text or what becomes JSON."""
     path = tmp_path / "tiles.json"
-    monkeypatch.setenv("MLPOOL_TILES", str(path))
-    try:
-        path.write_text(json.dumps({"softmax": {"BLOCK_K": 8, "BLOCK_N": 16, "num_warps": 2}}))
-        tiles._overrides.cache_clear()
-        assert tiles.tile("softmax")["BLOCK_K"] == 8
-        assert tiles.tile("mix", hidden=20)["BLOCK_D"] == 32
-        path.write_text(json.dumps({"softmix": {}}))
-        tiles._overrides.cache_clear()
-        with pytest.raises(ValueError, match=r"unknown kernels \['softmix'\].*known: .*'softmax'"):
-            tiles.tile("softmax")
-    finally:
-        tiles._overrides.cache_clear()
+
+    def write(content) -> str:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        monkeypatch.setenv("MLPOOL_TILES", str(path))
+        tiles.tuned.cache_clear()
+        return str(path)
+
+    yield write
+    tiles.tuned.cache_clear()
+
+
+RATES = {"product": 2e11, "attend": 1e11, "mix": 1e11, "feed_forward": 1e11, "memory": 1e10, "launch": 1e-5}
+TUNED = {
+    "device": tiles.device_here(), **tiles.versions_here(),
+    "tiles": {"softmax": {"BLOCK_K": 8, "BLOCK_N": 16, "num_warps": 2}}, "rates": {"float32": RATES},
+}  # fmt: skip
+
+
+def test_tuned_file(tuned_file):
+    tuned_file(TUNED)
+    assert tiles.tile("softmax") == TUNED["tiles"]["softmax"]
+    assert tiles.tile("mix", hidden=20)["BLOCK_D"] == 32
+    fitted = tiles.fitted_rates(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    assert fitted == {torch.float32: cost_model.Rates(**RATES, source=f"fitted for {tiles.device_here()}")}
+    assert tiles.fitted_rates(torch.device("meta")) == {}
+    # As written before rates were: the tiles alone, without the fields of today.
+    tuned_file({"feed_forward": {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}})
+    assert tiles.tile("feed_forward") == tiles.TILES["feed_forward"][1]
+    assert tiles.tuned().rates == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON file that can be read"),
+        ([1], "must be a JSON object, got list"),
+        ({"softmix": {}}, "kernel 'softmix' is unknown; known: .*softmax"),
+        ({**TUNED, "tile": {}}, "field 'tile' is unknown"),
+        ({**TUNED, "tiles": {"softmax": {"BLOCK_M": 8}}}, "'softmax': field 'BLOCK_M' is unknown; known: BLOCK_K"),
+        ({**TUNED, "tiles": {"softmax": {"BLOCK_K": 48}}}, "BLOCK_K must be a power of two, got 48"),
+        ({**TUNED, "tiles": {"softmax": {"num_warps": "4"}}}, "num_warps must be a positive integer, got '4'"),
+        ({**TUNED, "tiles": {"softmax": 4}}, "'softmax' must be a JSON object, got int"),
+        ({**TUNED, "rates": {"int8": RATES}}, "dtype of rates 'int8' is unknown"),
+        ({**TUNED, "rates": {"float32": {**RATES, "launch": 0}}}, "launch must be a positive number, got 0"),
+        ({**TUNED, "rates": {"float32": {"product": 1e9}}}, "attend must be a positive number, got None"),
+        ({**TUNED, "device": "NVIDIA Z9"}, f"was tuned on 'NVIDIA Z9', this is '{tiles.device_here()}'"),
+        ({"tiles": {}}, "does not say its device"),
+    ],
+)
+def test_tuned_file_that_cannot_be_used(tuned_file, content, message):
+    path = tuned_file(content)
+    with pytest.raises(ValueError, match=f"MLPOOL_TILES={path}.*{message}"):
+        tiles.tile("softmax")
+
+
+def test_tuned_file_that_is_missing(tuned_file, monkeypatch):
+    tuned_file(TUNED)
+    monkeypatch.setenv("MLPOOL_TILES", "/nowhere/tiles.json")
+    with pytest.raises(ValueError, match=r"MLPOOL_TILES=/nowhere/tiles\.json is no JSON file"):
+        tiles.tile("softmax")
+
+
+def test_tuned_file_of_another_version(tuned_file):
+    """Said once, and used."""
+    tuned_file({**TUNED, "triton": "3.2.0"})
+    with pytest.warns(UserWarning, match=r"was tuned with triton 3.2.0, here is") as warned:
+        first = tiles.tile("softmax")
+    assert len(warned) == 1
+    assert first["BLOCK_K"] == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tiles.tile("softmax") == first
 
 
 # --- cost model ----------------------------------------------------------------------------------------------------
@@ -277,6 +340,64 @@ def test_the_cheapest_form_is_chosen(s, training, triton, memory):
         assert s.batch * cost_model.saved_bytes(s, plan, 2) <= 0.1 * memory
     assert triton or (plan.launches, plan.feed_forward) == ("two", "chunked")
     assert Plan.parse(str(plan)) == plan
+
+
+def exact_plans(triton, one):
+    """Every plan that a call can run as, memory aside."""
+    for keys, values, launches, form, mix in itertools.product(
+        cost_model.KEYS, cost_model.VALUES, cost_model.LAUNCHES, cost_model.FEED_FORWARD, cost_model.MIX
+    ):
+        impossible = launches == "one" and (keys == "plain" or not one)
+        if not impossible and (triton or (form, mix) == ("chunked", "product")) and (values, mix) != ("late", "kernel"):
+            yield Plan(keys, values, launches, form, "recompute", mix)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    s=st.builds(Sizes, *(st.integers(1, most) for most in (256, 300, 4096, 128, 32, 2048, 16384))),
+    rates=st.builds(
+        cost_model.Rates, *(st.floats(1e9, 1e15) for _ in range(5)), st.floats(1e-7, 1e-3), st.just("fitted for a test")
+    ), triton=st.booleans(), masked=st.booleans(), cached=st.booleans(),
+)  # fmt: skip
+def test_rates_choose_the_fastest(s, rates, triton, masked, cached):
+    def time(plan):
+        return sum(cost_model.predict(s, plan, rates, itemsize=2, cached=cached).values())
+
+    plan = choose(
+        s, training=False, cached=cached, triton=triton, itemsize=2, memory_bytes=1 << 37, masked=masked, rates=rates
+    )
+    plans = list(exact_plans(triton, triton and not masked and s.keys <= 128))
+    assert plan in plans
+    assert time(plan) <= min(map(time, plans)) * (1 + 1e-9)
+
+
+def test_predicted_seconds_are_those_of_the_rates():
+    """With one rate at work at a time: FLOP over FLOP/s, launches, and what the backward and recomputing add."""
+    s, never = Sizes(3, 24, 896, 64, 8, 64, 896), 1e30
+    plan = Plan("absorbed", "early", "two", "chunked", "recompute")
+    alone = cost_model.Rates(1e9, never, never, never, never, 1e-30, "")
+    times = cost_model.predict(s, plan, alone, itemsize=2)
+    flops = [
+        cost_model.key_flops(s, "absorbed")[0],
+        cost_model.value_flops(s, "early")[0],
+        cost_model.feed_forward_flops(s),
+    ]
+    assert list(times.values()) == pytest.approx([3 * f / 1e9 for f in flops])
+    assert list(times) == list(cost_model.STEPS)
+    launches = cost_model.predict(s, plan, alone._replace(product=never, launch=1.0), itemsize=2)
+    assert list(launches.values()) == pytest.approx([3, 5, 3])
+    one = Plan("absorbed", "early", "one", "fused", "recompute", "kernel")
+    launches = cost_model.predict(s, one, alone._replace(product=never, launch=1.0), itemsize=2)
+    assert list(launches.values()) == pytest.approx([1, 3, 2])
+    for memory, passes in {"save": (3, 3, 3), "recompute_ff": (3, 3, 4), "recompute": (4, 4, 4)}.items():
+        kept = cost_model.predict(s, Plan("absorbed", "early", memory=memory), alone, itemsize=2, training=True)
+        assert list(kept.values()) == pytest.approx([n * t for n, t in zip(passes, times.values(), strict=True)])
+
+
+def test_one_launch_takes_no_padding_mask():
+    s, options = Sizes(4, 32, 896, 64, 8, 64, 896), {"training": False, "cached": True, "triton": True, "itemsize": 2}
+    assert choose(s, memory_bytes=1 << 37, **options).launches == "one"
+    assert choose(s, memory_bytes=1 << 37, masked=True, **options).launches == "two"
 
 
 def test_plan_overrides():

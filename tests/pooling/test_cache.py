@@ -7,9 +7,10 @@ import pickle
 import pytest
 import torch
 from conftest import last, make_mask, make_states, multi, randomise, use
-from mlpool_kernels import Plan, reference
+from mlpool_kernels import Plan, Rates, reference
 
 from mlpool import LastLayerPool, MultiLayerPool
+from mlpool.pooling import trainable
 
 D, L = 16, 4
 FORMS = [{"keys": k, "values": v} for k in ("absorbed", "plain") for v in ("absorbed", "early")]
@@ -299,6 +300,22 @@ def test_plan_table(pool, training):
     inner, hidden, latents = pool.num_heads * pool.head_dim, pool.hidden_size, pool.num_latents
     flops = 2 * (2 * latents * hidden * inner + 2 * n * hidden * inner + 2 * latents * n * inner)
     assert reference_sum == flops + 2 * 3 * latents * hidden * pool.ff_mult * hidden
+
+
+def test_plan_predicts_by_the_rates(monkeypatch):
+    """Default rates are called so; fitted ones are named, predict, and choose."""
+    pool = MultiLayerPool(64, 4)
+    report = pool.plan(8)
+    assert "rates: default" in str(report)
+    assert f"{sum(report.seconds) * 1e3:>12.3f}" in str(report)
+    assert pool.plan(16, training=True).seconds > report.seconds
+    # A device of endless memory bandwidth and FLOP that counts its launches, and one that counts FLOP alone.
+    for launch, product, values in ((1.0, 1e30, "absorbed"), (1e-30, 1.0, "early")):
+        rates = Rates(product, 1e30, 1e30, 1e30, 1e30, launch, "fitted for a test")
+        monkeypatch.setattr(trainable, "fitted_rates", lambda device, r=rates: {torch.float32: r})
+        report = MultiLayerPool(256, 4).plan(8)
+        assert report.plan.values == values
+        assert (report.rates, "rates: fitted for a test" in str(report)) == (rates, True)
 
 
 def test_plan_follows_the_overrides():

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from conftest import GPU, differentiate, last, leaves_of, make_mask, make_states, multi, use
+from mlpool_kernels import Rates
 
 from mlpool import EosPool, LayerWeightsPool, MeanPool
+from mlpool.pooling import trainable
 
 D, L, B, T = 16, 4, 3, 5
 
@@ -62,6 +64,13 @@ def test_fullgraph(name, target):
 def test_batches_of_different_size(name, dynamic, target):
     """The second size makes torch.compile's sizes symbolic by itself; `dynamic=True` asks for it at once."""
     check(name, target, "aot_eager", shapes=((3, 5), (4, 7), (2, 9)), dynamic=dynamic)
+
+
+def test_fitted_rates_are_traced(target, monkeypatch):
+    """Seconds over symbolic sizes, batch and keys, are compared without a graph break."""
+    rates = Rates(2e11, 1e11, 1e11, 1e11, 1e10, 1e-5, "fitted for a test")
+    monkeypatch.setattr(trainable, "fitted_rates", lambda device: {torch.float32: rates})
+    check("last-mean", target, "aot_eager", shapes=((3, 5), (4, 7)), dynamic=True)
 
 
 @pytest.mark.slow
