@@ -39,8 +39,13 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     import attention
     import encode
+    import throughput
     import train_step
 
+    rounds = throughput.rounds
+    monkeypatch.setattr(throughput, "rounds", lambda runs, clock, *_: rounds(runs, clock, 0.0, 1, False))
+    for rate in ("product_rate", "copy_rate"):
+        monkeypatch.setattr(throughput, rate, lambda *_: 1e11)
     for module in (encode, train_step):
         monkeypatch.setattr(module, "BUDGET", ((0.0, 1, 0.0),) * 3)
     monkeypatch.setattr(attention, "BUDGET", (0.0, 0.0))
@@ -221,11 +226,14 @@ def test_a_batch_is_compared_with_eagers_largest_up_to_it(benchmarks):
 
 # --- a kill, and the run taken up -------------------------------------------------------------------------------------
 
-# The providers of the whole table, in order.
+# The providers, or kernels, of the whole table, in order.
+POOL = ("--quick", "--preset", "default-pool", "--mode", "forward+backward", "--mode", "step", "--device", "cpu")
 CUT = {
     "encode": ([*ONE, "--lengths", "24", "--lengths", "mixed"], PROVIDERS * 2),
     "train_step": ([*ONE, "--tuning", "lora"], [*PROVIDERS, "mlpool cached", *PROVIDERS[1:], "mlpool cached"]),
     "attention": ([*SMALL], ["eager", "sdpa", "packed"] * 2),
+    "throughput": ([*POOL, "--threads", "1"], ["eager", "mlpool"] * 2),
+    "tune": (["--device", "cpu", "--threads", "1"], ["launch", "copy", *["product"] * 5]),
 }
 
 
@@ -238,8 +246,8 @@ def test_rows_survive_a_kill_and_the_run_goes_on(benchmarks, tmp_path, name):
     assert 0 < len(before) < len(expected)
     assert __import__(name).main(arguments) == 0
     after = rows_of(tmp_path)
-    assert [row["provider"] for row in after] == expected
-    assert all(row["median_ms"] for row in after)
+    assert [row.get("provider") or row["kernel"] for row in after] == expected
+    assert all(row.get("median_ms") or row["median_us"] for row in after)
     kept = [{name: row[name] for name in before[0]} for row in after[: len(before)]]
     assert kept == before  # not measured again
     if name == "train_step":  # compared with eager's row of the run that was killed
