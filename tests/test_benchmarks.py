@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -293,6 +295,14 @@ def test_an_unknown_preset_or_length_names_the_known_ones(benchmarks, tmp_path, 
     with pytest.raises(SystemExit) as ended:
         encode.main([*arguments, "--device", "cpu", "--results", str(tmp_path)])
     assert said in str(ended.value) + capsys.readouterr().err
+
+
+def test_an_old_package_ends_a_step_in_one_line(benchmarks, monkeypatch):
+    """As `mlpool.embedder` refuses it."""
+    monkeypatch.delitem(sys.modules, "pipelines")
+    monkeypatch.setitem(sys.modules, "mlpool.embedder", types.ModuleType("mlpool.embedder"))
+    with pytest.raises(SystemExit, match="this benchmark cannot run: cannot import name 'DESIGNS'"):
+        importlib.import_module("pipelines")
 
 
 def test_an_unknown_step_names_the_known_ones():
