@@ -18,18 +18,28 @@ output folder, which all must see; a single run is not spread over devices.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import Study, fitting, read_study
+from ..files import write_json, write_text
+
+if TYPE_CHECKING:
+    from .config import Study, read_study
 
 __all__ = ["Study", "add_arguments", "choose", "read_study", "run", "study"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Study", "read_study"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import config  # imports what trains, seconds that `mlpool study --help` need not wait
+
+    return getattr(config, name)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not Path(args.config).is_file():  # before seconds of imports
+        raise FileNotFoundError(f"no config {args.config}; configs/study/ has ready ones")
+    from .config import read_study
+
     given = {"base": args.base, "data_dir": args.data, "output": args.output}
     config = read_study(args.config, args.set, made_data=args.made_data, **given)
     study(
@@ -84,6 +98,7 @@ def study(
     import yaml
 
     from . import runs as work
+    from .config import Study, read_study
     from .parameters import match_parameters
     from .plan import plan
 
@@ -100,8 +115,7 @@ def study(
     if dry_run:
         return config.output
     if first:
-        config.output.mkdir(parents=True, exist_ok=True)
-        (config.output / "study.yaml").write_text(yaml.safe_dump(config.source, sort_keys=False))
+        write_text(config.output / "study.yaml", yaml.safe_dump(config.source, sort_keys=False, allow_unicode=True))
     recipes: dict[str, dict[str, Any]] = {}
     if config.search:
         if not report_only:
@@ -127,6 +141,7 @@ def choose(config: Study) -> dict[str, dict[str, Any]]:
         ValueError: the search is not finished.
     """
     from ..evaluation import results
+    from .config import fitting
     from .runs import finished, rank
 
     if missing := [run for run in config.search_runs() if not finished(config.output, run)]:
@@ -149,7 +164,7 @@ def choose(config: Study) -> dict[str, dict[str, Any]]:
         labels = [entry.label for entry in members]
         found[group] = {"recipe": best["recipe"], "score": best["score"], "searched_with": labels, "tried": tried}
     if rank() == 0:
-        (config.output / "recipe.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_json(config.output / "recipe.json", found, 1)
     return {group: one["recipe"] for group, one in found.items()}
 
 
