@@ -165,7 +165,7 @@ def _padded(shape, attention_mask: Tensor, token_mask: Tensor | None, skip_token
     position = torch.arange(length, device=keep.device)
     last = torch.where(keep, position, -1).amax(1)
     starts = torch.arange(batch, device=keep.device) * length
-    checks.append(_any_token(last >= 0, _source("attention_mask", token_mask, skip_tokens)))
+    checks.append(_any_token(last >= 0, _source(token_mask, skip_tokens, "attention_mask")))
     flat = (keep.sum(1), keep.reshape(-1))
     return Tokens(starts, starts + length, starts + last, *flat, (batch, length), False, length, tuple(checks))
 
@@ -183,10 +183,10 @@ def _packed(shape, cu_seqlens: Tensor, token_mask: Tensor | None, skip_tokens: i
     return replace(tokens, longest=_check_offsets(cu_seqlens, total, tokens.checks), checks=())
 
 
-def _source(name: str, token_mask: Tensor | None, skip_tokens: int) -> str:
+def _source(token_mask: Tensor | None, skip_tokens: int, *names: str) -> str:
     """What leaves tokens out, for messages."""
     others = ["token_mask"] * (token_mask is not None) + [f"skip_tokens={skip_tokens}"] * (skip_tokens > 0)
-    return " and ".join([name, *others])
+    return " and ".join([*names, *others])
 
 
 def _leave_out(tokens: Tokens, token_mask: Tensor | None, skip_tokens: int) -> Tokens:
@@ -200,7 +200,7 @@ def _leave_out(tokens: Tokens, token_mask: Tensor | None, skip_tokens: int) -> T
         keep = keep & _as_bool("token_mask", token_mask.reshape(1, -1), (1, total), checks).reshape(-1)
     last = torch.full_like(starts, -1).scatter_reduce(0, text, torch.where(keep, row, -1), "amax")
     count = torch.zeros_like(starts).index_add(0, text, keep.to(torch.int64))
-    checks.append(_any_token(last >= 0, _source("cu_seqlens", token_mask, skip_tokens)))
+    checks.append(_any_token(last >= 0, _source(token_mask, skip_tokens)))
     return replace(tokens, last=last, count=count, keep=keep, checks=tuple(checks))
 
 
