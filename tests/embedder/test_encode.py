@@ -166,18 +166,20 @@ def test_what_is_no_list(embedder, wrong):
 def test_long_text_is_cut_counted_and_reported(embedder, caplog):
     long = "x " * 100_000
     embedder[0].reset_truncated()
+    embedder._said_cut.clear()
     whole = len(embedder[0].texts([long]).ids[0])
     assert whole > 100_000
     with caplog.at_level(logging.WARNING, "mlpool"):
         got = embedder.encode(["a", long, "x " * 300])
     assert [r.getMessage() for r in caplog.records] == [
-        f"2 of 3 texts were longer than 128 tokens and cut there (the longest ever had {whole}); raise max_seq_length "
-        "to read more"
+        f"2 of 3 texts were longer than 128 tokens and cut there (the longest had {whole}); raise max_seq_length to "
+        "read more. Said once; model[0].truncated counts on"
     ]
     assert embedder[0].truncated.count == 2
     close(got[1], embedder.encode("x " * 300))  # the same first 127 tokens
     caplog.clear()
-    embedder.encode("a")
+    embedder.encode(["a", long])  # counted, and not said at every call
+    assert embedder[0].truncated.count == 4
     assert not caplog.records
 
 
