@@ -401,14 +401,14 @@ def load_model(
     from ..embedder.backbone import Backbone
     from ..embedder.backbone import load_model as load_transformer
     from ..embedder.embedder import Embedder
-    from ..embedder.loading import _read_json, open_model
+    from ..embedder.loading import open_model, read_modules
     from ..embedder.pooler import Pooler
     from ..pooling import MeanPool
     from ..taps import find_layers
 
     check_place(name)
     no_model = Path(name).is_dir() and not (Path(name) / "config.json").is_file()
-    if attention is not None or no_model or _read_json(name, "modules.json", {}):
+    if attention is not None or no_model or read_modules(name, {}):
         return open_model(name, attention and f"mean-{attention}", device, dtype, max_seq_length)
     hub: dict[str, Any] = dict.fromkeys(("token", "cache_folder", "revision"))
     transformer, tokenizer = load_transformer(

@@ -17,6 +17,8 @@ from sentence_transformers.util.decorators import deprecated_kwargs
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..files import write_text
+from ..pooling.base import StatesTooLarge, broken_weights, check_range
 from .adapters import has_adapter
 from .folder import staged, write_manifest
 from .texts import TokenIds, check_texts
@@ -36,6 +38,7 @@ class Embedder(SentenceTransformer):
     """
 
     cache_folder: str | None = None  # of the Hub, where a base model was loaded from
+    base_name: str | None = None  # of the folder that a base model was loaded from
 
     @functools.cached_property
     def _said_cut(self) -> set[int]:
@@ -67,7 +70,8 @@ class Embedder(SentenceTransformer):
         Returns: by default float32 numpy [N, D], rows in the order of the inputs.
 
         Raises:
-            ValueError: rows that are no strings (named), a token_budget below 1, and what `TextTokenizer` raises.
+            ValueError: rows that are no strings, a token_budget below 1, embeddings that would be NaN or infinite (rows
+                named), and what `TextTokenizer` raises.
             RuntimeError: memory runs out for one text alone.
         """
         if not isinstance(inputs, str):
@@ -133,7 +137,11 @@ class Embedder(SentenceTransformer):
                 "read more. Said once; model[0].truncated counts on", cut.count - before, len(inputs), cut.limit,
                 cut.longest,
             )  # fmt: skip
-        return torch.stack(rows) if rows else torch.empty(0, device=device)  # type: ignore[arg-type]
+        if not rows:
+            return torch.empty(0, device=device)
+        made = torch.stack(rows)  # type: ignore[arg-type]
+        _check_finite(made, self)
+        return made
 
     def _batches(
         self, tokens: TokenIds, budget: int, batch_size: int, device: torch.device
@@ -164,7 +172,14 @@ class Embedder(SentenceTransformer):
     def _embed(self, tokens: TokenIds, part: Sequence[int], device: torch.device) -> Tensor:
         backbone: Any = self[0]
         features = tokens.packed(part) if backbone.packed else tokens.padded(part, backbone.texts.pad)
-        return self(batch_to_device(features, device))["sentence_embedding"]
+        try:
+            features = self(batch_to_device(features, device))
+            # Elsewhere than on a CPU the pool does not look, so as not to wait.
+            if device.type != "cpu" and "layer_states" in features and getattr(self[1], "pool", None) is not None:
+                check_range(features["layer_states"], wait=True)
+        except StatesTooLarge as error:
+            raise StatesTooLarge(part[error.row], error.largest) from None
+        return features["sentence_embedding"]
 
     # --- save ---------------------------------------------------------------------------------------------------------
 
@@ -197,6 +212,8 @@ class Embedder(SentenceTransformer):
             )
         if not safe_serialization:
             raise ValueError("embedders are saved as safetensors only; leave out safe_serialization=False")
+        if faults := broken_weights(self):
+            raise RuntimeError(f"not saved: {'; '.join(faults[:5])}; what was in {path} stays")
         from ..version import __version__
 
         with self._undisturbed(), staged(path) as stage:
@@ -213,7 +230,10 @@ class Embedder(SentenceTransformer):
         super()._create_model_card(path, *args, **kwargs)
         card = Path(path) / "README.md"
         if card.is_file():
-            card.write_text(_as_ours(card.read_text(encoding="utf8"), self.model_card_data.model_id), encoding="utf8")
+            model: Any = self[0].model
+            base = self.base_name or (Path(model.name_or_path).name if has_adapter(model) else None)
+            text = _as_ours(card.read_text(encoding="utf8"), self.model_card_data.model_id, base)
+            write_text(card, text)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -317,10 +337,24 @@ def reload(embedder: Embedder, folder: str | Path, device: torch.device | None =
     )  # fmt: skip
 
 
-def _as_ours(card: str, model_id: str | None) -> str:
+def _check_finite(embeddings: Tensor, model: SentenceTransformer) -> None:
+    finite = embeddings.isfinite().all(1)
+    if bool(finite.all()):
+        return
+    rows = (~finite).nonzero().flatten().tolist()
+    why = "; ".join(broken_weights(model)[:2]) or (
+        f"all weights are finite, so numbers left the range of {model.dtype} on the way: load with dtype float32 or "
+        "bfloat16, and look at these texts"
+    )
+    raise ValueError(f"row {rows[0]}: its embedding is NaN or infinite (rows {rows[:10]}, {len(rows)} in all); {why}")
+
+
+def _as_ours(card: str, model_id: str | None, base: str | None) -> str:
     """sentence-transformers' model card, with the lines of its example that are otherwise here."""
     placeholder = "sentence_transformers_model_id"
+    unknown = "<!-- - **Base model:** [Unknown](https://huggingface.co/unknown) -->\n"
     for theirs, ours in (
+        (unknown, f"- **Base model:** {base} (a folder)\n" if base else ""),
         ("pip install -U sentence-transformers", "pip install 'mlpool[st]'"),
         ("from sentence_transformers import SentenceTransformer\n", "import mlpool\n"),
         ("model = SentenceTransformer(", "model = mlpool.load("),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import confined, read_json
 from ..options import check_place, near
 from ..pooling.base import check_choice
+from ..schema import check
 from .backbone import PACKING, Backbone, load_model
 from .designs import build_pool, find_design
 from .embedder import Embedder
@@ -78,10 +79,12 @@ def load(
     hub: dict[str, Any] = {
         "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
     }  # fmt: skip
+    if not Path(name).is_dir():
+        _check_hub(name, hub)
     kwargs: dict[str, Any] = {"dtype": dtype, **(model_kwargs or {})}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    modules = _read_json(name, "modules.json", hub)
+    modules = read_modules(name, hub)
     if modules is not None and any(module["type"] in _OURS for module in modules):
         decided = {
             "pooler": pooler != "default", "layers": layers is not None, "append_eos": not append_eos,
@@ -92,6 +95,8 @@ def load(
             raise ValueError(f"{name} is a saved embedder, which has decided {', '.join(wrong)}; leave it out")
         if base is not None:
             kwargs["base"] = str(base)
+        settings = _read_json(name, "config_sentence_transformers.json", hub, dict) or {}
+        check(dict[str, str], settings.get("prompts") or {}, f"{name}'s prompts")
         embedder: Embedder = Embedder._load_with_module_classes(
             name, _OURS, device=device, prompts=dict(prompts or {}), trust_remote_code=trust_remote_code,
             model_kwargs=kwargs, **hub,
@@ -113,7 +118,8 @@ def load(
     chosen = find_design(design)
     subfolder = "" if modules is None else modules[0]["path"]
     if max_seq_length is None and modules is not None:
-        max_seq_length = (_read_json(name, "sentence_bert_config.json", hub) or {}).get("max_seq_length")
+        limits = _read_json(name, "sentence_bert_config.json", hub, dict) or {}
+        max_seq_length = check(int | None, limits.get("max_seq_length"), f"{name}'s max_seq_length")
     try:
         transformer, tokenizer = load_model(name, {**hub, "trust_remote_code": trust_remote_code}, kwargs, subfolder)
     except OSError as error:
@@ -136,7 +142,9 @@ def load(
         prompts=dict(prompts or {}),
         trust_remote_code=trust_remote_code,
     )
-    if not Path(name).exists():
+    if Path(name).exists():
+        embedder.base_name = Path(name).resolve().name
+    else:
         embedder.model_card_data.base_model = name
     embedder.cache_folder = cache_folder
     return embedder
@@ -156,7 +164,9 @@ def open_model(
     from sentence_transformers import SentenceTransformer
 
     check_place(name)
-    modules = _read_json(name, "modules.json", {})
+    if not Path(name).is_dir():
+        _check_hub(name, {})
+    modules = read_modules(name, {})
     if design is None and modules and not any(module["type"] in _OURS for module in modules):
         model = SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
         if max_seq_length is not None:
@@ -171,11 +181,48 @@ def open_model(
     return load(name, design, device=device, dtype=dtype, max_seq_length=max_seq_length)
 
 
-def _read_json(name: str, file: str, hub: dict[str, Any]) -> Any:
-    path = Backbone.load_file_path(name, file, **hub)
-    if path is None:
-        return None
+def _check_hub(name: str, hub: dict[str, Any]) -> None:
+    """Ask the Hub once whether it has a model that is neither a folder here nor in the cache.
+
+    Without this each file is asked for, and where there is no network, asked for again for half a minute.
+
+    Raises:
+        FileNotFoundError: it has not, or was not asked; the message says which.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    cache, revision = hub.get("cache_folder"), hub.get("revision")
+    for file in ("config.json", "modules.json", "adapter_config.json"):
+        try:
+            if isinstance(try_to_load_from_cache(name, file, cache_dir=cache, revision=revision), str):
+                return
+        except ValueError:  # no name for the Hub
+            break
+    here = f"{name} is no folder here{near(Path(name))} and no model"
+    if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        why = "local_files_only" if hub.get("local_files_only") else "HF_HUB_OFFLINE is set"
+        raise FileNotFoundError(f"{here} in the Hub's cache; the Hub itself was not asked ({why})")
     try:
-        return json.loads(Path(path).read_text(encoding="utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+        HfApi(token=hub.get("token")).model_info(name, revision=revision, timeout=10)
+    except Exception as error:  # what it raises where there is no network is of the library below it
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise FileNotFoundError(f"{here} on the Hub, which was asked ({constants.ENDPOINT}): {reason}") from error
+
+
+def read_modules(name: str, hub: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """`modules.json`, whose paths stay within the folder; None where there is none."""
+    modules = _read_json(name, "modules.json", hub, list)
+    if modules is None:
+        return None
+    modules = check(list[dict[str, Any]], modules, f"{name}/modules.json")
+    for module in modules:
+        if missing := [key for key in ("type", "path", "name") if not isinstance(module.get(key), str)]:
+            raise ValueError(f"{name}/modules.json has a module without {missing[0]}, a string; copy the folder again")
+        if module["path"] not in ("", "."):
+            confined(name, module["path"], Path(name) / "modules.json")
+    return modules
+
+
+def _read_json(name: str, file: str, hub: dict[str, Any], kind: type) -> Any:
+    path = Backbone.load_file_path(name, file, **hub)
+    return None if path is None else read_json(path, kind)

@@ -102,6 +102,8 @@ def select_tokens(
             "or cu_seqlens [B+1] for packed ones"
         )
     if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens must be an int32 or int64 tensor [B+1], got {type(cu_seqlens).__name__}")
         return _packed(shape, *_together(device, cu_seqlens, token_mask)).to(device)
     if attention_mask is None:
         raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checkpoints, report
-from .base import TOKEN_POOLINGS, Pool, check_choice, check_positive
+from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive, check_range
 
 # The sizes of the paper's released module.
 PAPER = {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "ff_mult": 4, "residual": False}
@@ -58,6 +58,9 @@ class TrainablePool(Pool):
         )
         check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
         check_choice("backend", backend, BACKENDS)
+        check_flags(residual=residual, normalize=normalize)
+        if choices is not None and not isinstance(choices, Mapping):
+            raise ValueError(f'choices must be a dict such as {{"keys": "absorbed"}}, got {choices!r}')
         Plan().override(dict(choices or {}))
         self.hidden_size, self.num_latents, self.num_heads = hidden_size, num_latents, num_heads
         self.head_dim, self.ff_mult, self.token_pooling = head_dim, ff_mult, token_pooling
@@ -222,6 +225,8 @@ class TrainablePool(Pool):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The mean over latents [B, D], A [B, H, R, n] where asked, X0 where `rows` were gathered."""
         batch, keys = (rows.shape[0], len(states)) if rows is not None else states[0].shape[:2]
+        if rows is None:
+            check_range(states[0])
         training = torch.is_grad_enabled() and any(t.requires_grad for t in (*states, *self.parameters()))
         if self.folded and training:
             raise RuntimeError("a folded pool is for inference; use the pool it was folded from to train")

@@ -131,7 +131,9 @@ def test_merge_names_the_weight_that_is_wrong(monkeypatch):
         merge(half)
     whole = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda *arguments: 0.9 * whole(*arguments))
-    with pytest.raises(ValueError, match=r"self_attn\.q_proj\.weight does not compute what it and its adapter"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight does not compute what it and its adapter"
+    ):
         merge(broken(1.0))
 
 

@@ -326,7 +326,7 @@ def test_without_anything_to_size_matching_is_refused(config: Callable[..., dict
         ({"baseline": "mult"}, "'mult'; nearest: multi"),
         ({"seeds": [1, 1]}, "seeds repeat"),
         ({"search": {"grid": {"learning_rate": [1e-3]}, "split": "test"}}, "chosen on development data"),
-        ({"search": {"grid": {"learning_rate": 1e-3}}}, "lists of values"),
+        ({"search": {"grid": {"learning_rate": 1e-3}}}, r"search\.grid\.learning_rate is 0\.001, expected a list"),
         ({"base": None}, "--base"),
         ({"data_dir": None}, "--data"),
     ],
