@@ -288,7 +288,8 @@ class _Program(nn.Module):
 
     def _check_frame(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """An assertion on the device that every row begins and ends as the embedder's texts do."""
-        mask, texts = attention_mask.bool(), self.backbone.texts
+        texts: Any = self.backbone.texts
+        mask = attention_mask.bool()
         place = torch.arange(mask.shape[1], device=mask.device)
         ends = torch.where(mask, place, 0).amax(1)[:, None] - torch.arange(len(texts.suffix)).flip(0).to(mask.device)
         starts = mask.int().argmax(1)[:, None] + torch.arange(len(texts.prefix), device=mask.device)

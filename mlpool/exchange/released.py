@@ -67,7 +67,7 @@ def import_released(
     pool = read()  # what is wrong with the file shows before the base model is loaded
     embedder = load(base, chosen.name, **options)
     backbone: Any = embedder[0]
-    if pool is not None:
+    if pool is not None and path is not None:
         if getattr(pool, "num_layers", 0) > backbone.num_layers:
             logger.warning(
                 "%s has rows for %d layers and the base model has %d: the first are read, as in theirs", path,
