@@ -129,6 +129,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
+    if wrong := [n for n, t in tensors.items() if t.layout != torch.strided or not t.is_floating_point()]:
+        raise ValueError(f"{path} must hold dense tensors of floating-point numbers; others are {', '.join(wrong[:3])}")
     return tensors
 
 
