@@ -335,13 +335,15 @@ def _trace(embedder: Embedder) -> torch.export.ExportedProgram:
 # which depend on the size of the batch.
 
 
-def _plain_gather(states, starts, ends, last, count, keep, mean, backend) -> Tensor:
+def _plain_gather(states, starts, ends, last, count, keep, mean, backend, unit=False) -> Tensor:
     if not mean:
         return torch.stack([state.flatten(0, 1)[last] for state in states], 1)
     kept = keep.view(states[0].shape[:2])[:, :, None]
-    wide = torch.promote_types(states[0].dtype, torch.float32)
+    dtype, wide = states[0].dtype, torch.promote_types(states[0].dtype, torch.float32)
+    if unit:  # a token of zeros stays zero
+        states = [F.normalize(state.to(wide), dim=-1, eps=torch.finfo(wide).tiny) for state in states]
     sums = torch.stack([torch.where(kept, state, 0).sum(1, dtype=wide) for state in states], 1)
-    return (sums / count[:, None, None]).to(states[0].dtype)
+    return (sums / count[:, None, None]).to(dtype)
 
 
 def _plain_pool(states, rows, key_mask, *rest) -> list[Tensor]:
