@@ -286,6 +286,10 @@ def _parse_json(path: Path, line: int, source: str) -> dict[str, Any]:
         entry = json.loads(source.strip())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{line} is not valid JSON: {error.msg}, column {error.colno}") from None
+    except (RecursionError, ValueError) as error:  # an integer of more digits than Python reads
+        deep = isinstance(error, RecursionError)
+        reason = "it is nested too deep" if deep else str(error).partition(";")[0]
+        raise ValueError(f"{path}:{line} is not valid JSON: {reason}") from None
     if not isinstance(entry, dict):
         raise ValueError(f'{path}:{line}: expected an object such as {{"text": …}}, got {source.strip()!r:.60}')
     return entry
