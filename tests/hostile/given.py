@@ -32,11 +32,12 @@ def hostile(examples: int) -> Callable[[Any], Any]:
 @contextmanager
 def ours(*kinds: type[Exception]) -> Iterator[None]:
     """Whatever goes wrong inside is an error that mlpool itself raised, of these kinds, with a message."""
+    kinds = kinds or (ValueError, OSError)
     caught: Exception | None = None
     with _in_time():
         try:
             yield
-        except kinds or (ValueError, OSError) as error:
+        except kinds as error:
             caught = error
     if caught is not None:
         place = Path(traceback.extract_tb(caught.__traceback__)[-1].filename)
