@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mlpool.files import confined, read_json, replacing, sha256, write_json, write_text
 
 PARTS = st.sampled_from(
-    ["..", ".", "", "a", "b.txt", "out", "file", "dangling", "circle", "C:", "con\\x", "a\0b", "\ud800", "ä" * 200, "x" * 256]
+    ["..", ".", "", "a", "b.txt", "out", "file", "dangling", "circle", "C:", "con\\x", "a\0b", "\ud800", "ä" * 200,
+     "x" * 256]
 )  # fmt: skip
 NAMES = st.one_of(
     st.lists(PARTS, min_size=1, max_size=6).map("/".join),
@@ -67,8 +68,9 @@ def test_a_hostile_name_is_refused_or_inside(folder, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "/etc/passwd", "", ".", "..", "a/", "a//b", "./a", "a/../b", "out/x", "out", "file", "dangling", "circle/x",
-     "C:/x", "c:x", "a\\b", "\\\\host\\share", "a\0", "\ud800", "x" * 256, "a/" * 2000 + "a", None, 7, ["a"]],
+    ["../x", "/etc/passwd", "", ".", "..", "a/", "a//b", "./a", "a/../b", "out/x", "out", "file", "dangling",
+     "circle/x", "C:/x", "c:x", "a\\b", "\\\\host\\share", "a\0", "\ud800", "x" * 256, "a/" * 2000 + "a", None, 7,
+     ["a"]],
 )  # fmt: skip
 def test_these_names_are_refused(folder, name):
     with pytest.raises(ValueError, match=r"(?s)expected a name inside .*folder"):
@@ -103,13 +105,18 @@ def test_what_fails_leaves_the_file_and_nothing_else(tmp_path):
     path = tmp_path / "deep" / "a.json"
     write_json(path, {"ä": 1})
     before = path.read_bytes()
-    with pytest.raises(ZeroDivisionError), replacing(path) as new:
-        new.write_text("half")
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        _write_and_fail(path)
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert path.read_bytes() == before == '{\n  "ä": 1\n}\n'.encode()
     assert os.listdir(path.parent) == ["a.json"]
+
+
+def _write_and_fail(path: Path) -> None:
+    with replacing(path) as new:
+        new.write_text("half")
+        raise ZeroDivisionError
 
 
 def _write_forever(path: Path) -> None:

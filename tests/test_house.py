@@ -11,11 +11,11 @@ SOURCES = {"mlpool": ROOT / "mlpool", "mlpool_kernels": ROOT / "kernels/mlpool_k
 # From the ground up; what stands in one line is one floor.
 FLOORS = [
     ("mlpool_kernels",),
-    ("mlpool.files", "mlpool.show"),
+    ("mlpool.version", "mlpool.files", "mlpool.options", "mlpool.show"),
     ("mlpool.schema",),
     ("mlpool.pooling",),
-    ("mlpool.attention",),
     ("mlpool.taps",),
+    ("mlpool.attention",),
     ("mlpool.embedder",),
     ("mlpool.corpus",),
     ("mlpool.training",),
@@ -101,16 +101,12 @@ def test_no_circle(graph):
     assert not circles, "\n".join(circles)
 
 
-def test_the_graph_as_a_stranger_reads_it(graph, capsys):
-    """Prints floor by floor what it imports: `pytest -s tests/test_house.py`."""
-    with capsys.disabled() if False else _quiet():
-        for names in FLOORS:
-            below = sorted({t.split(".")[1] if t.startswith("mlpool.") else t for n, ts in graph.items() for t in ts
-                            if _floor(n) == _floor(names[0]) and _floor(t) != _floor(names[0])})  # fmt: skip
-            print(f"{', '.join(names)}: {', '.join(below) or '-'}")
-
-
-def _quiet():
-    import contextlib
-
-    return contextlib.nullcontext()
+def test_every_floor_is_there(graph, capsys):
+    """And the whole house in a screen, from the ground up: `pytest -s tests/test_house.py`."""
+    with capsys.disabled():
+        print()
+        for height, names in enumerate(FLOORS):
+            below = {t for n, targets in graph.items() if _floor(n) == height for t in targets if _floor(t) != height}
+            rooms = sorted({".".join(target.split(".")[:2]).removeprefix("mlpool.") for target in below})
+            print(f"{', '.join(names):>45}  ←  {', '.join(rooms) or '-'}")
+    assert not [name for names in FLOORS for name in names if name not in graph]

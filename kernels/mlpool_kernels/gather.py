@@ -22,7 +22,6 @@ from torch import Tensor
 from .runtime import ceil_div, direct, jit, tl, use_triton
 from .tiles import tile
 
-
 # Programs that fill a large GPU several times over (132 multiprocessors), the fewest rows worth one, and the tile that
 # adds up what they leave.
 PROGRAMS, PART_ROWS = 1024, 32

@@ -5,26 +5,28 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .embedder import Embedder
+    from sentence_transformers import SentenceTransformer
+
+E = TypeVar("E", bound="SentenceTransformer")
 
 # The paper's: attention and feed-forward of Llama, Mistral and Qwen.
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def add_lora(
-    embedder: Embedder,
+    embedder: E,
     rank: int = 16,
     alpha: int = 32,
     dropout: float = 0.1,
     target_modules: Sequence[str] | str | None = None,
     **options: Any,
-) -> Embedder:
+) -> E:
     """Freeze the backbone and put LoRA on it, in place; return the embedder. The pool stays trainable.
 
     Args:
@@ -55,11 +57,14 @@ def add_lora(
     return embedder
 
 
-def merge(embedder: Embedder) -> Embedder:
+def merge(embedder: E) -> E:
     """Fold LoRA into the weights, in place; return the embedder, which then has no adapter.
 
+    Each sum is made in float64 and rounded once, to the dtype of the weight.
+
     Raises:
-        ValueError: there is no adapter to merge, or merging makes a weight infinite or NaN.
+        ValueError: there is no adapter to merge, or a merged weight (named) is infinite or NaN, or does not compute
+            what it and its adapter do.
     """
     model: Any = embedder[0].model
     if not has_adapter(model):
@@ -68,14 +73,41 @@ def merge(embedder: Embedder) -> Embedder:
 
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            model.set_submodule(name, module.get_base_layer())
+            model.set_submodule(name, _merged(name, module))
     del model.peft_config
     model._hf_peft_config_loaded = False
     model.requires_grad_(True)  # as any model with full weights
     backbone: Any = embedder[0]
     backbone.base_fingerprint = None
     return embedder
+
+
+@torch.no_grad()
+def _merged(name: str, module: Any) -> nn.Module:
+    """The layer below an adapter with the adapter in its weights."""
+    layer = module.get_base_layer()
+    kept = [(parameter, parameter.dtype) for parameter in layer.parameters()]
+    if layer.weight.device.type != "mps":  # which has no float64
+        module.double()
+    module.eval()
+    probe = torch.randn(4, module.in_features).to(layer.weight) if isinstance(layer, nn.Linear) else None
+    expected = None if probe is None else module(probe)
+    try:
+        module.merge(safe_merge=True)
+    except ValueError as error:
+        raise ValueError(f"merging makes {name}.weight infinite or NaN; the adapter is damaged ({error})") from error
+    for parameter, dtype in kept:
+        parameter.data = parameter.data.to(dtype)
+        if not parameter.isfinite().all():
+            raise ValueError(f"merging makes {name}.weight infinite or NaN in {dtype}; merge in a wider dtype")
+    if probe is not None and expected is not None:
+        wide = nn.functional.linear(probe, layer.weight.to(probe), None if layer.bias is None else layer.bias.to(probe))
+        # Each weight is rounded by half a unit at most, and the errors of a row do not all point one way.
+        allowed = 4 * torch.finfo(layer.weight.dtype).eps * layer.weight.to(probe).norm() * probe.norm()
+        if not (wide - expected).norm() <= allowed:
+            off = (wide - expected).norm() / expected.norm()
+            raise ValueError(f"merged, {name}.weight does not compute what it and its adapter do: off by {off:.1e}")
+    return layer
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import json
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,11 +18,13 @@ from ..attention import bidirectional, causal
 from ..attention.check import AttentionCheckError, claims_bidirectional, is_encoder, text_positions
 from ..attention.families import backend_of, family_of, require_transformers
 from ..attention.packed import _position_offset, is_packed, pack, unpack
-from ..pooling.base import check_choice, log_once
+from ..files import read_json
+from ..pooling.base import broken_weights, check_choice, check_positive, log_once
+from ..schema import arguments, check, section
 from ..taps import Taps, find_layers
 from .adapters import check_base, fingerprint, has_adapter, load_adapter
 from .designs import DESIGNS, find_design
-from .folder import MANIFEST, check_folder
+from .folder import MANIFEST, check_folder, check_index
 from .texts import TextTokenizer, TokenIds, Truncated
 
 CONFIG_NAME = "backbone_config.json"
@@ -70,6 +72,8 @@ class Backbone(InputModule):
     ) -> None:
         super().__init__()
         check_choice("packing", packing, PACKING)
+        if max_seq_length is not None:
+            check_positive(max_seq_length=max_seq_length)
         self.model = model
         self._design = find_design(design)
         self.design, self.append_eos, self.packing = self._design.name, append_eos, packing
@@ -242,6 +246,10 @@ class Backbone(InputModule):
 
     # --- save and load ------------------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        shown = {name: value for name, value in self.get_config_dict().items() if name != "base_fingerprint"}
+        return f"{type(self).__name__}({shown})"  # which a model card holds too; the fingerprint has kilobytes
+
     def get_config_dict(self) -> dict[str, Any]:
         values = {key: getattr(self, key) for key in self.config_keys}
         if self._design.package:  # of a design of somebody's own, so that a machine without it can say what it lacks
@@ -277,7 +285,8 @@ class Backbone(InputModule):
             "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
         }  # fmt: skip
         check_folder(model_name_or_path)
-        config = cls.load_config(model_name_or_path, subfolder, **hub)
+        path = cls.load_file_path(model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        config = {} if path is None else check(_config_keys(), read_json(path), str(path))
         if "design" not in config:
             raise ValueError(f"{model_name_or_path} lacks {CONFIG_NAME} or its design; it is not a saved embedder")
         find_design(config["design"], config.pop("design_package", None))  # before the weights are read
@@ -289,6 +298,13 @@ class Backbone(InputModule):
         backbone = cls(model, tokenizer, **config)
         backbone.base_fingerprint = expected
         return backbone
+
+
+@functools.cache
+def _config_keys() -> Any:
+    """What `backbone_config.json` may hold."""
+    keys = arguments(Backbone, "model", "tokenizer")
+    return section("key", {**keys, "design_package": str, "base_fingerprint": str | None})
 
 
 def load_model(
@@ -318,8 +334,8 @@ def load_model(
     place: dict[str, Any] = {**hub, "subfolder": subfolder}
     source = name
     if adapter is not None:
-        saved = json.loads(Path(adapter).read_text(encoding="utf8"))
-        source = base or saved["base_model_name_or_path"]
+        saved = read_json(adapter)
+        source = base or check(str, saved.get("base_model_name_or_path"), f"{adapter}.base_model_name_or_path")
         if not Path(source).is_dir() and (Path(source).is_absolute() or str(source).count("/") > 1):
             raise FileNotFoundError(
                 f"{name} is an adapter for the base model at {source}, which is not there; pass base= with its folder "
@@ -329,6 +345,7 @@ def load_model(
         place = {**shared, "revision": revision, "trust_remote_code": hub["trust_remote_code"]}
     if Path(source).is_dir():
         source = str(Path(source).resolve())  # which an adapter records as its base
+    check_index(Path(source) / place.get("subfolder", ""))
     try:
         config = AutoConfig.from_pretrained(source, **place, **(config_kwargs or {}))
         if config_kwargs:
@@ -346,6 +363,11 @@ def load_model(
     if adapter is not None:
         check_base(model, expected, str(source), name)
         load_adapter(model, name, {**shared, "revision": hub["revision"], "subfolder": subfolder})
+    if faults := broken_weights(model):
+        more = f" and {len(faults) - 3} more" if faults[3:] else ""
+        raise ValueError(
+            f"{name} cannot be used: {'; '.join(faults[:3])}{more}; take an earlier checkpoint, or copy it again"
+        )
     tokenizer = AutoTokenizer.from_pretrained(name, **hub, subfolder=subfolder, **(tokenizer_kwargs or {}))
     return model.eval(), tokenizer
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from sentence_transformers.util.decorators import deprecated_kwargs
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..files import write_text
+from ..pooling.base import StatesTooLarge, broken_weights, check_range
 from .adapters import has_adapter
 from .folder import staged, write_manifest
 from .texts import TokenIds, check_texts
@@ -35,6 +38,12 @@ class Embedder(SentenceTransformer):
     """
 
     cache_folder: str | None = None  # of the Hub, where a base model was loaded from
+    base_name: str | None = None  # of the folder that a base model was loaded from
+
+    @functools.cached_property
+    def _said_cut(self) -> set[int]:
+        """The limits of tokens for which it has been said that texts are cut."""
+        return set()
 
     # --- encode -------------------------------------------------------------------------------------------------------
 
@@ -61,7 +70,8 @@ class Embedder(SentenceTransformer):
         Returns: by default float32 numpy [N, D], rows in the order of the inputs.
 
         Raises:
-            ValueError: rows that are no strings (named), a token_budget below 1, and what `TextTokenizer` raises.
+            ValueError: rows that are no strings, a token_budget below 1, embeddings that would be NaN or infinite (rows
+                named), and what `TextTokenizer` raises.
             RuntimeError: memory runs out for one text alone.
         """
         if not isinstance(inputs, str):
@@ -120,12 +130,18 @@ class Embedder(SentenceTransformer):
                 for row, embedding in zip(part, embeddings.cpu() if save_to_cpu else embeddings, strict=True):
                     rows[row] = embedding
                 bar.update(len(part))
-        if (cut := backbone.truncated).count > before:
+        if (cut := backbone.truncated).count > before and cut.limit not in self._said_cut:
+            self._said_cut.add(cut.limit)
             logger.warning(
-                "%d of %d texts were longer than %d tokens and cut there (the longest ever had %d); raise "
-                "max_seq_length to read more", cut.count - before, len(inputs), cut.limit, cut.longest,
+                "%d of %d texts were longer than %d tokens and cut there (the longest had %d); raise max_seq_length to "
+                "read more. Said once; model[0].truncated counts on", cut.count - before, len(inputs), cut.limit,
+                cut.longest,
             )  # fmt: skip
-        return torch.stack(rows) if rows else torch.empty(0, device=device)  # type: ignore[arg-type]
+        if not rows:
+            return torch.empty(0, device=device)
+        made = torch.stack(rows)  # type: ignore[arg-type]
+        _check_finite(made, self)
+        return made
 
     def _batches(
         self, tokens: TokenIds, budget: int, batch_size: int, device: torch.device
@@ -156,7 +172,14 @@ class Embedder(SentenceTransformer):
     def _embed(self, tokens: TokenIds, part: Sequence[int], device: torch.device) -> Tensor:
         backbone: Any = self[0]
         features = tokens.packed(part) if backbone.packed else tokens.padded(part, backbone.texts.pad)
-        return self(batch_to_device(features, device))["sentence_embedding"]
+        try:
+            features = self(batch_to_device(features, device))
+            # Elsewhere than on a CPU the pool does not look, so as not to wait.
+            if device.type != "cpu" and "layer_states" in features and getattr(self[1], "pool", None) is not None:
+                check_range(features["layer_states"], wait=True)
+        except StatesTooLarge as error:
+            raise StatesTooLarge(part[error.row], error.largest) from None
+        return features["sentence_embedding"]
 
     # --- save ---------------------------------------------------------------------------------------------------------
 
@@ -189,7 +212,9 @@ class Embedder(SentenceTransformer):
             )
         if not safe_serialization:
             raise ValueError("embedders are saved as safetensors only; leave out safe_serialization=False")
-        from .. import __version__
+        if faults := broken_weights(self):
+            raise RuntimeError(f"not saved: {'; '.join(faults[:5])}; what was in {path} stays")
+        from ..version import __version__
 
         with self._undisturbed(), staged(path) as stage:
             super().save(str(stage), model_name, create_model_card, train_datasets)
@@ -205,7 +230,10 @@ class Embedder(SentenceTransformer):
         super()._create_model_card(path, *args, **kwargs)
         card = Path(path) / "README.md"
         if card.is_file():
-            card.write_text(_as_ours(card.read_text(encoding="utf8"), self.model_card_data.model_id), encoding="utf8")
+            model: Any = self[0].model
+            base = self.base_name or (Path(model.name_or_path).name if has_adapter(model) else None)
+            text = _as_ours(card.read_text(encoding="utf8"), self.model_card_data.model_id, base)
+            write_text(card, text)
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
@@ -241,20 +269,56 @@ class Embedder(SentenceTransformer):
             again = reload(self, folder, device)
             if problems := _differences(self, again):
                 return problems
-            ours, theirs = (model._probe() for model in (self, again))
+            # The copy is what is widened for the comparison: this model may be in training.
+            change, limit = again.disagreement(again._probe(), self._probe(), again._probe)
         except RuntimeError as error:
             if device.type == "cpu" or not _out_of_memory(error):
                 raise
             return None
-        limit = _LIMITS[min((self.dtype, again.dtype), key=lambda dtype: torch.finfo(dtype).bits)]
-        change = (ours - theirs.to(ours.device)).abs().max().item()
-        return [] if change <= limit else [f"embeddings differ by {change:.1e} (at most {limit:.0e} is rounding)"]
+        return [] if change <= limit else [f"embeddings differ by {change:.1e} (at most {limit:.1e} is rounding)"]
+
+    def disagreement(self, ours: Tensor, theirs: Tensor, embed: Callable[[], Tensor]) -> tuple[float, float]:
+        """How far other embeddings are from this model's, and how far rounding may take them.
+
+        Where it is more than unit vectors round in this precision, the model itself says what the precision does to
+        it (a deep decoder with large states amplifies every rounding): both are compared with the same weights in
+        float64, and the others may be off by twice what this model is, and the rounding of a unit vector.
+
+        Args:
+            ours: this model's embeddings [B, D]. theirs: of the same texts. embed: makes `ours` again, as the model is
+                then; called with the weights in float64.
+
+        Returns: the largest difference of a coordinate, and the largest that is rounding. NaN agrees with nothing.
+        """
+        floor = _LIMITS[self.dtype]  # type: ignore[index]
+        error = _distance(ours, theirs)
+        if error <= floor or self.dtype == torch.float64:
+            return error, floor
+        with self.in_float64():
+            exact = embed()
+        return _distance(exact, theirs), 2 * _distance(exact, ours) + floor
+
+    @contextmanager
+    def in_float64(self) -> Iterator[None]:
+        """Every weight in float64 meanwhile, and afterwards as it was: float64 holds all narrower numbers exactly."""
+        tensors = (*self.parameters(), *self.buffers())
+        kept = [(tensor, tensor.dtype) for tensor in tensors if tensor.is_floating_point()]
+        try:
+            for tensor, _ in kept:
+                tensor.data = tensor.data.double()
+            self.eval()
+            yield
+        finally:
+            for tensor, dtype in kept:
+                tensor.data = tensor.data.to(dtype)
+            self.eval()  # drops what was folded from the wide weights
 
     def _probe(self) -> Tensor:
         """Embeddings of a few texts, whatever prompts and limits there are; leaves evaluation mode behind."""
         backbone: Any = self.eval()[0]
         backbone.arrange()
-        return self._embed(backbone.token_ids(_PROBES), range(len(_PROBES)), self.device).float()
+        embeddings = self._embed(backbone.token_ids(_PROBES), range(len(_PROBES)), self.device)
+        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
     def set_pooling_include_prompt(self, include_prompt: bool) -> None:
         """Whether the prompt's tokens are pooled, or only read by the model."""
@@ -273,10 +337,24 @@ def reload(embedder: Embedder, folder: str | Path, device: torch.device | None =
     )  # fmt: skip
 
 
-def _as_ours(card: str, model_id: str | None) -> str:
+def _check_finite(embeddings: Tensor, model: SentenceTransformer) -> None:
+    finite = embeddings.isfinite().all(1)
+    if bool(finite.all()):
+        return
+    rows = (~finite).nonzero().flatten().tolist()
+    why = "; ".join(broken_weights(model)[:2]) or (
+        f"all weights are finite, so numbers left the range of {model.dtype} on the way: load with dtype float32 or "
+        "bfloat16, and look at these texts"
+    )
+    raise ValueError(f"row {rows[0]}: its embedding is NaN or infinite (rows {rows[:10]}, {len(rows)} in all); {why}")
+
+
+def _as_ours(card: str, model_id: str | None, base: str | None) -> str:
     """sentence-transformers' model card, with the lines of its example that are otherwise here."""
     placeholder = "sentence_transformers_model_id"
+    unknown = "<!-- - **Base model:** [Unknown](https://huggingface.co/unknown) -->\n"
     for theirs, ours in (
+        (unknown, f"- **Base model:** {base} (a folder)\n" if base else ""),
         ("pip install -U sentence-transformers", "pip install 'mlpool[st]'"),
         ("from sentence_transformers import SentenceTransformer\n", "import mlpool\n"),
         ("model = SentenceTransformer(", "model = mlpool.load("),
@@ -284,6 +362,11 @@ def _as_ours(card: str, model_id: str | None) -> str:
     ):
         card = card.replace(theirs, ours)
     return card
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of a coordinate."""
+    return (ours.double() - theirs.to(ours.device).double()).abs().max().item()
 
 
 def _differences(model: SentenceTransformer, again: SentenceTransformer) -> list[str]:

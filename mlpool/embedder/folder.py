@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from ..files import check_folder_name, confined, flush, parse_json, read_json, sha256, write_json
+from ..schema import check
 
 MANIFEST = "mlpool.json"
 _SAVING, _SAVED = ".mlpool-saving-", ".mlpool-saved"  # being written; complete, on its way to its place
@@ -27,21 +29,23 @@ def staged(folder: str | Path) -> Iterator[Path]:
     states) are not touched, and the folder itself is not replaced: it may be a mount point or somebody's current one.
 
     Raises:
-        NotADirectoryError: `folder` is a file. ValueError: its manifest is damaged.
+        NotADirectoryError: `folder` is a file. FileNotFoundError: it is a link to nothing. ValueError: its manifest is
+        damaged, or names files outside of the folder.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; pass a folder to save into")
+    check_folder_name(folder)
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     recover(folder)
-    read_manifest(folder)
     stage = folder / f"{_SAVING}{os.getpid()}"
     stage.mkdir()
     try:
         yield stage
         names = [path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()]
+        _moves(folder, names, stage)  # what cannot be put in place is found while the old files are all there
         (stage / _FILES).write_text(json.dumps(names), encoding="utf8")
+        for name in (*names, _FILES, "."):
+            flush(stage / name)
         stage.rename(folder / _SAVED)
         recover(folder)
     finally:
@@ -55,21 +59,41 @@ def recover(folder: str | Path) -> None:
     """Put right what a save that was killed left in `folder`: what was complete is moved into place, the rest deleted.
 
     Several processes may do so at once.
+
+    Raises:
+        ValueError: what tells how to go on is damaged or leads out of the folder; then nothing was touched.
     """
     folder = Path(folder)
     saved = folder / _SAVED
+    old = set(read_manifest(folder).get("files", ()))
+    if saved.is_symlink():
+        raise ValueError(f"{saved} is a link, expected a folder that a save left; delete it")
     if (saved / _FILES).is_file():
-        new = json.loads((saved / _FILES).read_text(encoding="utf8"))
-        for name in read_manifest(folder).get("files", {}).keys() - set(new):
-            (folder / name).unlink(missing_ok=True)
-        for name in sorted(new, key=lambda name: (name == MANIFEST, name not in _FIRST)):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        names = read_json(saved / _FILES, list, f"a save left {saved}; delete it to keep what else is in {folder}")
+        moves = _moves(folder, names, saved)
+        for name in old - set(names):
+            if not (folder / name).is_dir():
+                (folder / name).unlink(missing_ok=True)
+        for path, place in moves:
+            place.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # moved already
-                (saved / name).replace(folder / name)
+                path.replace(place)
+        flush(folder)
         (saved / _FILES).unlink(missing_ok=True)
     shutil.rmtree(saved, ignore_errors=True)
     for stage in folder.glob(f"{_SAVING}*"):
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _moves(folder: Path, names: Iterable[Any], saved: Path) -> list[tuple[Path, Path]]:
+    """From where to where the saved files go, in order; ValueError where one is not within both folders."""
+    moves = []
+    for name in names:
+        path, place = confined(saved, name, saved / _FILES), confined(folder, name, saved / _FILES)
+        if place.is_dir():
+            raise ValueError(f"{place} is a folder, where a file is to be saved; move it out of the way")
+        moves.append((name == MANIFEST, name not in _FIRST, path, place))
+    return [(path, place) for _, _, path, place in sorted(moves)]
 
 
 def write_manifest(folder: Path, **entries: Any) -> None:
@@ -80,18 +104,21 @@ def write_manifest(folder: Path, **entries: Any) -> None:
         if path.is_file() and name != MANIFEST:
             files[name] = {"bytes": path.stat().st_size}
             if path.suffix == ".safetensors":
-                files[name]["sha256"] = _sha256(path)
-    (folder / MANIFEST).write_text(json.dumps({**entries, "files": files}, indent=2) + "\n", encoding="utf8")
+                files[name]["sha256"] = sha256(path)
+    write_json(folder / MANIFEST, {**entries, "files": files})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote, {} where there is none; ValueError if it is damaged."""
+    """What `write_manifest` wrote, {} where there is none; ValueError if it is damaged or names a file elsewhere."""
+    path = folder / MANIFEST
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+        manifest = read_json(path, dict, "delete it, or copy the folder again from where it was saved")
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error}); delete it, or copy the folder again") from error
+    manifest["files"] = check(dict[str, dict[str, int | str | None]], manifest.get("files", {}), f"{path}.files")
+    for name in manifest["files"]:
+        confined(folder, name, path)
+    return manifest
 
 
 def check_folder(folder: str | Path, whole: bool = False) -> None:
@@ -101,7 +128,8 @@ def check_folder(folder: str | Path, whole: bool = False) -> None:
         whole: also hash files above 256 MiB.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is damaged. Both name it.
+        FileNotFoundError: a file is missing. ValueError: a file is damaged, or a name leads out of the folder. Both
+        name it.
     """
     folder = Path(folder)
     if (folder / _SAVED).is_dir():
@@ -114,18 +142,18 @@ def check_folder(folder: str | Path, whole: bool = False) -> None:
                 continue
             raise FileNotFoundError(f"{folder} lacks {name}, which was saved with it; {advice}")
         if path.suffix == ".json":
-            try:
-                json.loads(path.read_text(encoding="utf8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} is no valid JSON ({error}); {advice}") from error
+            parse_json(path.read_bytes(), str(path), advice)
         elif "sha256" in entry:
             size = path.stat().st_size
-            if size != entry["bytes"]:
-                raise ValueError(f"{path} has {size} bytes, {entry['bytes']} were saved; {advice}")
-            if (whole or size <= _READ_WHOLE) and _sha256(path) != entry["sha256"]:
+            if size != entry.get("bytes"):
+                raise ValueError(f"{path} has {size} bytes, {entry.get('bytes')} were saved; {advice}")
+            if (whole or size <= _READ_WHOLE) and sha256(path) != entry["sha256"]:
                 raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was saved; {advice}")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def check_index(folder: Path) -> None:
+    """Raises ValueError where an index of weights in several files names one outside of the folder."""
+    for index in folder.glob("*.safetensors.index.json"):
+        named = check(dict[str, Any], read_json(index).get("weight_map", {}), f"{index}.weight_map")
+        for name in set(map(str, named.values())):
+            confined(folder, name, index)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import confined, read_json
+from ..options import check_place, near
 from ..pooling.base import check_choice
+from ..schema import check
 from .backbone import PACKING, Backbone, load_model
 from .designs import build_pool, find_design
 from .embedder import Embedder
@@ -73,15 +74,17 @@ def load(
         FileNotFoundError: no such folder (nearest names) nor Hub model, a missing file (named).
     """
     name = os.path.expanduser(model)
-    _check_place(name)
+    check_place(name)
     check_folder(name, whole=verify)
     hub: dict[str, Any] = {
         "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
     }  # fmt: skip
+    if not Path(name).is_dir():
+        _check_hub(name, hub)
     kwargs: dict[str, Any] = {"dtype": dtype, **(model_kwargs or {})}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    modules = _read_json(name, "modules.json", hub)
+    modules = read_modules(name, hub)
     if modules is not None and any(module["type"] in _OURS for module in modules):
         decided = {
             "pooler": pooler != "default", "layers": layers is not None, "append_eos": not append_eos,
@@ -92,6 +95,8 @@ def load(
             raise ValueError(f"{name} is a saved embedder, which has decided {', '.join(wrong)}; leave it out")
         if base is not None:
             kwargs["base"] = str(base)
+        settings = _read_json(name, "config_sentence_transformers.json", hub, dict) or {}
+        check(dict[str, str], settings.get("prompts") or {}, f"{name}'s prompts")
         embedder: Embedder = Embedder._load_with_module_classes(
             name, _OURS, device=device, prompts=dict(prompts or {}), trust_remote_code=trust_remote_code,
             model_kwargs=kwargs, **hub,
@@ -113,7 +118,8 @@ def load(
     chosen = find_design(design)
     subfolder = "" if modules is None else modules[0]["path"]
     if max_seq_length is None and modules is not None:
-        max_seq_length = (_read_json(name, "sentence_bert_config.json", hub) or {}).get("max_seq_length")
+        limits = _read_json(name, "sentence_bert_config.json", hub, dict) or {}
+        max_seq_length = check(int | None, limits.get("max_seq_length"), f"{name}'s max_seq_length")
     try:
         transformer, tokenizer = load_model(name, {**hub, "trust_remote_code": trust_remote_code}, kwargs, subfolder)
     except OSError as error:
@@ -121,7 +127,7 @@ def load(
             raise
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"{name} is no folder here{_near(Path(name))} and no model on the Hub: {reason}"
+            f"{name} is no folder here{near(Path(name))} and no model on the Hub: {reason}"
         ) from error
     backbone = Backbone(
         transformer, tokenizer, chosen.name, layers, max_seq_length, append_eos, include_prompt, include_bos, packing,
@@ -136,15 +142,20 @@ def load(
         prompts=dict(prompts or {}),
         trust_remote_code=trust_remote_code,
     )
-    if not Path(name).exists():
+    if Path(name).exists():
+        embedder.base_name = Path(name).resolve().name
+    else:
         embedder.model_card_data.base_model = name
     embedder.cache_folder = cache_folder
     return embedder
 
 
-def open_model(name: str, design: str | None = None, device: str | None = None, dtype: Any = "auto") -> Any:
+def open_model(
+    name: str, design: str | None = None, device: str | None = None, dtype: Any = "auto",
+    max_seq_length: int | None = None,
+) -> Any:  # fmt: skip
     """Whatever embeds texts, for the commands: an embedder, any other SentenceTransformer as it is, or with `design` a
-    new embedder on a base model.
+    new embedder on a base model; cut at `max_seq_length` tokens, None for its own limit.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: a base model without a design, a folder of another design, a
@@ -152,42 +163,66 @@ def open_model(name: str, design: str | None = None, device: str | None = None, 
     """
     from sentence_transformers import SentenceTransformer
 
-    _check_place(name)
-    modules = _read_json(name, "modules.json", {})
+    check_place(name)
+    if not Path(name).is_dir():
+        _check_hub(name, {})
+    modules = read_modules(name, {})
     if design is None and modules and not any(module["type"] in _OURS for module in modules):
-        return SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
+        model = SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
+        if max_seq_length is not None:
+            model.max_seq_length = max_seq_length
+        return model
     if not modules and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         there = ", ".join(sorted(path.name for path in Path(name).iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{name} holds no model: expected modules.json (an embedder) or config.json (a base model, with --design), "
             f"found {there}"
         )
-    return load(name, design, device=device, dtype=dtype)
+    return load(name, design, device=device, dtype=dtype, max_seq_length=max_seq_length)
 
 
-def _check_place(name: str) -> None:
-    """A local path that is not there is an error here; a name with one slash may be on the Hub."""
-    path = Path(name)
-    if path.is_dir():
-        return
-    if path.is_file():
-        raise NotADirectoryError(f"{name} is a file; pass the folder of a model, or a Hub name")
-    local = path.is_absolute() or name.startswith(".") or name.count("/") > 1
-    if local:
-        raise FileNotFoundError(f"no folder {name}{_near(path)}")
+def _check_hub(name: str, hub: dict[str, Any]) -> None:
+    """Ask the Hub once whether it has a model that is neither a folder here nor in the cache.
 
+    Without this each file is asked for, and where there is no network, asked for again for half a minute.
 
-def _near(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=3)
-    return f" (near it: {', '.join(near)})" if near else ""
+    Raises:
+        FileNotFoundError: it has not, or was not asked; the message says which.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-
-def _read_json(name: str, file: str, hub: dict[str, Any]) -> Any:
-    path = Backbone.load_file_path(name, file, **hub)
-    if path is None:
-        return None
+    cache, revision = hub.get("cache_folder"), hub.get("revision")
+    for file in ("config.json", "modules.json", "adapter_config.json"):
+        try:
+            if isinstance(try_to_load_from_cache(name, file, cache_dir=cache, revision=revision), str):
+                return
+        except ValueError:  # no name for the Hub
+            break
+    here = f"{name} is no folder here{near(Path(name))} and no model"
+    if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        why = "local_files_only" if hub.get("local_files_only") else "HF_HUB_OFFLINE is set"
+        raise FileNotFoundError(f"{here} in the Hub's cache; the Hub itself was not asked ({why})")
     try:
-        return json.loads(Path(path).read_text(encoding="utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+        HfApi(token=hub.get("token")).model_info(name, revision=revision, timeout=10)
+    except Exception as error:  # what it raises where there is no network is of the library below it
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise FileNotFoundError(f"{here} on the Hub, which was asked ({constants.ENDPOINT}): {reason}") from error
+
+
+def read_modules(name: str, hub: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """`modules.json`, whose paths stay within the folder; None where there is none."""
+    modules = _read_json(name, "modules.json", hub, list)
+    if modules is None:
+        return None
+    modules = check(list[dict[str, Any]], modules, f"{name}/modules.json")
+    for module in modules:
+        if missing := [key for key in ("type", "path", "name") if not isinstance(module.get(key), str)]:
+            raise ValueError(f"{name}/modules.json has a module without {missing[0]}, a string; copy the folder again")
+        if module["path"] not in ("", "."):
+            confined(name, module["path"], Path(name) / "modules.json")
+    return modules
+
+
+def _read_json(name: str, file: str, hub: dict[str, Any], kind: type) -> Any:
+    path = Backbone.load_file_path(name, file, **hub)
+    return None if path is None else read_json(path, kind)

@@ -8,6 +8,7 @@ from typing import Any, Self
 from sentence_transformers.base.modules import Module
 from torch import Tensor
 
+from ..files import read_json
 from ..pooling.base import CONFIG_NAME, Pool
 from ..pooling.registry import find_pool
 
@@ -64,7 +65,8 @@ class Pooler(Module):
         hub: dict[str, Any] = {
             "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
         }  # fmt: skip
-        config = cls.load_config(model_name_or_path, subfolder, CONFIG_NAME, **hub)
+        path = cls.load_file_path(model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
+        config = {} if path is None else read_json(path)
         try:
             pool_class = find_pool(config.get("pool"), config.get("package"))
         except ValueError as error:

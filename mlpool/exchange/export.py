@@ -11,10 +11,11 @@ Both are loaded again and compared with the embedder before they take their plac
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +33,17 @@ from ..attention.families import family_of
 from ..embedder.adapters import has_adapter
 from ..embedder.backbone import Backbone
 from ..embedder.designs import DESIGNS, find_design
-from ..embedder.embedder import _LIMITS, _PROBES, Embedder
+from ..embedder.embedder import _PROBES, Embedder
 from ..embedder.folder import staged
 from ..embedder.pooler import Pooler
 from ..embedder.texts import TextTokenizer
+from ..files import new_place
 from ..pooling import EosPool, MeanPool
 from ..pooling.base import log_once
 from ..pooling.trainable import TrainablePool
 from ..taps import find_layers
+from . import FORMATS
 
-FORMATS = ("st", "torch")
 _CLASSIC = "sentence_transformers.models."  # the names that serving tools look for; every version imports them
 _MODES = {"cls_token": None, "mean_tokens": MeanPool, "max_tokens": None, "mean_sqrt_len_tokens": None,
           "weightedmean_tokens": None, "lasttoken": EosPool}  # fmt: skip
@@ -183,9 +185,10 @@ def _verify_folder(embedder: Embedder, again: SentenceTransformer) -> float:
     batches += [(list(_PROBES), prompt) for prompt in embedder.prompts.values() if prompt]
     worst = 0.0
     for batch, prompt in batches:
-        ours, theirs = (m.encode(batch, prompt=prompt, convert_to_tensor=True) for m in (embedder, again))
+        embed = functools.partial(embedder.encode, batch, prompt=prompt, convert_to_tensor=True)
+        theirs = again.encode(batch, prompt=prompt, convert_to_tensor=True)
         failure = f"not exported: loaded by sentence-transformers, embeddings with the prompt {prompt!r} differ"
-        worst = max(worst, agreement(embedder, ours, theirs, failure))
+        worst = max(worst, agreement(embedder, theirs, embed, failure))
     return worst
 
 
@@ -227,13 +230,16 @@ def _compare_prompt(backbone: Backbone, again: SentenceTransformer, prompt: str)
 def export_program(embedder: Embedder, path: str | Path) -> float:
     """Write an embedder as one file of `torch.export`, its tokenizer and settings inside.
 
-        program = torch.export.load("embedder.pt2").module()  # torch alone
-        embedding = program(input_ids, attention_mask)        # int64 [B, T] each → [B, D]
+        files = {"embedder.json": ""}
+        program = torch.export.load("embedder.pt2", extra_files=files).module()  # torch alone
+        frame = json.loads(files["embedder.json"])["frame"]                       # {"before": […], "behind": […]}
+        embedding = program(input_ids, attention_mask)                            # int64 [B, T] each → [B, D]
 
-    B and T are free, T up to the limit of tokens. Where prompts or BOS are not pooled, a third argument token_mask
-    [B, T] is 0 on them. The weights are of the embedder's dtype, and the file runs on the kind of device that it was
-    exported on (`load_exported` moves it). The feed-forward of a large pooler is computed in one piece: at the paper's
-    sizes 100 MB a text in float32.
+    Every text stands between the token ids of `frame`, whatever its tokenizer puts there by itself (a decoder's
+    puts no EOS): a row that does not is an error of the program. B and T are free, T up to the limit of tokens.
+    Where prompts or BOS are not pooled, a third argument token_mask [B, T] is 0 on them. The weights are of the
+    embedder's dtype, and the file runs on the kind of device that it was exported on (`load_exported` moves it).
+    The feed-forward of a large pooler is computed in one piece: at the paper's sizes 100 MB a text in float32.
 
     Args:
         embedder: of any design, without an adapter. path: a new file, named .pt2.
@@ -280,7 +286,24 @@ class _Program(nn.Module):
             pool._choose = lambda *_, **__: plan  # a choice by the batch's size would tie the program to some sizes
         self.backbone, self.pooler = embedder[0], Pooler(pool)
 
+    def _check_frame(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """An assertion on the device that every row begins and ends as the embedder's texts do."""
+        mask, texts = attention_mask.bool(), self.backbone.texts
+        place = torch.arange(mask.shape[1], device=mask.device)
+        ends = torch.where(mask, place, 0).amax(1)[:, None] - torch.arange(len(texts.suffix)).flip(0).to(mask.device)
+        starts = mask.int().argmax(1)[:, None] + torch.arange(len(texts.prefix), device=mask.device)
+        for what, places, frame in (("begin", starts, texts.prefix), ("end", ends, texts.suffix)):
+            if frame:
+                found = input_ids.gather(1, places.clamp(0, mask.shape[1] - 1))
+                right = (found == torch.tensor(frame, device=mask.device)).all(1) | ~mask.any(1)
+                torch._assert_async(
+                    right.all(),
+                    f"a text does not {what} with token {frame}, which this embedder reads around every text: put "
+                    "embedder.json's frame around the ids, or tokenize with mlpool.exchange.export.load_exported",
+                )
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        self._check_frame(input_ids, attention_mask)
         features = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_mask is not None:
             features["token_mask"] = token_mask
@@ -348,12 +371,13 @@ _PLAIN = {torch.ops.mlpool.gather.default: _plain_gather, torch.ops.mlpool.pool.
 
 def _extra_files(embedder: Embedder) -> dict[str, str]:
     """The settings and the tokenizer's files, as text."""
-    from .. import __version__
+    from ..version import __version__
 
     backbone: Any = embedder[0]
     kept = ("design", "max_seq_length", "append_eos", "include_prompt", "include_bos")
     settings = {
         "mlpool": __version__, **{name: getattr(backbone, name) for name in kept}, "prompts": embedder.prompts,
+        "frame": {"before": backbone.texts.prefix, "behind": backbone.texts.suffix},
         "default_prompt_name": embedder.default_prompt_name, "dimension": embedder.get_embedding_dimension(),
         "vocabulary": backbone.model.get_input_embeddings().weight.shape[0], "device": embedder.device.type,
     }  # fmt: skip
@@ -456,9 +480,9 @@ def _verify_program(embedder: Embedder, exported: Exported) -> float:
         raise RuntimeError(f"not exported: the traced model still calls {', '.join(sorted(foreign))}")
     worst = 0.0
     for batch, name in [(_PROBES, None), (("a",), None), *((_PROBES, name) for name in embedder.prompts)]:
-        ours = embedder.encode(list(batch), prompt_name=name, convert_to_tensor=True)
+        embed = functools.partial(embedder.encode, list(batch), prompt_name=name, convert_to_tensor=True)
         theirs = exported(*exported.tokenize(batch, name))
-        worst = max(worst, agreement(embedder, ours, theirs, "not exported: the embeddings of the file differ"))
+        worst = max(worst, agreement(embedder, theirs, embed, "not exported: the embeddings of the file differ"))
     return worst
 
 
@@ -478,21 +502,16 @@ def _undisturbed(embedder: Embedder) -> Iterator[None]:
             module.training = True
 
 
-def agreement(embedder: Embedder, ours: Tensor, theirs: Tensor, failure: str) -> float:
-    """The largest difference of a coordinate; RuntimeError (`failure`) where it is more than rounding."""
-    dtype: Any = embedder.dtype
-    error = (ours.float() - theirs.to(ours.device).float()).abs().max().item()
-    if not error <= _LIMITS[dtype]:
-        raise RuntimeError(f"{failure} by {error:.1e} (at most {_LIMITS[dtype]:.0e} is rounding)")
+def agreement(embedder: Embedder, theirs: Tensor, embed: Callable[[], Tensor], failure: str) -> float:
+    """The largest difference of a coordinate; RuntimeError (`failure`) where it is more than rounding.
+
+    Args:
+        theirs: embeddings [B, D] to be judged. embed: those of the embedder, see `Embedder.disagreement`.
+    """
+    error, limit = embedder.disagreement(embed(), theirs, embed)
+    if not error <= limit:
+        raise RuntimeError(f"{failure} by {error:.1e} (at most {limit:.1e} is rounding in {embedder.dtype})")
     return error
-
-
-def new_place(path: str | Path) -> Path:
-    """A path that is new, or an empty folder; FileExistsError otherwise."""
-    path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already and not empty; remove it, or choose another name")
-    return path
 
 
 def _check_mergeable(embedder: Embedder, what: str) -> None:

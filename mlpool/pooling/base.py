@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-import json
 import logging
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 import torch.nn.functional as F
 from mlpool_kernels import gather as gather_rows
 from torch import Tensor, nn
 
+from ..files import read_json, replacing, write_json
 from .tokens import Tokens, select_tokens
 
 logger = logging.getLogger("mlpool")
 TOKEN_POOLINGS = ("last", "mean")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "pool.safetensors"
+LARGEST = 1e17  # of a hidden state; the squares of 10^4 such still sum to a float32
 
 
 @lru_cache
@@ -35,6 +39,51 @@ def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+
+
+def check_flags(**flags: bool) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r}")
+
+
+class StatesTooLarge(ValueError):
+    """Hidden states whose squares are no numbers of float32; `row` is that of the text."""
+
+    def __init__(self, row: int, largest: float) -> None:
+        super().__init__(
+            f"row {row}: its hidden states reach {largest:.1e}, and of more than {LARGEST:.0e} the squares are no "
+            "numbers of float32; look at the model that made them, or use float64"
+        )
+        self.row, self.largest = row, largest
+
+
+def check_range(states: Tensor, wait: bool = False) -> None:
+    """Whether layer norms can take rows [B, n, D]: their squares, summed, are numbers of float32.
+
+    Args:
+        wait: also look where that means waiting for the device; on a CPU it costs next to nothing.
+
+    Raises:
+        StatesTooLarge: a finite value beyond `LARGEST`; the first such row is named.
+    """
+    if (states.device.type != "cpu" and not wait) or states.dtype == torch.float64 or torch.compiler.is_compiling():
+        return
+    largest = torch.linalg.vector_norm(states.detach(), torch.inf, dim=(1, 2))
+    rows = ((largest > LARGEST) & largest.isfinite()).nonzero().flatten().tolist()
+    if rows:
+        raise StatesTooLarge(rows[0], float(largest[rows[0]]))
+
+
+def unit(embedding: Tensor) -> Tensor:
+    """To length 1, along the last dimension. Of any finite size: by a power of two its squares are brought within range
+    first, which changes no digit of an ordinary vector. Zero stays zero; NaN and infinity give NaN."""
+    wide = torch.promote_types(embedding.dtype, torch.float32)
+    largest = torch.linalg.vector_norm(embedding.detach().to(wide), torch.inf, dim=-1, keepdim=True)
+    tiny = torch.finfo(embedding.dtype).tiny
+    bound = -math.log2(tiny)
+    exponent = largest.log2().floor().clamp(-bound, bound)
+    return F.normalize(embedding * torch.exp2(-exponent).to(embedding.dtype), dim=-1, eps=tiny)
 
 
 def check_hidden_states(states: Sequence[Tensor]) -> None:
@@ -128,40 +177,49 @@ class Pool(nn.Module):
         origin = {} if package == __name__.partition(".")[0] else {"package": package}
         config = {"pool": type(self).__name__, **origin, **self.config()}
         tensors = {name: t.detach().contiguous().cpu() for name, t in self.state_dict().items()}
-        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        with replacing(directory / WEIGHTS_NAME) as new:
+            save_file(tensors, new, metadata={"format": "pt"})
+        write_json(directory / CONFIG_NAME, config)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **changes: Any) -> Self:
         """Load what `save_pretrained` wrote; `changes` replace config entries (say backend="torch").
 
         Raises:
-            FileNotFoundError: a missing folder or file, named. ValueError: another kind of pool, a file that is cut
-            short or no safetensors file, missing, unexpected or misshapen tensors, named.
+            FileNotFoundError: a missing folder or file, named. ValueError: another kind of pool, unknown or wrong
+            entries of its config, a file that is cut short or no safetensors file, missing, unexpected or misshapen
+            tensors, tensors that hold NaN or infinity; all named.
         """
         directory = Path(directory)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{directory} has no {name}; expected a folder written by save_pretrained")
-        try:
-            config = json.loads((directory / CONFIG_NAME).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{directory / CONFIG_NAME} is not valid JSON: {error}") from error
+        config = read_json(directory / CONFIG_NAME)
         kind = config.pop("pool", None)
         config.pop("package", None)
         if kind != cls.__name__:
             raise ValueError(f"{directory} holds a {kind}, not a {cls.__name__}; load it with mlpool.{kind}")
+        known = inspect.signature(cls.__init__).parameters
+        for name in config:
+            if name not in known or name in ("self", "device", "dtype"):
+                near = "".join(f"; nearest: {key}" for key in difflib.get_close_matches(name, known, n=1))
+                raise ValueError(
+                    f"{directory / CONFIG_NAME}: unknown key {name!r}{near}; edited, or written by a newer mlpool"
+                )
         st = _safetensors()
         try:
             state = st.load_file(directory / WEIGHTS_NAME)
         except Exception as error:
             raise ValueError(f"{directory / WEIGHTS_NAME} cannot be read, is it cut short? ({error})") from error
-        pool = cls(**{**config, **changes})
+        try:
+            pool = cls(**{**config, **changes})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{directory / CONFIG_NAME} does not give a {kind}: {error}") from error
         load_checked(pool, state, str(directory / WEIGHTS_NAME))
         return pool
 
     def _finish(self, embedding: Tensor) -> Tensor:
-        return F.normalize(embedding, dim=-1) if self.normalize else embedding
+        return unit(embedding) if self.normalize else embedding
 
 
 def load_checked(pool: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -174,12 +232,34 @@ def load_checked(pool: nn.Module, state: dict[str, Tensor], source: str) -> None
         for name in expected
         if name in state and state[name].shape != expected[name].shape
     ]
+    problems += [f"{name} holds {fault}" for name, tensor in state.items() if (fault := not_finite(tensor))]
     if problems:
         raise ValueError(f"{source} does not fit {type(pool).__name__}: " + "; ".join(problems))
     dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
     if len(dtypes) == 1:
         pool.to(dtypes.pop())
     pool.load_state_dict(state)
+
+
+def not_finite(tensor: Tensor) -> str | None:
+    """ "NaN" or "infinity" where a tensor holds such; read once, without a copy."""
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return None
+    low, high = tensor.detach().aminmax()
+    extremes = torch.stack([low, high])
+    if bool(extremes.isnan().any()):
+        return "NaN"
+    return "infinity" if bool(extremes.isinf().any()) else None
+
+
+def broken_weights(module: nn.Module) -> list[str]:
+    """The weights that hold NaN or infinity, each in words."""
+    found = []
+    for name, weight in module.named_parameters():
+        local = weight.to_local() if hasattr(weight, "to_local") else weight  # this process's part of a sharded one
+        if fault := not_finite(local):
+            found.append(f"the weight {name} holds {fault}")
+    return found
 
 
 def _safetensors() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
@@ -23,7 +24,10 @@ def select_layers(layers: Sequence[int] | None, num_layers: int) -> list[int] | 
     """Indices into 0 … L-1, negatives counted from the end; increasing and without repeats, or a ValueError."""
     if layers is None:
         return None
-    indices = [int(i) for i in layers]
+    try:
+        indices = [operator.index(i) for i in layers]
+    except TypeError:
+        raise ValueError(f"layers must be a list of integers, got {layers!r}") from None
     outside = [i for i in indices if not -num_layers <= i < num_layers]
     if not indices or outside:
         raise ValueError(
@@ -80,6 +84,11 @@ def read_layer_states(pool: ReadsLayers, hidden_states: Sequence[Tensor] | None,
     if hidden_states is not None:
         raise ValueError("got both hidden_states and layer_states; pass one of them")
     count = pool.num_layers if pool.layers is None else len(pool.layers)
+    if not isinstance(layer_states, Tensor):
+        raise TypeError(
+            f"layer_states must be a tensor [B, {count}, {pool.hidden_size}], got {type(layer_states).__name__}; stack "
+            "the layers' rows, or pass hidden_states"
+        )
     shape = list(layer_states.shape)
     if len(shape) != 3 or shape[2] != pool.hidden_size or shape[1] not in (count, pool.num_layers):
         raise ValueError(f"layer_states must be [B, {count}, {pool.hidden_size}], got {shape}")

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from mlpool_kernels import Plan, Rates, Sizes
 from mlpool_kernels import plan as model
-from mlpool_kernels.runtime import use_triton
-
-if TYPE_CHECKING:
-    from .trainable import TrainablePool
 
 
 def device_memory(device: torch.device) -> int:
@@ -44,19 +39,15 @@ class PlanReport:
 
     @classmethod
     def of(
-        cls, pool: TrainablePool, plan: Plan, batch: int, keys: int, tokens: int | None, training: bool
-    ) -> PlanReport:
-        s = Sizes(
-            batch, keys, pool.hidden_size, pool.num_latents, pool.num_heads, pool.head_dim,
-            pool.ff_mult * pool.hidden_size,
-        )  # fmt: skip
+        cls, name: str, s: Sizes, plan: Plan, rates: Rates, device: torch.device, dtype: torch.dtype, *,
+        triton: bool, masked: bool, tokens: int | None, training: bool,
+    ) -> PlanReport:  # fmt: skip
+        """name: of the pool's class. masked: keys are tokens, some of them padding. tokens: T, where it matters."""
         reference = model.reference_flops(s)
         (score_flops, score_once), (value_flops, value_once) = (
             model.key_flops(s, plan.keys), model.value_flops(s, plan.values),
         )  # fmt: skip
-        triton = use_triton(pool.backend, pool.latents)
         where = "Triton" if triton else "torch"
-        masked = pool.layer_weights is None and keys != 1
         one = triton and plan.launches == "one" and plan.keys == "absorbed" and not masked
         launch = f"{where}, one launch" if one else f"{where}, then matrix product"
         # Saved [a|g] is a plain product's, whatever the plan says of fusing.
@@ -70,18 +61,17 @@ class PlanReport:
             (model.STEPS[1], f"{plan.values} output projection; {mixed}", value_flops, values_reference),
             (model.STEPS[2], ff_where, model.feed_forward_flops(s), reference["feed-forward"]),
         ]
-        itemsize = pool._compute_dtype().itemsize
+        itemsize, batch = dtype.itemsize, s.batch
         mode = "training" if training else "inference"
         length = "" if tokens is None else f", T={tokens}"
         title = (
-            f"{type(pool).__name__}: B={batch}{length}, {keys} keys, D={s.hidden}, R={s.latents}, H={s.heads}, "
-            f"d={s.head_dim}, F={s.width}; {mode} on {pool.latents.device}, {pool._compute_dtype()}"
+            f"{name}: B={batch}{length}, {s.keys} keys, D={s.hidden}, R={s.latents}, H={s.heads}, "
+            f"d={s.head_dim}, F={s.width}; {mode} on {device}, {dtype}"
         )
         once = score_once + (value_once if plan.values == "absorbed" else 0)
         kept = batch * model.saved_bytes(s, plan, itemsize) if training and plan.memory == "save" else 0
         if training and plan.memory == "recompute_ff":
             kept = batch * (model.saved_bytes(s, plan, itemsize) - s.latents * 2 * s.width * itemsize)
-        rates = pool._rates.get(pool._compute_dtype()) or model.default_rates(pool.latents.device.type, itemsize)
         times = model.predict(s, plan, rates, itemsize=itemsize, training=training, cached=not training)
         return cls(title, plan, rows, once, kept, list(times.values()), rates)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import TOKEN_POOLINGS, Pool, check_choice, check_positive, gather
+from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive, gather
 from .layers import last_state, read_layer_states, read_layers, select_layers
 
 
@@ -19,6 +19,7 @@ class _LastLayer(Pool):
         super().__init__()
         if hidden_size is not None:
             check_positive(hidden_size=hidden_size)
+        check_flags(normalize=normalize)
         self.hidden_size, self.normalize, self.backend = hidden_size, normalize, backend
 
     def forward(
@@ -88,6 +89,7 @@ class LayerWeightsPool(Pool):
         super().__init__()
         check_positive(hidden_size=hidden_size, num_layers=num_layers)
         check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
+        check_flags(normalize=normalize)
         self.hidden_size, self.num_layers, self.normalize = hidden_size, num_layers, normalize
         self.layers = select_layers(layers, num_layers)
         self.token_pooling, self.backend = token_pooling, backend

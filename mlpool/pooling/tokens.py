@@ -102,6 +102,8 @@ def select_tokens(
             "or cu_seqlens [B+1] for packed ones"
         )
     if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens must be an int32 or int64 tensor [B+1], got {type(cu_seqlens).__name__}")
         return _packed(shape, *_together(device, cu_seqlens, token_mask)).to(device)
     if attention_mask is None:
         raise ValueError(
@@ -157,7 +159,9 @@ def _padded(shape, attention_mask: Tensor, token_mask: Tensor | None) -> Tokens:
     position = torch.arange(length, device=keep.device)
     last = torch.where(keep, position, -1).amax(1)
     starts = torch.arange(batch, device=keep.device) * length
-    checks.append(_any_token(last >= 0, "attention_mask and token_mask" if token_mask is not None else "attention_mask"))
+    checks.append(
+        _any_token(last >= 0, "attention_mask and token_mask" if token_mask is not None else "attention_mask")
+    )
     flat = (keep.sum(1), keep.reshape(-1))
     return Tokens(starts, starts + length, starts + last, *flat, (batch, length), False, length, tuple(checks))
 

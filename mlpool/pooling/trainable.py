@@ -8,13 +8,14 @@ from typing import Any, Self
 import torch
 from mlpool_kernels import Plan, Sizes, Weights, choose, fold_queries, fold_values
 from mlpool_kernels import pool as run_pool
+from mlpool_kernels.plan import default_rates
 from mlpool_kernels.runtime import BACKENDS, use_triton
 from mlpool_kernels.tiles import fitted_rates
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checkpoints, report
-from .base import TOKEN_POOLINGS, Pool, check_choice, check_positive
+from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive, check_range
 
 # The sizes of the paper's released module.
 PAPER = {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "ff_mult": 4, "residual": False}
@@ -57,6 +58,9 @@ class TrainablePool(Pool):
         )
         check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
         check_choice("backend", backend, BACKENDS)
+        check_flags(residual=residual, normalize=normalize)
+        if choices is not None and not isinstance(choices, Mapping):
+            raise ValueError(f'choices must be a dict such as {{"keys": "absorbed"}}, got {choices!r}')
         Plan().override(dict(choices or {}))
         self.hidden_size, self.num_latents, self.num_heads = hidden_size, num_latents, num_heads
         self.head_dim, self.ff_mult, self.token_pooling = head_dim, ff_mult, token_pooling
@@ -112,13 +116,15 @@ class TrainablePool(Pool):
         device = self.latents.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.ff_in_weight.dtype
 
-    def _choose(self, batch: int, keys: int, *, training: bool, cached: bool) -> Plan:
-        sizes = Sizes(
+    def _sizes(self, batch: int, keys: int) -> Sizes:
+        return Sizes(
             batch, keys, self.hidden_size, self.num_latents, self.num_heads, self.head_dim,
             self.ff_mult * self.hidden_size,
         )  # fmt: skip
+
+    def _choose(self, batch: int, keys: int, *, training: bool, cached: bool) -> Plan:
         plan = choose(
-            sizes, training=training, cached=cached, triton=use_triton(self.backend, self.latents),
+            self._sizes(batch, keys), training=training, cached=cached, triton=use_triton(self.backend, self.latents),
             itemsize=self._compute_dtype().itemsize, memory_bytes=self._device_memory,
             # Tokens as keys come with a padding mask.
             masked=self.layer_weights is None and keys != 1, rates=self._rates.get(self._compute_dtype()),
@@ -219,6 +225,8 @@ class TrainablePool(Pool):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The mean over latents [B, D], A [B, H, R, n] where asked, X0 where `rows` were gathered."""
         batch, keys = (rows.shape[0], len(states)) if rows is not None else states[0].shape[:2]
+        if rows is None:
+            check_range(states[0])
         training = torch.is_grad_enabled() and any(t.requires_grad for t in (*states, *self.parameters()))
         if self.folded and training:
             raise RuntimeError("a folded pool is for inference; use the pool it was folded from to train")
@@ -263,7 +271,13 @@ class TrainablePool(Pool):
         check_positive(batch_size=batch_size)
         keys = self._plan_keys(tokens)
         plan = self._choose(batch_size, keys, training=training, cached=not training)
-        return report.PlanReport.of(self, plan, batch_size, keys, tokens, training)
+        dtype, device = self._compute_dtype(), self.latents.device
+        return report.PlanReport.of(
+            type(self).__name__, self._sizes(batch_size, keys), plan,
+            self._rates.get(dtype) or default_rates(device.type, dtype.itemsize), device, dtype,
+            triton=use_triton(self.backend, self.latents), masked=self.layer_weights is None and keys != 1,
+            tokens=tokens, training=training,
+        )  # fmt: skip
 
     # --- the authors' checkpoints --------------------------------------------------------------------------------
 

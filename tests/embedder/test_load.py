@@ -91,13 +91,13 @@ def test_missing_file(copy, name):
 @pytest.mark.parametrize("broken", [b'{"design": ', b"\xff\xfe{}"])
 def test_broken_json(copy, name, broken):
     (copy / name).write_bytes(broken)
-    with pytest.raises(ValueError, match=f"model/{name} is no valid JSON"):
+    with pytest.raises(ValueError, match=f"model/{name} is not valid JSON"):
         load(copy)
 
 
 def test_broken_manifest(copy):
     (copy / "mlpool.json").write_text("{")
-    with pytest.raises(ValueError, match=r"model/mlpool\.json is damaged"):
+    with pytest.raises(ValueError, match=r"model/mlpool\.json is not valid JSON"):
         load(copy)
 
 
@@ -141,7 +141,7 @@ def test_without_a_manifest(copy):
     (copy / "mlpool.json").unlink()
     close(load(copy).encode(TEXTS), tiny.embedder().encode(TEXTS))
     change(copy / "1_Pooler/config.json", b"MultiLayerPool", b"MultiLayerPond")
-    with pytest.raises(ValueError, match=r"1_Pooler/config\.json names the pool 'MultiLayerPond', which is none of"):
+    with pytest.raises(ValueError, match=r"1_Pooler/config\.json: there is no pool 'MultiLayerPond'"):
         load(copy)
     change(copy / "1_Pooler/config.json", b"MultiLayerPond", b"LastLayerPool")
     with pytest.raises((ValueError, TypeError)):
@@ -150,7 +150,7 @@ def test_without_a_manifest(copy):
     with pytest.raises(ValueError, match=r"model/model\.safetensors cannot be read, is it cut short\?"):
         load(copy)
     (copy / "modules.json").write_text("[")
-    with pytest.raises(ValueError, match=r"modules\.json is no valid JSON"):
+    with pytest.raises(ValueError, match=r"modules\.json is not valid JSON"):
         load(copy)
 
 
@@ -316,7 +316,7 @@ def test_paths_that_are_wrong(saved, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     relative = f"{saved.parent.name}/modle"
     with pytest.raises(
-        FileNotFoundError, match=rf"^{relative} is no folder here \(near it: model\) and no model on the"
+        FileNotFoundError, match=rf"^{relative} is no folder here \(near it: model\) and no model in the"
     ):
         load(relative, 5)
     empty = tmp_path / "empty"
@@ -472,3 +472,162 @@ def test_a_fault_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "_find", fault)
     with pytest.raises(RuntimeError, match="a fault"):
         cli.main(["encode"])
+
+
+# --- hostile and damaged folders --------------------------------------------------------------------------------------
+
+OUTSIDE = ["../secret", "1_Pooler/../../secret", "{absolute}", "out/secret", "", ".", "a\0b", "a\\b", "C:/x", 7, None]
+
+
+@pytest.fixture
+def secret(copy) -> Path:
+    """A file beside the folder, and a link in the folder that leads there."""
+    (copy.parent / "secret").write_text("mine")
+    (copy / "out").symlink_to("..")
+    return copy.parent / "secret"
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_outside_of_the_folder_are_refused(copy, secret, name):
+    """Loading deleted `../secret`, which the manifest names and the save does not, and replaced what the save names."""
+    name = str(secret) if name == "{absolute}" else name
+    prepared = copy / ".mlpool-saved"
+    prepared.mkdir()
+    (prepared / ".files").write_text('["README.md"]')
+    before = {path: path.read_bytes() for path in copy.parent.rglob("*") if path.is_file()}
+    if isinstance(name, str):
+        manifest = json.loads((copy / "mlpool.json").read_text())
+        manifest["files"][name] = {"bytes": 4}
+        (copy / "mlpool.json").write_text(json.dumps(manifest))
+        before[copy / "mlpool.json"] = (copy / "mlpool.json").read_bytes()
+        for act in (load, tiny.embedder("eos-causal").save):
+            with pytest.raises(ValueError, match=r"mlpool\.json names the file .*expected a name inside"):
+                act(copy)
+        shutil.copy(tiny.base() / "config.json", copy / "mlpool.json")  # a manifest without files
+        before[copy / "mlpool.json"] = (copy / "mlpool.json").read_bytes()
+    (prepared / ".files").write_text(json.dumps(["README.md", name]))
+    before[prepared / ".files"] = (prepared / ".files").read_bytes()
+    with pytest.raises(ValueError, match=r"\.files names the file .*expected a name inside"):
+        load(copy)
+    assert {path: path.read_bytes() for path in copy.parent.rglob("*") if path.is_file()} == before
+
+
+def test_a_saved_folder_that_is_a_link_is_refused(copy, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".files").write_text('["stolen"]')
+    (elsewhere / "stolen").write_text("theirs")
+    (copy / ".mlpool-saved").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="is a link, expected a folder that a save left"):
+        load(copy)
+    assert (elsewhere / "stolen").is_file()
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/tmp", "out", 3])
+def test_modules_outside_of_the_folder(copy, secret, path):
+    modules = json.loads((copy / "modules.json").read_text())
+    modules[1]["path"] = path
+    (copy / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"modules\.json (names the file|has a module without path)"):
+        load(copy)
+
+
+def test_an_index_of_weights_outside_of_the_folder(tmp_path):
+    base = Path(shutil.copytree(tiny.base(), tmp_path / "base"))
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
+    with pytest.raises(ValueError, match=r"index\.json names the file '\.\./x\.safetensors'"):
+        load(base, 1)
+
+
+@pytest.mark.parametrize("broken", ["[]", "null", "3", '{"files": 3}', '{"files": {"a": []}}', '{"files": [1]}'])
+def test_manifests_of_another_kind(copy, broken):
+    (copy / "mlpool.json").write_text(broken)
+    with pytest.raises(ValueError, match=r"mlpool\.json.*expected"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [("backbone_config.json", {"max_seq_length": "a"}, "max_seq_length is 'a', expected an integer"),
+     ("backbone_config.json", {"max_seq_length": 0}, "max_seq_length must be an integer of at least 1, got 0"),
+     ("backbone_config.json", {"appendeos": True}, "unknown key 'appendeos'; nearest: append_eos"),
+     ("backbone_config.json", {"append_eos": [1]}, r"append_eos is \[1\], expected"),
+     ("backbone_config.json", {"design": None}, "design is None, expected a string"),
+     ("1_Pooler/config.json", {"gain": 1}, "unknown key 'gain'"),
+     ("1_Pooler/config.json", {"residual": "no"}, "residual must be True or False, got 'no'"),
+     ("1_Pooler/config.json", {"choices": [1]}, r"choices must be a dict such as .*, got \[1\]"),
+     ("config_sentence_transformers.json", {"prompts": ["a"]}, "prompts is .*, expected")],
+)  # fmt: skip
+def test_entries_that_do_not_fit(copy, file, changes, message):
+    path = copy / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+@pytest.mark.parametrize("file", ["backbone_config.json", "1_Pooler/config.json", "modules.json"])
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 9999, '{"a": ' + "9" * 5000 + "}"])
+def test_json_of_another_kind(copy, file, content):
+    (copy / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"{file}|is a base model itself|no design was given"):
+        load(copy)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(saved, tmp_path, value):
+    broken = load(saved)
+    weight = broken[0].model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[0, 0] = value
+    name = "NaN" if value != value else "infinity"
+    with pytest.raises(RuntimeError, match=rf"^not saved: the weight .*layers\.1\.mlp\.up_proj\.weight holds {name}"):
+        broken.save(tmp_path / "m")
+    base = tmp_path / "base"
+    shutil.copytree(tiny.base(), base)
+    broken[0].model.save_pretrained(base)
+    with pytest.raises(ValueError, match=rf"base cannot be used: the weight .*layers\.1\.mlp\.up_proj.* holds {name}"):
+        load(base, "multi-layer-bidirectional")
+
+
+# --- names of nothing -------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_name_says_at_once_what_was_asked(monkeypatch, tmp_path):
+    """It took half a minute of trying each file again, and then was about a design."""
+    import huggingface_hub
+
+    asked = []
+
+    def model_info(self, name, **options):
+        asked.append(name)
+        raise RuntimeError("Repository not found\nmore")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "missing-names").mkdir()
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    told = r"missing-name is no folder here \(near it: missing-names\) and no model "
+    with pytest.raises(
+        FileNotFoundError, match=told + r"on the Hub, which was asked \(https.*\): Repository not found$"
+    ):
+        load("missing-name")
+    assert asked == ["missing-name"]
+    with pytest.raises(FileNotFoundError, match=told + r"in the Hub's cache; the Hub itself was not asked \(local_f"):
+        load("missing-name", local_files_only=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"was not asked \(HF_HUB_OFFLINE is set\)"):
+        load("missing-name", 5)
+    assert asked == ["missing-name"]
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_is_kept_but_not_shown(adapter):
+    card, shown = (adapter / "model/README.md").read_text(), str(load(adapter / "model"))
+    kept = json.loads((adapter / "model/backbone_config.json").read_text())["base_fingerprint"]
+    assert len(kept) > 500
+    assert "base_fingerprint" not in card + shown
+    assert "'design': 'multi-layer-bidirectional'" in shown
+    assert "\n- **Base model:** base (a folder)\n" in card
+    assert "Unknown](https://huggingface.co/unknown)" not in card

@@ -9,10 +9,12 @@ import torch
 from tiny import TEXTS, base, embedder, shake
 
 from mlpool import cli
-from mlpool.embedder import add_lora, load
-from mlpool.exchange.export import load_exported
+from mlpool.embedder import add_lora, load, merge
+from mlpool.exchange import commands
+from mlpool.exchange.export import agreement, load_exported
 
 pytest.importorskip("peft")
+COARSE = 1e4  # added to every token embedding
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +76,74 @@ def test_merge_refuses(saved, tmp_path, capsys, monkeypatch):
     refused("there is no adapter to merge", "merge", tmp_path / "full", "-o", tmp_path / "out")
     refused("already and not empty", "merge", root / "mean-bidirectional", "-o", tmp_path / "full")
     refused("no folder", "merge", tmp_path / "none", "-o", tmp_path / "out")
-    from mlpool.exchange import commands
 
     def careless(made):
-        return shake(commands_merge(made), 0.05)
+        return shake(merge(made), 0.05)
 
-    commands_merge = commands.merge_adapter
-    monkeypatch.setattr(commands, "merge_adapter", careless)
+    monkeypatch.setattr("mlpool.embedder.adapters.merge", careless)
     refused(
         "merging in torch.float32 changes embeddings by", "merge", root / "mean-bidirectional", "-o", tmp_path / "out"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def coarse():
+    """An embedder with an adapter and large states that nearly cancel in the first norm: float32 is 1e-4 off
+    float64, as in a deep decoder with massive activations."""
+    made = add_lora(embedder("multi-layer-bidirectional"))
+    shake(made[0].model, only="lora_B")
+    with torch.no_grad():
+        made[0].model.embed_tokens.weight.add_(COARSE)
+    return made.eval()
+
+
+def test_merge_allows_what_the_precision_itself_does(coarse, tmp_path):
+    """More than unit vectors round, and no more than twice what the model does to itself: merged, saved, exported."""
+    from mlpool.embedder.embedder import _LIMITS
+
+    with torch.no_grad():
+        before = coarse._probe()
+        with coarse.in_float64():
+            exact = coarse._probe()
+        own = (before.double() - exact).abs().max().item()
+        assert own > 3 * _LIMITS[torch.float32], "the fixture is not coarse enough to test anything"
+        error = commands._merge(coarse)
+        with coarse.in_float64():
+            assert (coarse._probe() - exact).abs().max() < own  # each weight is rounded once, from float64
+    assert error <= 2 * own + _LIMITS[torch.float32]
+
+
+def test_merge_names_the_weight_that_is_wrong(monkeypatch):
+    from peft.tuners.lora.layer import Linear
+
+    def broken(value):
+        made = add_lora(embedder("mean-bidirectional"))
+        shake(made[0].model, only="lora_B")
+        made[0].model.layers[2].mlp.up_proj.lora_B.default.weight.data[0] = value
+        return made
+
+    with pytest.raises(ValueError, match=r"merging makes layers\.2\.mlp\.up_proj\.weight infinite or NaN"):
+        merge(broken(float("nan")))
+    half = broken(1e6)
+    half.half()
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.up_proj\.weight infinite or NaN in torch.float16; merge in"):
+        merge(half)
+    whole = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda *arguments: 0.9 * whole(*arguments))
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight does not compute what it and its adapter"
+    ):
+        merge(broken(1.0))
+
+
+def test_careless_files_are_still_refused(coarse, tmp_path):
+    """What the precision does is no excuse for what it does not do."""
+    exact = coarse._probe()
+    with pytest.raises(RuntimeError, match="differs by"):
+        agreement(coarse, exact + 0.01, coarse._probe, "it differs")
+    with pytest.raises(RuntimeError, match="differs by nan"):
+        agreement(coarse, exact * float("nan"), coarse._probe, "it differs")
 
 
 def test_export_merges_and_chooses_by_design(saved, tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mlpool_kernels import reference
-from tiny import GATED, SMALL, TEXTS, D, embedder, shake, tokenizer, transformer, transformers
+from tiny import BOS, EOS, GATED, PAD, SMALL, TEXTS, D, embedder, shake, tokenizer, transformer, transformers
 from torch.nn.functional import normalize
 
 from mlpool.embedder import DESIGNS, add_lora, load, merge
@@ -184,7 +184,9 @@ def batches() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         lengths = torch.randint(1, length + 1, (count,), generator=generator)
         lengths[0] = length
         right = (torch.arange(length) < lengths[:, None]).long()
-        made |= {f"{count}x{length} {side}": (ids, mask) for side, mask in (("right", right), ("left", right.flip(1)))}
+        for side, mask in (("right", right), ("left", right.flip(1))):
+            ends = lengths - 1 if side == "right" else torch.full_like(lengths, length - 1)
+            made[f"{count}x{length} {side}"] = (ids.scatter(1, ends[:, None], EOS), mask)
     return made
 
 
@@ -297,11 +299,30 @@ def test_program_refuses(programs, tmp_path):
     with pytest.raises(ValueError, match=r"cut\.pt2 is damaged, or was not written by mlpool export"):
         load_exported(tmp_path / "cut.pt2")
     exported = load_exported(folder / "last-layer-causal.pt2")
-    long, blank = torch.ones(2, LIMIT + 1, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)
+    long, blank = torch.full((2, LIMIT + 1), EOS), torch.ones(2, 3, dtype=torch.int64)
     with pytest.raises(AssertionError, match=f"<= {LIMIT}"):
         exported(long, long)
     with pytest.raises(RuntimeError, match="a text has no token left by attention_mask"):
         exported(blank, 0 * blank)
+
+
+def test_program_refuses_ids_without_their_frame(tmp_path):
+    """A plain tokenizer's ids, without EOS, were embedded wrongly by 0.49 without a word; the file has the rule."""
+    made = embedder("multi-layer-bidirectional", "llama", frame="bos", packing="never")
+    export_program(made, tmp_path / "out.pt2")
+    files = {"embedder.json": ""}
+    program = torch.export.load(tmp_path / "out.pt2", extra_files=files).module()
+    frame = json.loads(files["embedder.json"])["frame"]
+    assert frame == {"before": [BOS], "behind": [EOS]}
+    own = tokenizer()  # frames nothing
+    plain = own(TEXTS[0]).input_ids
+    for ids, match in ((plain, "does not begin"), ([BOS, *plain], "does not end"), ([*plain, EOS], "does not begin")):
+        for padded in ([ids, [*ids[:1], *ids[2:], PAD]], [ids, [PAD, *ids[:1], *ids[2:]]]):
+            rows = torch.tensor(padded)
+            with pytest.raises(RuntimeError, match=f"a text {match} with token .* put embedder.json's frame"):
+                program(rows, (rows != PAD).long())
+    rows = torch.tensor([[*frame["before"], *plain, *frame["behind"]]])
+    assert difference(program(rows, torch.ones_like(rows)), made.encode(TEXTS[:1])) < 1e-5
 
 
 def test_program_that_differs_is_not_left_behind(programs, tmp_path, monkeypatch):

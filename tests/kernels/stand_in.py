@@ -34,7 +34,6 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
 FIRST_ADDRESS = 1 << 40  # as in stand_in.c
@@ -70,7 +69,11 @@ def _libcuda() -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp(prefix="libcuda-"))
     include = Path(nvidia.__file__).parent / "include"
     library = _build(
-        "gcc", Path(__file__).with_name("stand_in.c"), folder / "libcuda.so.1", f"-I{include}", "-Wl,-soname,libcuda.so.1"
+        "gcc",
+        Path(__file__).with_name("stand_in.c"),
+        folder / "libcuda.so.1",
+        f"-I{include}",
+        "-Wl,-soname,libcuda.so.1",
     )
     if not torch.backends.cuda.is_built():
         (folder / "guard.cpp").write_text(GUARD)
@@ -241,7 +244,9 @@ def _run_node(node: Any, grads: Sequence[Tensor | None]) -> Iterator[tuple[tuple
         results = [grad for grad, needed in zip(results, node.needs_input_grad, strict=True) if needed]
         yield from zip([edge for edge in node.next_functions if edge[0] is not None], results, strict=True)
     else:
-        yield from ((edge, grad) for edge, grad in zip(node.next_functions, results, strict=True) if edge[0] is not None)
+        yield from (
+            (edge, grad) for edge, grad in zip(node.next_functions, results, strict=True) if edge[0] is not None
+        )
 
 
 def _fit(grad: Tensor | None, like: Any) -> Tensor | None:

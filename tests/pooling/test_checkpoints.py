@@ -203,6 +203,22 @@ def test_folders_that_are_broken(tmp_path):
     weights.write_bytes(content)
     config.write_text(text[:20])
     loads(MultiLayerPool, ValueError, "config.json is not valid JSON")
+    for broken in ("[]", "null", "[" * 9999):
+        config.write_text(broken)
+        loads(MultiLayerPool, ValueError, "config.json (holds|is not valid JSON).*; copy it again")
+    for changes, match in (
+        ({"nmu_heads": 2}, "unknown key 'nmu_heads'; nearest: num_heads"), ({"device": "cpu"}, "unknown key 'device'"),
+        ({"residual": "no"}, "config.json does not give a MultiLayerPool: residual must be True or False, got 'no'"),
+        ({"choices": [1]}, "choices must be a dict"), ({"layers": "a"}, "layers must be a list of integers, got 'a'"),
+        ({"num_layers": None}, "num_layers must be an integer of at least 1"), ({"backend": 3}, "backend must be one"),
+    ):  # fmt: skip
+        config.write_text(json.dumps({**json.loads(text), **changes}))
+        loads(MultiLayerPool, ValueError, match)
+    config.write_text(text)
+    for bad, match in ((torch.nan, "latents holds NaN"), (torch.inf, "latents holds infinity")):
+        save_file({**state, "latents": state["latents"] * bad}, weights)
+        loads(MultiLayerPool, ValueError, match)
+    weights.write_bytes(content)
     config.write_text(json.dumps({**json.loads(text), "num_heads": 0}))
     loads(MultiLayerPool, ValueError, "num_heads must be an integer of at least 1, got 0")
 

@@ -5,9 +5,11 @@ import functools
 import pytest
 import torch
 from conftest import SMALL, last, make_states, multi
+from torch.testing import assert_close
 
 from mlpool import EosPool, LastLayerPool, LayerWeightsPool, MeanPool, MultiLayerPool, gather
 from mlpool.pooling import select_tokens
+from mlpool.pooling.base import unit
 
 D, L, B, T = 16, 4, 3, 5
 STATES = make_states(L + 1, (B, T, D))
@@ -15,6 +17,7 @@ MASK = torch.ones(B, T, dtype=torch.long)
 MULTI = [multi(D, L), LayerWeightsPool(D, L)]
 LAST = [last(D), last(D, token_pooling="last"), EosPool(D), MeanPool(D)]
 every_pool = pytest.mark.parametrize("pool", [*MULTI, *LAST], ids=lambda p: type(p).__name__)
+every_trainable = pytest.mark.parametrize("pool", [MULTI[0], *LAST[:2]], ids=["multi", "mean", "last"])
 multi_pool = pytest.mark.parametrize("pool", MULTI, ids=lambda p: type(p).__name__)
 
 
@@ -260,3 +263,75 @@ def test_folded_pool_with_gradients_for_some_layers():
     states[-1].requires_grad_()
     with raises(RuntimeError, "a folded pool is for inference"):
         multi(D, L).fold()(states, MASK)
+
+
+# --- sizes of numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_unit_length_of_any_finite_size(dtype):
+    """1e20 gave zeros, 1e-30 something shorter than 1; ordinary vectors keep every digit."""
+    torch.manual_seed(0)
+    ordinary = torch.randn(7, 33, dtype=dtype)
+    assert torch.equal(unit(ordinary), torch.nn.functional.normalize(ordinary, dim=-1))
+    exact = torch.nn.functional.normalize(ordinary.double(), dim=-1)
+    info = torch.finfo(dtype)
+    for size in (info.max / 8, info.max**0.75, info.tiny**0.75, info.tiny * 8):
+        rows = (ordinary.double() * size).to(dtype)
+        assert rows.isfinite().all()
+        found = unit(rows)
+        assert (found.double() - exact).abs().max() < 8 * info.eps
+    assert not unit(torch.zeros(2, 3, dtype=dtype)).any()
+    assert unit(torch.tensor([[torch.inf, 1]], dtype=dtype)).isnan().any()
+
+
+def test_unit_length_compiled_and_its_gradient():
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unit, x)
+    large = torch.randn(3, 16) * 1e30
+    compiled = torch.compile(unit, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(large), unit(large))
+    large.requires_grad_()
+    unit(large)[:, 0].sum().backward()
+    assert large.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [EosPool, MeanPool])
+def test_large_states_are_pooled(kind):
+    states = torch.randn(B, T, D)
+    pool = kind(D)
+    assert_close(pool(states * 1e25, MASK), pool(states, MASK), atol=1e-6, rtol=0)
+
+
+@every_trainable
+def test_states_beyond_layer_norms_are_named(pool):
+    states = [s.clone() for s in STATES]
+    states[-1][1] *= 1e20
+    with raises(ValueError, r"row 1: its hidden states reach \d\.\de\+2\d.*use float64"):
+        pool(states, MASK)
+    large = [s * 1e14 for s in STATES]
+    assert pool(large, MASK).isfinite().all()
+
+
+# --- wrong types ---------------------------------------------------------------------------------------------------
+
+
+@every_trainable
+def test_flags_and_choices(pool):
+    config = pool.config()
+    for name in ("residual", "normalize"):
+        with raises(ValueError, f"{name} must be True or False, got 'no'"):
+            type(pool)(**{**config, name: "no"})
+    with raises(ValueError, r"choices must be a dict such as .*, got \[1\]"):
+        type(pool)(**{**config, "choices": [1]})
+
+
+def test_lists_where_tensors_belong():
+    pool = MultiLayerPool(D, L, num_latents=2, num_heads=1, head_dim=8)
+    with raises(TypeError, r"layer_states must be a tensor \[B, 4, 16\], got list"):
+        pool(layer_states=[[0.0]])
+    with raises(TypeError, r"cu_seqlens must be an int32 or int64 tensor \[B\+1\], got list"):
+        pool([s.reshape(-1, D) for s in STATES], cu_seqlens=[0, 5, 10, 15])
+    for bad in ("ab", [1.5], [None], 3):
+        with raises(ValueError, "layers must be a list of integers, got"):
+            MultiLayerPool(D, L, layers=bad)

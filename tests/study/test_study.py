@@ -20,7 +20,7 @@ pytest_plugins = ["evaluation_fixtures"]
 
 from mlpool.evaluation import results  # noqa: E402
 from mlpool.evaluation.local import local_tasks  # noqa: E402
-from mlpool.study import choose, read_study, report, runs, study  # noqa: E402
+from mlpool.study import choose, page, read_study, report, runs, study  # noqa: E402
 from mlpool.study.made import TASKS, TRAIN, write_data  # noqa: E402
 from mlpool.study.parameters import count, match_parameters  # noqa: E402
 
@@ -222,23 +222,32 @@ class Page(HTMLParser):
 
 def test_the_report_says_what_the_scores_are_and_loads_nothing(done: dict) -> None:
     text = (Path(done["output"]) / "report.html").read_text()
-    page = Page(text)
-    assert [load[:22] for load in page.loads] == ["data:image/png;base64,"]
+    shown_page = Page(text)
+    assert [load[:22] for load in shown_page.loads] == ["data:image/png;base64,"]
     assert not re.search(r"@import|url\(|<script|<link", text)
-    header = next(row for row in page.rows if row[0][0] == "design")
+    header = next(row for row in shown_page.rows if row[0][0] == "design")
     assert [cell for cell, _ in header] == ["design", "mean", "sts/made", "retrieval/made"]
     scores: dict[str, dict[str, list[float]]] = {}
     for row in rows_of(done):
         scores.setdefault(row.model, {}).setdefault(row.task, []).append(row.score)
     for label, shown in (("mean-bidirectional", "mean-bidirectional (baseline)"), ("multi", "multi")):
-        cells = next(row for row in page.rows if row and row[0][0] == shown)
+        cells = next(row for row in shown_page.rows if row and row[0][0] == shown)
         both = np.array([scores[label]["sts/made"], scores[label]["retrieval/made"]])
         for (cell, _), values in zip(cells[1:], [both.mean(0), *both], strict=True):
             assert cell.startswith(f"{values.mean():.4f} ± {values.std(ddof=1):.4f}")
     for column in range(1, 4):
-        lines = [row for row in page.rows if row and row[0][0] in ("mean-bidirectional (baseline)", "multi")][:2]
+        lines = [row for row in shown_page.rows if row and row[0][0] in ("mean-bidirectional (baseline)", "multi")][:2]
         best = max(lines, key=lambda row: float(row[column][0][:6]))
         assert "best" in best[column][1]
+
+
+def test_what_a_user_names_is_text_and_never_markup(done: dict) -> None:
+    found = report.gather(read_study(done), recipe_of(done))
+    found.study.title = "<script>alert(1)</script>"
+    text = page.page(found, "mlpool study '<b>'", None)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "&lt;b&gt;" in text
 
 
 def test_marks_stand_only_where_a_difference_is_shown(done: dict) -> None:

@@ -1,0 +1,60 @@
+"""What a person sees of long work and its results: progress bars, aligned tables, figures. One way for all commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import replacing
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+# Okabe and Ito: told apart by the colour-blind, and by their markers in grey.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*"
+DPI = 150
+
+
+def progress(what: str, unit: str, total: int | None = None, shown: bool | None = None, **options: Any) -> tqdm:
+    """A bar on stderr, as a context: `with progress("encoding", "text", 10_000) as bar: bar.update(3)`.
+
+    Args:
+        total: None where it is not known. shown: None for only where stderr is a terminal. options: of tqdm.
+    """
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        total=total, desc=what, unit=f" {unit}", unit_scale=True, file=sys.stderr,
+        disable=None if shown is None else not shown, **options,
+    )  # fmt: skip
+
+
+def aligned(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table of text, two spaces between columns. left: how many columns are words; the others are numbers."""
+    cells = [[str(cell) for cell in line] for line in (header, *lines)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    )
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of this size in inches, outside pyplot: no display, nothing global."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'mlpool[eval]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(fig: Any, path: str | Path) -> None:
+    """Whole or not at all, in the format of the name's ending."""
+    with replacing(path) as new:
+        fig.savefig(new, dpi=DPI)
