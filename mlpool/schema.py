@@ -211,6 +211,7 @@ def _config() -> Any:
     )
 
 
+@functools.lru_cache(64)  # to make one takes a tenth of a second
 def _adapter(kind: Any) -> Any:
     adapter = _need("pydantic").TypeAdapter
     try:
