@@ -64,7 +64,7 @@ def test_values_of_any_kind_under_any_key(place, values):
         read_config({**least(place), **values})
 
 
-@hostile(250)
+@hostile(100)
 @given(st.sampled_from(KEYS + NESTED), st.sampled_from(WORDS) | st.text(max_size=6))
 def test_any_word_as_an_override(place, key, word):
     for words in ([f"--{key}", word], [f"--{key}={word}"], [word]):
