@@ -6,6 +6,7 @@
 # make journey a user's whole way on SmolLM2, every form of the embedder compared (about ten minutes on two idle cores)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
 # make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
+# make hostile malformed input to every entry point, fifty times as much as in the tests
 PYTHON ?= python3
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
@@ -15,7 +16,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # The checkout itself, for interpreters into which mlpool was not installed.
 HERE = PYTHONPATH=.:kernels
 
-.PHONY: bench test test-floor test-cuda-dry lint study census gpu bases journey
+.PHONY: bench test test-floor test-cuda-dry lint study census gpu bases journey hostile
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlpool needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -143,3 +144,10 @@ gpu-%:
 census: $(VENV)/.dev
 	$(PY) tests/census/census.py
 	$(PY) tests/census/census.py --tables
+
+# Malformed input to every entry point, HOSTILE times as much of it as in `make test`; SEED=n takes other inputs.
+HOSTILE ?= 50
+SEED ?= 0
+
+hostile: $(VENV)/.dev
+	MLPOOL_HOSTILE=$(HOSTILE) MLPOOL_SEED=$(SEED) $(PYTEST) tests/hostile

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
 import re
 import types
@@ -15,19 +16,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-try:
-    import yaml
-    from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, WrapValidator
-    from pydantic_core import PydanticCustomError
-    from typing_extensions import TypedDict
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"configs need {error.name}: pip install 'mlpool[train]'") from error
-
-_CONFIG = ConfigDict(
-    arbitrary_types_allowed=True, coerce_numbers_to_str=True, use_enum_values=True, allow_inf_nan=False
-)  # fmt: skip
 _MOST = 100_000  # values in a config; more are aliases of aliases, or one that holds itself
 _SHOWN, _NAMES = 60, 20  # characters of a value, and known names, in a message
+
+
+def _need(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"configs need {error.name}: pip install 'mlpool[train]'") from error
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -64,8 +61,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no config {path}; see configs/ for ready ones")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf8"))
-    except OSError:
+        values = _need("yaml").safe_load(path.read_text(encoding="utf8"))
+    except (OSError, ModuleNotFoundError):
         raise
     except Exception as error:  # beside YAMLError, whatever the text behind a tag makes a constructor raise
         why = " ".join(str(error).split()) or type(error).__name__
@@ -109,7 +106,7 @@ def copied(value: Any, name: str = "the config", seen: Any = None) -> Any:
 
 def _scalar(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = _need("yaml").safe_load(text)
     except Exception:  # @x, {, 2024-13-01: a text, and what it is for says whether it fits
         return text
     # 007, 1_000 or 1:30 are other numbers in YAML than a command line means.
@@ -122,9 +119,9 @@ def _scalar(text: str) -> Any:
 def section(name: str, keys: Mapping[str, Any]) -> Any:
     """The type of a dict that may have these keys, each with values of its type; `name` stands in messages."""
     fields = {key: fitting(kind) for key, kind in keys.items()}
-    kind: Any = TypedDict(re.sub(r"\W", "_", name), fields, total=False)  # type: ignore[operator]
-    kind.__pydantic_config__ = _CONFIG
-    return Annotated[kind, BeforeValidator(functools.partial(_check_names, name, list(keys)))]
+    kind: Any = _need("typing_extensions").TypedDict(re.sub(r"\W", "_", name), fields, total=False)
+    kind.__pydantic_config__ = _config()
+    return Annotated[kind, _need("pydantic").BeforeValidator(functools.partial(_check_names, name, list(keys)))]
 
 
 def arguments(function: Callable[..., Any], *without: str) -> dict[str, Any]:
@@ -149,7 +146,7 @@ def check(kind: Any, value: Any, name: str = "") -> Any:
     """
     try:
         return _adapter(kind).validate_python(value)
-    except ValidationError as error:
+    except _need("pydantic").ValidationError as error:
         raise ValueError(_message(error, value, name)) from None
 
 
@@ -170,9 +167,9 @@ def show(value: Any) -> str:
 def fitting(kind: Any) -> Any:
     """A type hint as configs mean it: no bool for a number, an integer stays one, and of an enum its values alone."""
     if kind in (int, float):
-        return Annotated[kind, WrapValidator(_number)]
+        return Annotated[kind, _need("pydantic").WrapValidator(_number)]
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return Annotated[kind, BeforeValidator(_no)]
+        return Annotated[kind, _need("pydantic").BeforeValidator(_no)]
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         enums = any(isinstance(one, type) and issubclass(one, Enum) for one in inner)
@@ -197,28 +194,38 @@ def _no(value: Any) -> Any:
     return "no" if value is False else value  # YAML 1.1 reads no as false
 
 
+class _UnknownError(ValueError):
+    """A key that is not known."""
+
+
 def _check_names(section: str, known: Sequence[str], values: Any) -> Any:
     for name in values if isinstance(values, Mapping) else ():
         if name not in known:
-            raise PydanticCustomError(
-                "unknown", "{said}", {"said": f"unknown {section} {name!r}; {nearest(name, known)}"}
-            )
+            raise _UnknownError(f"unknown {section} {name!r}; {nearest(name, known)}")
     return values
 
 
-def _adapter(kind: Any) -> TypeAdapter:
+def _config() -> Any:
+    return _need("pydantic").ConfigDict(
+        arbitrary_types_allowed=True, coerce_numbers_to_str=True, use_enum_values=True, allow_inf_nan=False
+    )
+
+
+@functools.lru_cache(64)  # to make one takes a tenth of a second
+def _adapter(kind: Any) -> Any:
+    adapter = _need("pydantic").TypeAdapter
     try:
-        return TypeAdapter(kind, config=_CONFIG)
+        return adapter(kind, config=_config())
     except Exception:  # a section has its own
-        return TypeAdapter(kind)
+        return adapter(kind)
 
 
-def _message(error: ValidationError, value: Any, name: str) -> str:
+def _message(error: Any, value: Any, name: str) -> str:
     """The innermost of what is wrong, in one line: of a union, what each of its types would take."""
     found = [(_path(one["loc"], value), one) for one in error.errors(include_url=False)]
     for _, one in found:
-        if one["type"] == "unknown":
-            return f"{name}: {one['msg']}" if name else one["msg"]
+        if isinstance(unknown := one.get("ctx", {}).get("error"), _UnknownError):
+            return f"{name}: {unknown}" if name else str(unknown)
     path = max((path for path, _ in found), key=len)
     mine = [one for at, one in found if at == path]
     fits = " or ".join(dict.fromkeys(_fits(one["msg"]) for one in mine))

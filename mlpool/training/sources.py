@@ -76,9 +76,13 @@ def open_source(source: Any, split: str) -> list[Part]:
             f"got {type(source).__name__}"
         )
     path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:  # a name of thousands of characters
+        raise ValueError(f"{shorten(str(source))} is no path: {error.strerror}") from error
+    if is_folder:
         return _folder(path, split)
-    if path.exists():
+    if is_there:
         return [_file(path)]
     if isinstance(source, Path) or _kind(path) or not _HUB_NAME.fullmatch(source):
         raise FileNotFoundError(f"there is no file {source}{_nearest(path)}")

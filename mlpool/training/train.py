@@ -17,7 +17,7 @@ from transformers.utils import is_torch_xla_available
 
 from ..embedder import Embedder, add_lora, load
 from ..embedder.folder import recover
-from ..files import check_folder_name, write_text
+from ..files import check_folder_name, read_json, write_text
 from ..pooling.base import log_once
 from ..schema import read_yaml
 from .columns import BadRow, texts_of
@@ -67,7 +67,9 @@ def train(
     if resume and _finished(output):
         if first:
             print(f"{output} holds a finished training: nothing to do; another output_dir starts a new one", flush=True)
-        return load(output)
+        embedder = load(output)
+        prepare(embedder)
+        return embedder
     arguments = training_arguments(config)
     pairs = load_pairs(config.data["train"], **config.pairs)
     steps = count_steps(pairs, arguments, arguments.world_size)
@@ -227,7 +229,11 @@ def load_scored(path: str | Path) -> list[tuple[str, str, float]]:
 
 def _finished(output: Path) -> bool:
     """Whether a training came to its end: its last file is there, and the embedder before it."""
-    return (output / STATE).is_file() and (output / "modules.json").is_file()
+    try:
+        read_json(output / STATE)
+    except (FileNotFoundError, ValueError):
+        return False
+    return (output / "modules.json").is_file()
 
 
 def _checkpoint(config: TrainConfig, output: Path, resume: bool) -> Path | None:
@@ -237,7 +243,7 @@ def _checkpoint(config: TrainConfig, output: Path, resume: bool) -> Path | None:
         raise ValueError(
             f"{output} holds checkpoints of an earlier run; pass --resume to go on from the last, or another output_dir"
         )
-    if resume and (output / CONFIG).is_file():
+    if resume and (checkpoints or _finished(output)) and (output / CONFIG).is_file():
         try:
             before = read_yaml(output / CONFIG)
         except ValueError as error:

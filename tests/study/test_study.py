@@ -177,7 +177,7 @@ def test_dry_run_prints_the_plan_with_seconds_and_trains_nothing(
     assert line[-3] == "2"
     assert float(line[-2]) > 0
     assert "to do     4 steps" in said
-    assert re.search(r"about \d+ s with 1 at a time", said)
+    assert re.search(r"about [\d.]+ (s|min|h) with 1 at a time", said)
     assert [path.name for path in output.iterdir()] == ["probe.json"]
 
 
