@@ -176,7 +176,7 @@ def fitting(kind: Any) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         enums = any(isinstance(one, type) and issubclass(one, Enum) for one in inner)
-        return Union[tuple(fitting(one) for one in inner if not (enums and one is str))]
+        return Union[tuple(fitting(one) for one in inner if not (enums and one is str))]  # noqa: UP007
     if origin is Annotated:
         return Annotated[(fitting(inner[0]), *inner[1:])]
     if origin is None or origin is Literal or origin is type or Ellipsis in inner or list in map(type, inner):

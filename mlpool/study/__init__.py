@@ -18,7 +18,6 @@ output folder, which all must see; a single run is not spread over devices.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..files import write_json, write_text
 from .config import Study, fitting, read_study
 
 __all__ = ["Study", "add_arguments", "choose", "read_study", "run", "study"]
@@ -100,8 +100,7 @@ def study(
     if dry_run:
         return config.output
     if first:
-        config.output.mkdir(parents=True, exist_ok=True)
-        (config.output / "study.yaml").write_text(yaml.safe_dump(config.source, sort_keys=False))
+        write_text(config.output / "study.yaml", yaml.safe_dump(config.source, sort_keys=False, allow_unicode=True))
     recipes: dict[str, dict[str, Any]] = {}
     if config.search:
         if not report_only:
@@ -149,7 +148,7 @@ def choose(config: Study) -> dict[str, dict[str, Any]]:
         labels = [entry.label for entry in members]
         found[group] = {"recipe": best["recipe"], "score": best["score"], "searched_with": labels, "tried": tried}
     if rank() == 0:
-        (config.output / "recipe.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_json(config.output / "recipe.json", found, 1)
     return {group: one["recipe"] for group, one in found.items()}
 
 

@@ -10,22 +10,33 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from ..embedder.designs import Design, find_design
 from ..embedder.loading import _check_place as check_place
 from ..evaluation.local import SPLITS
-from ..training.config import _copy, _parse, _read_yaml, _set, _value, read_config
+from ..schema import check, copied, put, read_config, section
+from ..training.config import SHORT, checked
+from ..training.config import read_config as read_training
 
-KEYS = (
-    "title", "base", "data_dir", "output", "data", "train", "designs", "seeds", "evaluate", "baseline", "search",
-    "match_parameters", "untrained", "keep_models",
-)  # fmt: skip
 # Short runs write no checkpoint: one that is killed starts anew. With save_steps it goes on from its last.
 DEFAULTS: dict[str, Any] = {"save_strategy": "no", "disable_tqdm": True}
-PER = ("design", "family", "shared")
 _HASHED_WHOLE = 2**28  # bytes; of larger files the size alone
 UNTRAINED = "{} (untrained)"
+_TASKS = list[str] | None
+_SEARCH = section("key in search", {
+    "grid": dict[str, Annotated[list[Any], Field(min_length=1)]], "per": Literal["design", "family", "shared"],
+    "max_steps": int | None, "tasks": _TASKS, "split": str,
+})  # fmt: skip
+_EVALUATE = section("key in evaluate", {"tasks": _TASKS, "split": str, "bf16": bool})
+_KEYS = section("key in the study's config", {
+    "title": str, "base": str | None, "data_dir": str | None, "output": str | None, "data": Any,
+    "train": dict[str, Any] | None, "designs": list[str | int | dict[str, Any]] | None, "seeds": list[int] | None,
+    "evaluate": _EVALUATE | None, "baseline": str | None, "search": _SEARCH | None, "match_parameters": bool,
+    "untrained": bool, "keep_models": bool,
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,14 +188,8 @@ def read_study(
         FileNotFoundError: no such config or data. ValueError: unknown or missing keys, labels that repeat, designs that
             are none, a search on the test split, and what `mlpool train` refuses in a config.
     """
-    values = _read_yaml(Path(source)) if isinstance(source, str | Path) else _copy(source)
-    for override in overrides:
-        ((keys, value),) = _parse([f"--{override}"])
-        _set(values, keys, value)
-    values = _numbers({**values, **{k: str(v) for k, v in given.items() if v is not None}})
-    if unknown := [name for name in values if name not in KEYS]:
-        near = difflib.get_close_matches(unknown[0], KEYS, 3) or KEYS
-        raise ValueError(f"unknown key {unknown[0]!r} in the study's config; nearest: {', '.join(near)}")
+    values = read_config(source, [f"--{override}" for override in overrides], SHORT)
+    values = check(_KEYS, {**values, **{k: str(v) for k, v in given.items() if v is not None}})
     if missing := [name for name in ("base", "data", "designs", "output") if not values.get(name)]:
         flags = {"base": "--base", "output": "--output"}
         raise ValueError(
@@ -205,7 +210,7 @@ def read_study(
         common |= {"save_strategy": "steps", "save_total_limit": common.get("save_total_limit", 2)}
     entries = [_entry(given, common) for given in values["designs"]]
     _check_labels(entries)
-    seeds = [int(seed) for seed in values.get("seeds") or [0]]
+    seeds = values.get("seeds") or [0]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds repeat: {seeds}")
     baseline = values.get("baseline") or entries[0].label
@@ -213,12 +218,10 @@ def read_study(
     options: dict[str, Any] = {
         name: values[name] for name in ("title", "match_parameters", "untrained", "keep_models") if name in values
     }
-    if wrong := set(evaluate) - {"tasks", "split", "bf16"}:
-        raise ValueError(f"evaluate takes tasks, split and bf16, got {', '.join(wrong)}; its data is data_dir")
     return Study(
         base=values["base"], data_dir=str(data_dir), output=Path(values["output"]), entries=entries, seeds=seeds,
         tasks=evaluate.get("tasks"), split=evaluate.get("split", "test"), baseline=baseline,
-        bf16=bool(evaluate.get("bf16")),
+        bf16=evaluate.get("bf16", False),
         search=_search(values.get("search")), source=values, inputs=_inputs(values["base"], data["train"]), **options,
     )  # fmt: skip
 
@@ -239,7 +242,7 @@ def use_made_data(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def slug(text: str) -> str:
     """A name for a folder."""
-    return re.sub(r"[^A-Za-z0-9.=+-]+", "-", text).strip("-")
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "-", text).strip("-").lstrip(".")
 
 
 def changes(before: Any, now: Any, at: str = "") -> list[str]:
@@ -273,12 +276,15 @@ def _entry(given: Any, common: Mapping[str, Any]) -> Entry:
         train.pop("pooler_learning_rate", None)
     if not design.has_latents and "pooler" not in own:
         train.pop("pooler", None)
-    read_config({**train, "output_dir": "unused"})
+    train = checked(train)
+    read_training({**train, "output_dir": "unused"})
     return Entry(label, design, train, match)
 
 
 def _check_labels(entries: Sequence[Entry]) -> None:
     labels = [slug(entry.label) for entry in entries]
+    if "" in labels:
+        raise ValueError(f"{entries[labels.index('')].label!r} is no label; it needs letters or digits")
     if repeated := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"several designs are called {', '.join(repeated)}; give each its own label")
     for entry in entries:
@@ -297,16 +303,22 @@ def _search(given: Any) -> dict[str, Any]:
     if not given:
         return {}
     search = {"per": "family", "split": "dev", "tasks": None, **given}
-    if unknown := set(search) - {"grid", "per", "max_steps", "tasks", "split"}:
-        raise ValueError(f"unknown key {unknown.pop()!r} in search; it takes grid, per, max_steps, tasks, split")
-    if search["per"] not in PER:
-        raise ValueError(f"search.per must be one of {', '.join(PER)}, got {search['per']!r}")
     if search["split"] not in SPLITS or search["split"] == "test":
         raise ValueError("a recipe is chosen on development data: search.split must be dev")
-    grid = search.get("grid")
-    if not isinstance(grid, Mapping) or not all(isinstance(v, list) and v for v in grid.values()):
-        raise ValueError(f"search.grid must map keys of the training to lists of values, got {grid!r}")
+    if "grid" not in search:
+        raise ValueError("the study's search lacks grid: keys of the training, each with a list of values")
+    search["grid"] = {key: [_value(key, value) for value in values] for key, values in search["grid"].items()}
     return search
+
+
+def _value(key: str, value: Any) -> Any:
+    """A value of a dotted key of the training, as the training has it."""
+    values: dict[str, Any] = {}
+    put(values, key, value, SHORT)
+    values = checked(values)
+    for name in key.split("."):
+        values = values[name]
+    return values
 
 
 def fitting(recipe: Mapping[str, Any], *entries: Entry) -> dict[str, Any]:
@@ -316,19 +328,10 @@ def fitting(recipe: Mapping[str, Any], *entries: Entry) -> dict[str, Any]:
 
 
 def _with(train: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    result = _copy(train)
+    result: dict[str, Any] = copied(train)
     for key, value in recipe.items():
-        _set(result, key.split("."), value)
+        put(result, key, value, SHORT)
     return result
-
-
-def _numbers(value: Any) -> Any:
-    """YAML reads 1e-5 as a string, for want of a point."""
-    if isinstance(value, Mapping):
-        return {key: _numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_numbers(inner) for inner in value]
-    return _value(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+e[-+]?\d+", value) else value
 
 
 def _find(source: Any, data_dir: Path) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from ..files import read_json, write_json
 from .config import Run, Study
 from .runs import context, count_parameters, finished, own_device, threads, untrained, world
 
@@ -88,8 +87,7 @@ def _steps(run: Run, found: dict[str, Any]) -> int:
         return 0
     if (run.train.get("max_steps") or 0) > 0:
         return int(run.train["max_steps"])
-    batch = run.train.get("per_device_train_batch_size", 8) * run.train.get("gradient_accumulation_steps", 1)
-    return math.ceil(found.get("pairs", 0) / batch * run.train.get("num_train_epochs", 3))
+    return int(found.get("steps", 0))
 
 
 def _seconds(run: Run, found: dict[str, Any]) -> float:
@@ -109,8 +107,8 @@ def _probes(study: Study, jobs: int) -> dict[str, dict[str, Any]]:
     path = study.output / PROBE
     machine = [platform.node(), threads(jobs)]
     try:
-        known = json.loads(path.read_text())
-        known = known["designs"] if known["machine"] == machine else {}
+        kept = read_json(path)
+        known = kept["designs"] if kept["machine"] == machine else {}
     except (FileNotFoundError, ValueError, KeyError):
         known = {}
     todo = [run for run in study.runs() if run.kind == "seed" and run.seed == study.seeds[0]]
@@ -125,13 +123,15 @@ def _probes(study: Study, jobs: int) -> dict[str, dict[str, Any]]:
             sender.close()
             try:
                 for run in missing:
-                    known[run.label] = {**receiver.recv(), "hash": run.hash, "sizes": sizes}
+                    found = receiver.recv()
+                    if isinstance(found, Exception):
+                        raise found
+                    known[run.label] = {**found, "hash": run.hash, "sizes": sizes}
             except EOFError:
                 raise RuntimeError(f"a step of {run.label} could not be timed; what it said is above") from None
             finally:
                 process.join()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine, "designs": known}, indent=1) + "\n")
+        write_json(path, {"machine": machine, "designs": known}, 1)
     return {run.label: known[run.label] for run in todo}
 
 
@@ -150,23 +150,30 @@ def _probe_process(runs: Sequence[Run], jobs: int, sender: Any) -> None:  # prag
     own_device(0, jobs)
     torch.set_num_threads(threads(jobs))
     for run in tqdm(runs, desc="timing a step of each design", unit="design", leave=False):
-        sender.send(probe(run))
+        try:
+            sender.send(probe(run))
+        except (ValueError, OSError) as error:
+            sender.send(type(error)(f"{run.label}: {error}"))
+            return
 
 
 def probe(run: Run) -> dict[str, Any]:
     """Seconds of one training step and of encoding, each measured at the second time, and the number of parameters.
 
     Returns: start_seconds (loading), step_seconds (forward and backward of one batch), tokens (of a step),
-    encode_seconds_per_byte, pairs (of the training data), parameters.
+    encode_seconds_per_byte, steps (of a training by epochs), parameters.
     """
     import torch
 
     from ..training.config import read_config
     from ..training.data import load_pairs
     from ..training.losses import InfoNCE
+    from ..training.steps import count_steps
+    from ..training.train import training_arguments
 
     config = read_config({**run.train, "output_dir": "unused"})
-    pairs = load_pairs(config.data["train"], **{k: v for k, v in config.data.items() if k not in ("train", "eval")})
+    pairs = load_pairs(config.data["train"], **config.pairs)
+    steps = count_steps(pairs, training_arguments(config), 1)
     began = time.perf_counter()
     embedder = untrained(run.train)
     started = time.perf_counter() - began
@@ -192,6 +199,6 @@ def probe(run: Run) -> dict[str, Any]:
         encoding = time.perf_counter() - began
     return {
         "start_seconds": round(started, 3), "step_seconds": round(step, 4), "tokens": tokens,
-        "encode_seconds_per_byte": encoding / sum(len(text.encode()) for text in texts), "pairs": len(pairs),
+        "encode_seconds_per_byte": encoding / sum(len(text.encode()) for text in texts), "steps": steps.made,
         "parameters": count_parameters(embedder),
     }  # fmt: skip

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..evaluation import results
 from ..evaluation.results import Score
+from ..files import read_json, write_json
 from .config import Run, changes
 
 CONFIG, DONE, LOG = "config.json", "run.json", "log.txt"
@@ -47,8 +48,8 @@ def world() -> int:
 def finished(output: Path, run: Run) -> dict[str, Any] | None:
     """What a finished run noted (parameters, seconds, memory); None where it is not finished."""
     try:
-        found = json.loads((output / run.folder / DONE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        found = read_json(output / run.folder / DONE)
+    except (FileNotFoundError, ValueError):
         return None
     return found if found.get("hash") == run.hash else None
 
@@ -59,7 +60,7 @@ def check_unchanged(output: Path, runs: Sequence[Run]) -> None:
     for run in runs:
         path = output / run.folder / CONFIG
         if path.is_file():
-            for change in changes(json.loads(path.read_text()), run.config):
+            for change in changes(read_json(path), run.config):
                 found.setdefault(change, []).append(run.label)
     if found:
         lines = [f"{change} (in {', '.join(dict.fromkeys(labels))})" for change, labels in found.items()]
@@ -97,15 +98,13 @@ def execute(run: Run, output: Path, keep_model: bool) -> None:
     except Timeout:
         raise RuntimeError(f"another process is at work on {folder}; wait for it or stop it") from None
     with lock:
-        (folder / CONFIG).write_text(json.dumps(run.config, indent=1) + "\n")
+        write_json(folder / CONFIG, run.config, 1)
         shutil.rmtree(folder / "evaluation", ignore_errors=True)
         note = _train_and_evaluate(run, folder)
         if run.kind != "search":
             _keep(folder / "train", folder / "model", keep_model)
         shutil.rmtree(folder / "train", ignore_errors=True)
-        new = folder / f".{DONE}"
-        new.write_text(json.dumps({"hash": run.hash, "label": run.label, "seed": run.seed, **note}, indent=1) + "\n")
-        os.replace(new, folder / DONE)
+        write_json(folder / DONE, {"hash": run.hash, "label": run.label, "seed": run.seed, **note}, 1)
 
 
 def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:

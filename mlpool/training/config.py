@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+import torch
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
+from .. import schema
 from ..embedder.adapters import add_lora
 from ..embedder.loading import load
 from .data import load_pairs
@@ -23,9 +24,11 @@ DEFAULTS: dict[str, Any] = {
     "dataloader_drop_last": True,
     "logging_steps": 10,
     "logging_first_step": True,
+    "logging_nan_inf_filter": False,  # the trainer stops there
     "report_to": "none",
 }
 _OURS = ("model", "lora", "data", "loss", "pooler_learning_rate", "dev")
+SHORT = {"data": "train"}  # data: x is data: {train: x}
 
 
 @dataclass
@@ -35,7 +38,7 @@ class TrainConfig:
     Attributes:
         model: base model or saved embedder. options: of `mlpool.load`. lora: of `add_lora`, or None for all weights.
         data: of `load_pairs`, with "train" and maybe "eval" sources. loss: of `InfoNCE`.
-        pooler_learning_rate: of the pool, None for that of the rest.
+        pooler_learning_rate: of the pool, None for that of the rest; not used where there is no pool to train.
         dev: a JSONL file of sentence1, sentence2, score, evaluated with eval_strategy (Spearman, "dev_...").
         arguments: of SentenceTransformerTrainingArguments.
     """
@@ -54,6 +57,11 @@ class TrainConfig:
         nested = {name: getattr(self, name) for name in _OURS if getattr(self, name) not in (None, {})}
         return {**nested, **self.options, **self.arguments}
 
+    @property
+    def pairs(self) -> dict[str, Any]:
+        """The options of `load_pairs`."""
+        return {name: value for name, value in self.data.items() if name not in ("train", "eval")}
+
 
 def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
     """Read and check a config.
@@ -64,102 +72,94 @@ def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         overrides: "--key value" or "--key=value" as on a command line; nested keys by dots, values as in YAML.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: no valid YAML, unknown keys (with the nearest known), a missing
-            model, data or output_dir.
+        FileNotFoundError: no such file. ValueError: no valid YAML, unknown keys (with the nearest known), values that
+            do not fit, a missing model, data or output_dir.
     """
-    values = _read_yaml(Path(source)) if isinstance(source, str | Path) else _copy(source)
-    for keys, value in _parse(overrides):
-        _set(values, keys, value)
-    known = _known()
-    for name in values:
-        if name not in known["config"]:
-            raise ValueError(_unknown("config key", name, known["config"]))
-    data = values.get("data")
-    values["data"] = dict(data) if isinstance(data, Mapping) else {"train": data}
+    values = checked(schema.read_config(source, overrides, SHORT))
+    missing = [name for name in ("model", "output_dir") if not values.get(name)]
+    if missing or not values.get("data", {}).get("train"):
+        raise ValueError(f"the config lacks {', '.join(missing or ['data'])}; see configs/quick.yaml for the least")
     if isinstance(values.get("lora"), bool):
         values["lora"] = {} if values["lora"] else None
-    for section in ("data", "loss", "lora"):
-        for name in values.get(section) or {}:
-            if name not in known[section]:
-                raise ValueError(_unknown(f"key in {section}", name, known[section]))
-    missing = [name for name in ("model", "output_dir") if not values.get(name)]
-    if missing or not values["data"].get("train"):
-        raise ValueError(f"the config lacks {', '.join(missing or ['data'])}; see configs/quick.yaml for the least")
     ours = {name: values.pop(name) for name in _OURS if name in values}
     ours = {name: value for name, value in ours.items() if value is not None}
-    options = {name: values.pop(name) for name in list(values) if name in known["options"]}
+    options = {name: values.pop(name) for name in list(values) if name in _options()}
     return TrainConfig(**ours, options=options, arguments=values)
 
 
-def _known() -> dict[str, list[str]]:
-    from sentence_transformers import SentenceTransformerTrainingArguments
-
-    def parameters(function: Any, *without: str) -> list[str]:
-        return [name for name in inspect.signature(function).parameters if name not in without]
-
-    options = parameters(load, "model")
-    arguments = [f.name for f in dataclasses.fields(SentenceTransformerTrainingArguments)]
-    return {
-        "options": options,
-        "config": [*_OURS, *options, *arguments],
-        "data": ["train", "eval", *parameters(load_pairs, "source", "split")],
-        "loss": parameters(InfoNCE, "model"),
-        "lora": parameters(add_lora, "embedder"),
-    }
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as their keys have them ("1e-5" a number), `data` as a section; ValueError as of `read_config`."""
+    values = dict(values)
+    if "data" in values and type(values["data"]) is not dict:
+        values["data"] = {"train": values["data"]}
+    return schema.check(_keys(), values)  # type: ignore[no-any-return]
 
 
-def _unknown(what: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"unknown {what} {name!r}; " + (f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}")
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+_ONE, _NONE = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
+_SEED = Annotated[int, Field(ge=0, lt=2**32)]
+_RATE = Annotated[float, Field(ge=0)]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no config {path}; see configs/ for ready ones")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}")
-    return values
-
-
-def _parse(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
-    """["--loss.temperature", "0.02", "--bf16"] → [(["loss", "temperature"], 0.02), (["bf16"], True)]."""
-    parsed: list[tuple[list[str], Any]] = []
-    words = list(overrides)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ValueError(f"expected --key value, got {word!r}")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else "true"
-        parsed.append((key.replace("-", "_").split("."), _value(value)))
-    return parsed
-
-
-def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML reads 1e-5 as a string, for want of a point
-        try:
-            return float(value)
-        except ValueError:
-            return value
+def _steps(value: int) -> int:
+    if value < 1 and value != -1:
+        raise ValueError("a number of at least 1, or -1 to go by num_train_epochs")
     return value
 
 
-def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        inner = values.get(key)
-        if not isinstance(inner, dict):
-            # `data: path` and `lora: true` are short forms
-            inner = {"train": inner} if key == "data" and inner else {}
-        values[key] = inner
-        values = inner
-    values[keys[-1]] = value
+def _device(value: str) -> str:
+    try:
+        torch.empty(0, device="none" if value == "meta" else value)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"a device of this machine, such as cpu or cuda ({str(error).splitlines()[0]})") from None
+    return value
 
 
-def _copy(source: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in source.items()}
+def _source(value: Any) -> Any:
+    if isinstance(value, bool | int | float):
+        raise ValueError("a path, a Hub data set's name, or a list of these or of rows")
+    return value
+
+
+# Narrower than the signatures and the training arguments say.
+_LIMITS: dict[str, Any] = {
+    "per_device_train_batch_size": _ONE, "per_device_eval_batch_size": _ONE, "gradient_accumulation_steps": _ONE,
+    "max_seq_length": _ONE | None, "max_steps": Annotated[int, AfterValidator(_steps)],
+    "num_train_epochs": Annotated[float, Field(gt=0)], "learning_rate": _RATE, "weight_decay": _RATE,
+    "warmup_steps": _RATE, "dataloader_num_workers": _NONE, "seed": _SEED, "data_seed": _SEED | None,
+    "device": Annotated[str, AfterValidator(_device)] | None,
+    "dtype": Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "float64"],
+        BeforeValidator(lambda value: str(value).removeprefix("torch.")),
+    ],
+}  # fmt: skip
+
+
+@functools.cache
+def _options() -> dict[str, Any]:
+    return schema.arguments(load, "model")
+
+
+@functools.cache
+def _keys() -> Any:
+    """The type of a config."""
+    from typing import get_type_hints
+
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    hints = get_type_hints(SentenceTransformerTrainingArguments)
+    source = Annotated[Any, AfterValidator(_source)]
+    pairs = {**schema.arguments(load_pairs, "source", "split"), "train": source, "eval": source}
+    keys = {f.name: hints[f.name] for f in dataclasses.fields(SentenceTransformerTrainingArguments)}
+    keys |= _options() | {
+        "model": str,
+        "lora": Annotated[bool, Strict()]
+        | schema.section("key in lora", schema.arguments(add_lora, "embedder"))
+        | None,
+        "data": schema.section("key in data", pairs),
+        "loss": schema.section("key in loss", schema.arguments(InfoNCE, "model")) | None,
+        "pooler_learning_rate": _RATE | None,
+        "dev": str | None,
+    }
+    return schema.section("config key", keys | _LIMITS)

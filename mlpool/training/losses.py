@@ -52,7 +52,8 @@ class InfoNCE(nn.Module):
         cached: embed twice and keep activations of one mini-batch at a time, instead of keeping all. Same numbers.
         mini_batch_tokens: tokens per mini-batch, padding included. Texts of all columns are sorted by length together
             and each mini-batch is trimmed to its own longest; a text longer than this has a mini-batch to itself.
-            None (with cached=False): all texts in one.
+            None (with cached=False): no limit. A model that runs padded gets B texts at most: as many forwards as
+            columns, and never more padding than if each column were padded by itself.
         false_negatives: which negatives to leave out of the softmax.
             "none": none.
             "duplicates": the same token ids as the positive or as the anchor (prompts belong to the text), and the
@@ -133,7 +134,9 @@ class InfoNCE(nn.Module):
         """All texts, column after column: [columns · B, D]."""
         groups = _group(columns)
         sharded = _is_sharded(self.model)
-        batches = _split(groups, self.mini_batch_tokens, _agree if sharded else None)
+        # Unpacked, a short query in a mini-batch of long positives costs as much as they do.
+        most = len(columns[0]["attention_mask"]) * (len(columns) if _is_packed(self.model) else 1)
+        batches = _split(groups, self.mini_batch_tokens, most, _agree if sharded else None)
         again = _without_wrapper(self.model)
         keep = not (self.cached and torch.is_grad_enabled())
         if not keep:
@@ -391,9 +394,9 @@ def _fit(value: Tensor, width: int, left: bool, fill: Tensor) -> Tensor:
 
 
 def _split(
-    groups: list[_Group], budget: int | None, agree: Callable[[int, torch.device], int] | None
+    groups: list[_Group], budget: int | None, most: int, agree: Callable[[int, torch.device], int] | None
 ) -> list[tuple[_Group, list[int]]]:
-    """Mini-batches of texts, longest first, of at most `budget` tokens with padding or of one text.
+    """Mini-batches of at most `most` texts, longest first, of at most `budget` tokens with padding or of one text.
 
     `agree` maps this process's number of mini-batches to everyone's; the largest are halved until there are as many.
     """
@@ -401,7 +404,7 @@ def _split(
     for group in groups:
         order = sorted(range(len(group.widths)), key=lambda text: -group.widths[text])
         while order:
-            size = len(order) if budget is None else max(1, budget // max(1, group.widths[order[0]]))
+            size = most if budget is None else min(most, max(1, budget // max(1, group.widths[order[0]])))
             batches.append((group, order[:size]))
             order = order[size:]
     wanted = agree(len(batches), groups[0].tensors["attention_mask"].device) if agree else len(batches)
@@ -484,6 +487,11 @@ def _agree(count: int, device: torch.device) -> int:
     if _world_size() > 1:
         dist.all_reduce(counts, op=dist.ReduceOp.MAX)
     return int(counts)
+
+
+def _is_packed(model: nn.Module) -> bool:
+    """Whether the model computes no padding: a `Backbone` that is packed."""
+    return any(getattr(module, "packed", False) is True for module in model.modules())
 
 
 def _is_sharded(model: nn.Module) -> bool:

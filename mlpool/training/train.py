@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
+from transformers.utils import is_torch_xla_available
 
 from ..embedder import Embedder, add_lora, load
 from ..embedder.folder import recover
+from ..files import check_folder_name, write_text
+from ..pooling.base import log_once
+from ..schema import read_yaml
+from .columns import BadRow, texts_of
 from .config import DEFAULTS, TrainConfig, read_config
 from .data import describe, load_pairs
 from .losses import InfoNCE
-from .trainer import EmbedderTrainer, last_checkpoint, prepare
+from .sources import open_source
+from .steps import Steps, count_steps
+from .trainer import STATE, EmbedderTrainer, last_checkpoint, prepare
 
 logger = logging.getLogger("mlpool")
 CONFIG = "train_config.yaml"
@@ -56,52 +65,87 @@ def train(
 
     Args:
         config: a YAML file or its content, see `read_config`. overrides: "--key value" words.
-        resume: go on from the last whole checkpoint of output_dir; from the start where there is none.
-        dry_run: load and check everything, print data, parameters and steps, and stop.
+        resume: go on from the last whole checkpoint of output_dir; from the start where there is none. A finished
+            training is loaded, and nothing is changed.
+        dry_run: load and check everything, up to a batch and the optimizer, print data, parameters and steps, and stop.
 
-    Writes checkpoint-N folders, the trained embedder and the config into output_dir.
+    Writes checkpoint-N folders, the trained embedder and the config into output_dir; nothing before the first step.
 
     Raises:
-        ValueError: a wrong config or data (lines named); checkpoints in output_dir without `resume`; `resume` with a
-            config that differs in what matters.
+        ValueError: a wrong config or data (lines named); data of which no batch can be made; checkpoints in output_dir
+            without `resume`; `resume` with a config that differs in what matters; a loss or gradient not finite.
     """
     config = config if isinstance(config, TrainConfig) else read_config(config, overrides)
     output = Path(config.arguments["output_dir"])
+    check_folder_name(output)
     recover(output)
+    first = int(os.environ.get("RANK", 0)) == 0
     checkpoint = _checkpoint(config, output, resume)
-    data = {name: value for name, value in config.data.items() if name not in ("train", "eval")}
-    pairs = load_pairs(config.data["train"], **data)
+    if resume and _finished(output):
+        if first:
+            print(f"{output} holds a finished training: nothing to do; another output_dir starts a new one", flush=True)
+        return load(output)
+    arguments = training_arguments(config)
+    pairs = load_pairs(config.data["train"], **config.pairs)
+    steps = count_steps(pairs, arguments, arguments.world_size)
     held_out = None
     if config.data.get("eval"):
-        held_out = load_pairs(config.data["eval"], **{k: v for k, v in data.items() if k != "limit"})
-    set_seed(int(config.arguments.get("seed", 42)))  # before the pool and LoRA are drawn
+        held_out = load_pairs(config.data["eval"], **{k: v for k, v in config.pairs.items() if k != "limit"})
+    evaluator = _dev(config.dev)
+    set_seed(arguments.seed)  # before the pool and LoRA are drawn
     embedder = load(config.model, **config.options)
     if config.lora is not None:
         add_lora(embedder, **config.lora)
     prepare(embedder)
-    first = int(os.environ.get("RANK", 0)) == 0
     if first:
-        print(plan(config, embedder, pairs), flush=True)
-    if dry_run:
-        return embedder
-    arguments = training_arguments(config)
+        print(plan(config, embedder, pairs, steps), flush=True)
     arguments.prompts = _column_prompts(embedder, pairs.column_names)
-    trainer = EmbedderTrainer(
-        model=embedder,
-        args=arguments,
-        train_dataset=pairs,
-        eval_dataset=held_out,
-        loss=InfoNCE(embedder, **config.loss),
-        evaluator=_dev(config.dev),
-    )
-    if first:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / CONFIG).write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_state()
-    trainer.save_model(str(output))
+    arguments.learning_rate_mapping |= _pool_rate(config, embedder)
+    with _removed_if_empty(output):
+        trainer = EmbedderTrainer(
+            model=embedder,
+            args=arguments,
+            train_dataset=pairs,
+            eval_dataset=held_out,
+            loss=InfoNCE(embedder, **config.loss),
+            evaluator=evaluator,
+            callbacks=[_Begun(config)],
+        )
+        if dry_run:
+            next(iter(trainer.get_train_dataloader()))
+            trainer.create_optimizer()
+            return embedder
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model(str(output))
+        trainer.save_state()  # the last file: see `_finished`
     trainer.accelerator.unwrap_model(embedder, keep_fp32_wrapper=False)  # of its autocast: it embeds as if loaded
     return embedder
+
+
+class _Begun(TrainerCallback):
+    """Notes the config when the first step is made: a run that fails before it leaves nothing."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config: TrainConfig | None = config
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._config is not None and state.is_world_process_zero:
+            output = Path(args.output_dir)
+            (output / STATE).unlink(missing_ok=True)  # of an earlier run that was finished
+            write_text(output / CONFIG, yaml.safe_dump(self._config.as_dict(), sort_keys=False, allow_unicode=True))
+        self._config = None
+
+
+@contextmanager
+def _removed_if_empty(output: Path) -> Iterator[None]:
+    """The trainer makes the folder when it is made itself."""
+    existed = output.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            with suppress(OSError):  # not empty
+                output.rmdir()
 
 
 def training_arguments(config: TrainConfig) -> Any:
@@ -109,24 +153,28 @@ def training_arguments(config: TrainConfig) -> Any:
     from sentence_transformers import SentenceTransformerTrainingArguments
 
     values = {**DEFAULTS, "ddp_find_unused_parameters": False, **config.arguments}
-    for name, value in values.items():
-        if name in ("learning_rate", "weight_decay", "warmup_ratio") and isinstance(value, str):
-            values[name] = float(value)  # YAML reads 1e-5 as a string
-    if config.pooler_learning_rate is not None:
-        values["learning_rate_mapping"] = {
-            **(values.get("learning_rate_mapping") or {}), r"\bpooler\.pool\.": float(config.pooler_learning_rate),
-        }  # fmt: skip
+    if not torch.accelerator.is_available() and not is_torch_xla_available():
+        values["use_cpu"] = True  # transformers wants it said for bfloat16, and to pin no memory
     return SentenceTransformerTrainingArguments(**values)
 
 
-def plan(config: TrainConfig, embedder: Embedder, pairs: Any) -> str:
+def _pool_rate(config: TrainConfig, embedder: Embedder) -> dict[str, float]:
+    if config.pooler_learning_rate is None:
+        return {}
+    if not any(parameter.requires_grad for parameter in embedder[1].parameters()):
+        backbone: Any = embedder[0]
+        log_once(f"{backbone.design} has no pool to train: pooler_learning_rate is not used")
+        return {}
+    return {r"\bpooler\.pool\.": config.pooler_learning_rate}
+
+
+def plan(config: TrainConfig, embedder: Embedder, pairs: Any, steps: Steps) -> str:
     """What is about to be trained, as text: data, parameters, steps, batch."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    a_device = int(config.arguments.get("per_device_train_batch_size", 8))  # of transformers, where nothing is said
-    accumulated = int(config.arguments.get("gradient_accumulation_steps", 1))
+    a_device = config.arguments.get("per_device_train_batch_size", 8)  # of transformers, where nothing is said
+    accumulated = config.arguments.get("gradient_accumulation_steps", 1)
     update = a_device * world * accumulated
-    epochs, steps = float(config.arguments.get("num_train_epochs", 3)), int(config.arguments.get("max_steps", -1))
-    steps = steps if steps > 0 else int(len(pairs) / update * epochs)
+    short = "" if steps.made == steps.asked else f" (of {steps.asked}: repeated texts leave fewer batches)"
     counts = {"pool": 0, "LoRA": 0, "backbone": 0, "frozen": 0}
     for name, parameter in embedder.named_parameters():
         kind = "pool" if name.startswith("pooler.") else "LoRA" if "lora_" in name else "backbone"
@@ -143,7 +191,7 @@ def plan(config: TrainConfig, embedder: Embedder, pairs: Any) -> str:
             "parameters  " + ", ".join(f"{count / 1e6:.2f} M {kind}" for kind, count in counts.items() if count),
             f"batch       {update} = {a_device} a device x {world} x {accumulated} accumulated; "
             f"{negatives} negatives an anchor",
-            f"steps       {steps}, about {steps * update / max(1, len(pairs)):.2f} times through the data",
+            f"steps       {steps.made}{short}, about {steps.made * update / len(pairs):.2f} times through the data",
         ]
     )
 
@@ -168,35 +216,55 @@ def load_scored(path: str | Path) -> list[tuple[str, str, float]]:
     """sentence1, sentence2 and score of a JSONL file of scored pairs.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: a line without them, named.
+        FileNotFoundError: no such file. ValueError: a line without them, named; no line at all.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no dev file {path}; expected JSONL with sentence1, sentence2, score")
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows.append((row["sentence1"], row["sentence2"], float(row["score"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} has no sentence1, sentence2 and score: {error}") from error
+    for part in open_source(Path(path), "dev"):
+        for number, row in part.read(None):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                (first,), (second,) = (texts_of(row[name], name) for name in ("sentence1", "sentence2"))
+                score = float(row["score"])
+                if not math.isfinite(score):
+                    raise ValueError(f"score is {score}")
+                rows.append((first, second, score))
+            except (ValueError, KeyError, TypeError, OverflowError, BadRow) as error:
+                why = error.detail if isinstance(error, BadRow) else error
+                raise ValueError(f"{part.at(number)} has no sentence1, sentence2 and score: {why}") from error
+    if len({score for _, _, score in rows}) < 2:
+        raise ValueError(
+            f"{path} has {len(rows)} rows with {len({score for _, _, score in rows})} different scores; a correlation "
+            "with them needs two at least"
+        )
     return rows
+
+
+def _finished(output: Path) -> bool:
+    """Whether a training came to its end: its last file is there, and the embedder before it."""
+    return (output / STATE).is_file() and (output / "modules.json").is_file()
 
 
 def _checkpoint(config: TrainConfig, output: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from, or an error where going on is not what was asked."""
-    if not any(output.glob("checkpoint-*")):
-        return None
-    if not resume:
+    checkpoints = any(output.glob("checkpoint-*"))
+    if checkpoints and not resume:
         raise ValueError(
             f"{output} holds checkpoints of an earlier run; pass --resume to go on from the last, or another output_dir"
         )
-    if (output / CONFIG).is_file():
-        before, now = yaml.safe_load((output / CONFIG).read_text()), yaml.safe_load(yaml.safe_dump(config.as_dict()))
-        changed = [k for k in sorted({*before, *now} - _FREE) if before.get(k) != now.get(k)]
+    if resume and (output / CONFIG).is_file():
+        try:
+            before = read_yaml(output / CONFIG)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it to resume without comparing configs") from error
+        now = yaml.safe_load(yaml.safe_dump(config.as_dict()))
+        changed = [k for k in sorted({*before, *now} - _FREE, key=str) if before.get(k) != now.get(k)]
         if changed:
             pairs = ", ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in changed)
             raise ValueError(f"cannot resume {output} with another config: {pairs}; use another output_dir")
     found = last_checkpoint(output)
-    if found is None:
+    if found is None and checkpoints:
         logger.warning("no checkpoint in %s is whole; starting from the beginning", output)
     return found

@@ -28,12 +28,56 @@ class EmbedderTrainer(SentenceTransformerTrainer):
 
     What differs: the model is prepared by `prepare`; a checkpoint is written whole or not at all, and by all processes
     in step; weights sharded by FSDP2 are gathered to be saved and spread again to resume; resuming reads trained
-    weights in the precision they were trained in.
+    weights in the precision they were trained in, and makes no step behind the last; a loss or a gradient that is not
+    finite ends the training before it reaches the weights.
     """
 
     def __init__(self, model: Embedder, **kwargs: Any) -> None:
         prepare(model)
         super().__init__(model=model, **kwargs)
+        self._losses: list[torch.Tensor] = []  # of the batches of this step
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers ends only after a step: one too many where a run goes on from its last.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._losses.append(super().training_step(*args, **kwargs))
+        return self._losses[-1]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called by transformers once a step, with all gradients there and before the optimizer uses them."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        losses, self._losses = torch.stack(self._losses).float(), []
+        self._check_finite(model, losses, norm)
+        return norm
+
+    def _check_finite(self, model: nn.Module, losses: torch.Tensor, norm: Any) -> None:
+        """Raises ValueError, on all processes at once, where a loss of the step or its gradient is not finite."""
+        norm = torch.as_tensor(0.0 if norm is None else norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        values = torch.cat([losses, norm.to(losses).reshape(1)])
+        wrong = ~values.isfinite()
+        # A scaled gradient overflows now and then: the scaler skips such a step and lowers the scale.
+        wrong[-1] &= self.accelerator.scaler is None
+        somewhere = wrong.any().float()
+        if dist.is_initialized():
+            dist.all_reduce(somewhere, op=dist.ReduceOp.MAX)
+        if not somewhere:
+            return
+        found = "the loss of another process is not finite"
+        if wrong[:-1].any():
+            found = f"the loss is {values[wrong][0].item()}"
+        elif wrong[-1]:
+            found = f"the norm of the gradient is {norm.item()}{_first_wrong(model)}"
+        last = last_checkpoint(self.args.output_dir)
+        kept = f"the last good weights are in {last}" if last else "no checkpoint was written before (save_steps)"
+        raise ValueError(
+            f"training diverged at step {self.state.global_step + 1}: {found}. The step was not made, and {kept}. "
+            "Lower learning_rate or pooler_learning_rate, warm up longer, or look at the data of this step"
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the embedder, verified; every process returns when the folder is there."""
@@ -64,6 +108,13 @@ class EmbedderTrainer(SentenceTransformerTrainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _first_wrong(model: nn.Module) -> str:
+    """Which parameter's gradient is not finite, where not all are: clipping by a norm of nan makes all so."""
+    found = {n: bool(p.grad.isfinite().all()) for n, p in model.named_parameters() if p.grad is not None}
+    wrong = [name for name, finite in found.items() if not finite]
+    return f" (first in {wrong[0]})" if 0 < len(wrong) < len(found) else ""
 
 
 def prepare(embedder: Embedder) -> None:

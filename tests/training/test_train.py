@@ -163,6 +163,77 @@ def test_ready_configs_are_valid(path):
             assert config.lora == {"rank": 16, "alpha": 32, "dropout": 0.1}
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--seed @x", r"seed is '@x', expected an integer"),
+        ("--seed {", r"seed is '\{', expected an integer"),
+        ("--seed [1", "seed is"),
+        ('--seed "', "seed is"),
+        ("--seed %", "seed is"),
+        ("--seed *a", "seed is"),
+        ("--seed null", "seed is None, expected an integer"),
+        ("--seed true", "seed is True, expected a number, not true"),
+        ("--max_steps .inf", "max_steps is inf, expected a finite number"),
+        ("--max_steps 0", "max_steps is 0, expected a number of at least 1, or -1"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size is 0, expected greater than or equal to 1"),
+        ("--per_device_train_batch_size 2.5", "per_device_train_batch_size is 2.5, expected an integer"),
+        ("--warmup_steps soon", "warmup_steps is 'soon', expected a number"),
+        ("--loss true", "loss is True, expected a dictionary"),
+        ("--loss.temperature warm", "loss.temperature is 'warm', expected a number"),
+        ("--lora 5", "lora is 5, expected a boolean or a dictionary"),
+        ("--lora 0", "lora is 0, expected a boolean or a dictionary"),
+        ("--lora.rank x", "lora.rank is 'x', expected an integer"),
+        ("--dtype x", "dtype is 'x', expected 'auto', 'float32'"),
+        ("--device x", "device is 'x', expected a device of this machine"),
+        ("--lr_scheduler_type sideways", "lr_scheduler_type is 'sideways', expected 'linear'"),
+        ("--data 5", "data.train is 5, expected a path"),
+        ("--model.name x", "model.name cannot be set: model is"),
+        ("--0 1", "unknown config key '0'"),
+    ],
+)
+def test_values_that_do_not_fit_are_named_with_their_key(place, words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_config(config_of(place, place / "never"), words.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["5: 3", "a: &x [*x]", "a: !!bool x", "a: 2024-13-01", "[" * 5000, "a: !!python/object:os.system x"]
+)
+def test_files_that_are_no_config_get_our_message(place, tmp_path, text):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.yaml|unknown config key"):
+        read_config(tmp_path / "bad.yaml")
+
+
+def test_numbers_in_words_are_numbers_and_yaml_no_is_no(place):
+    values = {**config_of(place, place / "x"), "learning_rate": "1e-5", "save_strategy": False, "run_name": 5}
+    config = read_config(values, ["--loss.temperature", "2e-2", "--per_device_train_batch_size", "8"])
+    found = {name: config.arguments[name] for name in ("learning_rate", "save_strategy", "run_name")}
+    assert found == {"learning_rate": 1e-5, "save_strategy": "no", "run_name": "5"}
+    assert config.loss["temperature"] == 0.02
+    assert read_config({**values, "seed": 7}, ["--seed", "08"]).arguments["seed"] == 8  # octal to YAML, not to people
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "0 rows"),
+        ([{"sentence1": "a", "sentence2": "b", "score": 1}], "1 rows with 1 different scores"),
+        ([{"sentence1": "a", "sentence2": "b", "score": float("nan")}], r"dev\.jsonl:1 .*score is nan"),
+        ([{"sentence1": "a", "sentence2": 5, "score": 1}], r"dev\.jsonl:1 .*expected text"),
+        (["x"], r"dev\.jsonl:1"),
+    ],
+)
+def test_a_dev_file_that_cannot_be_used_is_named_before_the_model_is_loaded(place, tmp_path, lines, message):
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = config_of(place, tmp_path / "never", dev=str(tmp_path / "dev.jsonl"), model=str(place))
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert not (tmp_path / "never").exists()
+
+
 def test_a_broken_line_of_data_is_named(place, tmp_path):
     lines = (place / "pairs.jsonl").read_text().splitlines()
     lines[6] = lines[6][:20]
@@ -177,6 +248,43 @@ def test_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
     for expected in ("6", "multi-layer-bidirectional", "M LoRA", "M pool", "M frozen", "15 negatives"):
         assert expected in out
     assert not (place / "dry").exists()
+
+
+def test_a_dry_run_refuses_what_the_run_would(place, tmp_path):
+    """Arguments, optimizer groups and a batch are built; bfloat16 on a CPU is fine, and no memory is pinned."""
+    train(config_of(place, tmp_path / "dry", bf16=True, use_cpu=False), dry_run=True)
+    arguments = training_arguments(read_config(config_of(place, tmp_path / "dry", bf16=True, use_cpu=False)))
+    assert torch.accelerator.is_available() or not arguments.dataloader_pin_memory
+    with pytest.raises(ValueError, match="No parameters found"):
+        train(config_of(place, tmp_path / "dry", learning_rate_mapping={"nothing": 1e-3}), dry_run=True)
+    with pytest.raises(ValueError, match="leave no room for a text"):
+        train(config_of(place, tmp_path / "dry", max_seq_length=1), dry_run=True)
+    assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "counts"),
+    [
+        ([("w1", "w2")], "from 1 pair "),
+        ([("w1", "w2"), ("w3", "w4"), ("w5", "w6")] * 10, r"30 pairs \(3 different, 6 distinct texts\)"),
+        ([("w1", "w2")] * 32, r"32 pairs \(1 different, 2 distinct texts\)"),
+    ],
+)
+def test_data_of_which_no_batch_can_be_made_is_an_error_before_the_model_is_loaded(place, tmp_path, rows, counts):
+    lines = [json.dumps({"query": query, "positive": positive}) for query, positive in rows]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    config = config_of(place, tmp_path / "out", data=str(tmp_path / "few.jsonl"), model=str(place))
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=f"nothing would be trained: not one batch of 8 .*{counts}"):
+            train(config, dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pool_rate_without_a_pool_is_not_used(place, tmp_path, caplog):
+    config = config_of(place, tmp_path / "out", design="mean-bidirectional", max_steps=1, save_strategy="no")
+    del config["pooler"]
+    train(config)
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -236,6 +344,63 @@ def test_a_dev_file_is_evaluated(place, tmp_path):
         train(config_of(place, tmp_path / "never", dev=str(tmp_path / "dev.jsonl")))
 
 
+# --- divergence ---------------------------------------------------------------------------------------------------
+
+
+class _Poison:
+    """A trainer that puts a value into the loss, or into one gradient, at a step."""
+
+    def __init__(self, step: int, loss: float = 1.0, gradient: float = 1.0) -> None:
+        self.step, self.loss, self.gradient = step, loss, gradient
+
+    def __call__(self, base: type) -> type:
+        poison = self
+
+        class Poisoned(base):
+            def compute_loss(self, *args, **kwargs):
+                value = super().compute_loss(*args, **kwargs)
+                return value * poison.loss if self.state.global_step + 1 == poison.step else value
+
+            def training_step(self, model, *args, **kwargs):
+                value = super().training_step(model, *args, **kwargs)
+                if self.state.global_step + 1 == poison.step:
+                    model[1].pool.gate.grad.mul_(poison.gradient)
+                return value
+
+        return Poisoned
+
+
+@pytest.mark.parametrize(
+    ("poison", "said"),
+    [
+        (_Poison(4, loss=float("nan")), "diverged at step 4: the loss is nan"),
+        (_Poison(4, loss=float("inf")), "diverged at step 4: the loss is inf"),
+        (_Poison(5, gradient=float("inf")), r"diverged at step 5: the norm of the gradient is inf \(first in .*gate\)"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_weights(place, tmp_path, poison, said):
+    from mlpool.training import train as module
+
+    output = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "EmbedderTrainer", poison(module.EmbedderTrainer))
+        with pytest.raises(ValueError, match=f"{said}.*last good weights are in .*checkpoint-3"):
+            train(config_of(place, output, gradient_accumulation_steps=2))
+    assert last_checkpoint(output).name == "checkpoint-3"
+    assert all(tensor.isfinite().all() for tensor in mlpool.load(output / "checkpoint-3").state_dict().values())
+    assert not (output / "modules.json").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(place, tmp_path):
+    from mlpool.training import train as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "EmbedderTrainer", _Poison(1, loss=float("nan"))(module.EmbedderTrainer))
+        with pytest.raises(ValueError, match=r"diverged at step 1.*no checkpoint"):
+            train(config_of(place, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +413,37 @@ def test_resume_goes_on_with_the_same_losses_and_weights(place, whole_run):
     train(config, resume=True)
     assert losses(output) == pytest.approx(losses(whole_run), abs=1e-6)
     same_weights(output, whole_run, 1e-6)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_finished(place, whole_run, capsys):
+    before = bytes_of(whole_run)
+    for _ in range(2):
+        embedder = train(config_of(place, whole_run), resume=True)
+    assert "holds a finished training" in capsys.readouterr().out
+    assert bytes_of(whole_run) == before
+    assert embedder.encode(["w1"]).shape == (1, 32)
+
+
+def test_a_run_that_was_killed_behind_its_last_checkpoint_makes_no_further_step(place, whole_run, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(whole_run / "checkpoint-6", output / "checkpoint-6")
+    train(config_of(place, output), resume=True)
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-6"]
+    assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 6
+    same_weights(output, whole_run)
+
+
+def test_a_config_that_was_cut_is_named_on_resume(place, whole_run, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(whole_run, output)
+    for text in ("model: [", "", "null"):
+        (output / "train_config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"train_config\.yaml .*delete it to resume"):
+            train(config_of(place, output), resume=True)
 
 
 def test_a_half_written_checkpoint_is_passed_over(place, whole_run, tmp_path):
