@@ -92,3 +92,8 @@ gpu-summary:
 
 gpu-%:
 	@echo "there is no step $@; the steps are $(GPU_STEPS)" >&2; exit 2
+
+# kill -9 at 20 random moments each of train, encode and study; what comes of it must be what comes undisturbed.
+.PHONY: hostile-kill
+hostile-kill:
+	OMP_NUM_THREADS=1 $(HERE) $(PY) tests/hostile/kill.py $(KILL)
