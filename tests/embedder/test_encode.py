@@ -394,7 +394,7 @@ def test_nan_names_the_row_and_what_to_look_at():
 def test_states_beyond_layer_norms_name_the_text():
     embedder = tiny.embedder("multi-layer-causal")
     with torch.no_grad():
-        embedder[0].model.layers[-1].mlp.down_proj.weight *= 1e22
+        embedder[0].model.layers[0].mlp.down_proj.weight *= 1e22
     with pytest.raises(ValueError, match=r"^row 1: its hidden states reach \d\.\de\+2\d, and of more than 1e\+17"):
         embedder.encode(["one", "two two two two two"])
     for design in ("eos-causal", "mean-causal"):
