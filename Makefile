@@ -1,7 +1,9 @@
 # make bench   environment, install, a quick benchmark on whatever device is there
 # make test    environment, install, lint, types and the whole CPU suite
+# make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
+# make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
 PYTHON ?= python3
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
@@ -11,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # The checkout itself, for interpreters into which mlpool was not installed.
 HERE = PYTHONPATH=.:kernels
 
-.PHONY: bench test lint study gpu
+.PHONY: bench test test-floor test-cuda-dry lint study census gpu
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlpool needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -33,10 +35,37 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	MYPYPATH=kernels $(PY) -m mypy
 
+define SUITE
+MLPOOL_LOAD_TRITON=1 $(PYTEST) tests/kernels/test_binaries.py tests/kernels/test_cuda_dry.py
+TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py
+$(PYTEST) --dist loadfile tests  # files share models: a worker takes a file whole
+endef
+
 test: lint
-	MLPOOL_LOAD_TRITON=1 $(PYTEST) tests/kernels/test_binaries.py
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py
-	$(PYTEST) --dist loadfile tests  # files share models: a worker takes a file whole
+	$(SUITE)
+
+# The same suite with the lowest versions that pyproject.toml promises. In this and the next, torch is PyPI's build for CUDA,
+# 5 GB of it, in an environment of its own; no card is needed.
+.venv-floor/.done: pyproject.toml setup.cfg constraints-floor.txt
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install -q --disable-pip-version-check -c constraints-floor.txt -e '.[dev]'
+	touch $@
+
+test-floor: PY = .venv-floor/bin/python
+test-floor: .venv-floor/.done
+	$(SUITE)
+
+# Every launch in all combinations of choices, types and architectures, on a card that is not there. "===" passes by a
+# CPU build of the same version.
+.venv-cuda/.done: constraints.txt
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		torch===$(shell sed -n 's/^torch==//p' constraints.txt) triton numpy pytest pytest-xdist
+	touch $@
+
+test-cuda-dry: PY = .venv-cuda/bin/python
+test-cuda-dry: .venv-cuda/.done
+	MLPOOL_DRY=all MLPOOL_LOAD_TRITON=1 $(HERE) $(PYTEST) tests/kernels/test_cuda_dry.py
 
 # Data: DATA, else shared/data beside the checkout, else a small set that the package makes. An interrupted study goes on.
 STUDY ?= study
@@ -57,7 +86,7 @@ study: $(VENV)/.dev $(STUDY)/tiny-decoder
 # on from there when it is run again. PY=python3 takes an interpreter that has torch already.
 RESULTS ?= benchmarks/results
 MINUTES ?= 8
-GPU_STEPS = gpu-check gpu-test gpu-tune gpu-throughput gpu-encode gpu-train gpu-attention gpu-summary
+GPU_STEPS = gpu-check gpu-test gpu-tune gpu-throughput gpu-choices gpu-encode gpu-train gpu-attention gpu-summary
 CARD = --device cuda --results $(RESULTS) --minutes $(MINUTES)
 
 .PHONY: $(GPU_STEPS)
@@ -78,6 +107,9 @@ gpu-tune:
 gpu-throughput:
 	$(HERE) $(PY) benchmarks/throughput.py $(CARD)
 
+gpu-choices:  # every exact choice of the plan against the one that it picks
+	$(HERE) $(PY) benchmarks/throughput.py --choices $(CARD)
+
 gpu-encode:
 	$(HERE) $(PY) benchmarks/encode.py $(CARD)
 
@@ -92,6 +124,11 @@ gpu-summary:
 
 gpu-%:
 	@echo "there is no step $@; the steps are $(GPU_STEPS)" >&2; exit 2
+
+# Every text family of transformers on every backend; an interrupted census goes on. Then the tables of docs and README.
+census: $(VENV)/.dev
+	$(PY) tests/census/census.py
+	$(PY) tests/census/census.py --tables
 
 # kill -9 at 20 random moments each of train, encode and study; what comes of it must be what comes undisturbed.
 .PHONY: hostile-kill

@@ -67,6 +67,7 @@ MODES = ("forward", "forward+backward")
 # Largest relative errors in float32; in low precision, how often the error of padded eager.
 FORWARD, BACKWARD, LOW = 1e-5, 1e-4, 2.0
 CHECKED = 32  # texts that the errors are computed on
+BUDGET = (3.0, 15.0)  # seconds a provider: quick, full
 # Of padded tokens over the texts' own: the least speed-up of packed over padded sdpa.
 TARGET = 0.9
 
@@ -312,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             key = {"case": f"{direction} {mode}", "mode": mode, "direction": direction, **sizes}
             # a quick run takes eager's gradients as the reference and does not time them
             some = providers[1:] if not args.full and mode != "forward" else providers
-            todo.append((key, partial(measure, bench, key, some, 15.0 if args.full else 3.0)))
+            todo.append((key, partial(measure, bench, key, some, BUDGET[args.full])))
     return run_cases(todo, rows, device, args.minutes)
 
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import START, Row, add_run_arguments, cores, device_slug, facts, progress, start
-from rows import Rows, is_lost
+from measure import START, Row, add_run_arguments, cores, device_slug, facts, is_lost, progress, start
+from rows import Rows
 
 ROOT = Path(__file__).parent.parent
 LOST = 70  # the exit status of a process without its GPU

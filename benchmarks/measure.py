@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import gc
 import hashlib
 import importlib.metadata
-import importlib.util
 import itertools
 import os
 import platform
@@ -349,6 +347,22 @@ def tiles() -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:10] if path else "default"
 
 
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+class Skipped(Exception):
+    """A case that this machine cannot hold; its message says why."""
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether an error of a kernel has ended the process's use of the GPU, as an illegal access does."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -374,63 +388,3 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     align = [str.ljust, *[str.rjust] * (len(header) - 2), str.ljust]
     lines = ["  ".join(a(c, w) for a, c, w in zip(align, line, widths, strict=True)).rstrip() for line in cells]
     return "\n".join(lines)
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fields = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, restval="")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def write(rows: Sequence[Row], folder: Path, name: str, title: str) -> None:
-    """CSV and plot."""
-    write_csv(rows, folder / f"{name}.csv")
-    timed = [row for row in rows if "median_ms" in row]
-    drawn = plot(timed, folder / f"{name}.png", title) if timed else False
-    print(f"\nwritten: {name}.csv{f' and {name}.png' if drawn else ''} in {folder.name}/")
-
-
-def plot(rows: Sequence[Row], path: Path, title: str) -> bool:
-    """Bars of speed-up over eager and of extra memory, one group per case; False where matplotlib is missing.
-
-    Rows need: case, provider, ratio_eager, extra_mib.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        progress("no plot: pip install matplotlib")
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    cases, providers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "provider"))
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 1.5 + 0.18 * len(rows)), sharey=True, layout="constrained")
-    colors = dict(zip(providers, pyplot.get_cmap("tab10").colors * 2, strict=False)) | {"eager": "0.65"}
-    places, ticks, place = [], [], 0.0
-    for case in cases:
-        group = [row for row in rows if row["case"] == case]
-        places += [(place + i, row) for i, row in enumerate(group)]
-        ticks.append(place + (len(group) - 1) / 2)
-        place += len(group) + 1
-    for axis, key in zip(axes, ("ratio_eager", "extra_mib"), strict=True):
-        for y, row in places:
-            if row.get(key) is not None:
-                axis.barh(y, row[key], color=colors[row["provider"]])
-                axis.text(row[key], y, f" {number(row[key])}", va="center", fontsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.12)
-    axes[0].set_yticks(ticks, cases)
-    axes[0].invert_yaxis()
-    axes[0].axvline(1, color="0.6", linewidth=0.8)
-    axes[0].set_xlabel("speed-up over the eager reference")
-    axes[1].set_xscale("log")
-    axes[1].set_xlabel("peak extra memory, MiB")
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[p]) for p in providers]
-    figure.legend(handles, providers, title=title, loc="outside upper center", ncols=len(providers), frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return True

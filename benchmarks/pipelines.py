@@ -32,6 +32,7 @@ from cases import Case, Preset
 from measure import (
     Clock,
     Row,
+    Skipped,
     add_run_arguments,
     device_name,
     device_slug,
@@ -43,7 +44,7 @@ from measure import (
     start,
 )
 from mlpool_kernels import reference
-from rows import Rows, Skipped
+from rows import Rows
 from torch import Tensor, nn
 from work import needed_bytes, randomised
 
@@ -192,10 +193,10 @@ def loaded_base(folder: str, device: torch.device, dtype: torch.dtype) -> Transf
 
 
 def end_with_eos(tokenizer: Any) -> None:
-    """Have a fast tokenizer close every text with its EOS, as the paper and mlpool do, if nothing special does yet."""
+    """Have a fast tokenizer close every text with its EOS, as the paper and mlpool do, unless it does so already."""
     from tokenizers import processors
 
-    if tokenizer("a")["input_ids"][-1] in tokenizer.all_special_ids:
+    if tokenizer("a")["input_ids"][-1:] in ([tokenizer.eos_token_id], [tokenizer.sep_token_id]):
         return
     eos = tokenizer.eos_token
     closing = processors.TemplateProcessing(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import START, Row, progress, synchronize
+from measure import START, Row, Skipped, is_lost, progress
 
 
 class Rows:
@@ -137,14 +137,10 @@ def _parse(cell: str) -> Any:
     if re.fullmatch(r"-?(0|[1-9]\d*)", cell):
         return int(cell)
     # An exponent as it is written here has a sign: 12e3456789 is a commit.
-    return float(cell) if re.fullmatch(r"-?\d+\.?\d*(e[+-]\d+)?|-?inf|nan", cell) else cell
+    return float(cell) if re.fullmatch(r"-?\d+(\.\d+(e[+-]\d+)?|e[+-]\d+)|-?inf|nan", cell) else cell
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
-
-
-class Skipped(Exception):
-    """A case that this machine cannot hold; its message says why."""
 
 
 def run_cases(
@@ -200,12 +196,3 @@ def _named(group: Sequence[Row], key: Row) -> list[Row]:
     if other := [row for row in group for name, value in key.items() if row.get(name, value) != value]:
         raise ValueError(f"a row of the case {key} says otherwise of itself: {other[0]}")
     return [{**row, **key} for row in group]
-
-
-def is_lost(device: torch.device) -> bool:
-    """Whether an error of a kernel has ended the process's use of the GPU, as an illegal access does."""
-    try:
-        synchronize(device)
-    except RuntimeError:
-        return True
-    return False

@@ -3,45 +3,55 @@
     python benchmarks/throughput.py --quick            minutes on two CPU cores
     python benchmarks/throughput.py                    every size of the design, on the GPU where there is one
     python benchmarks/throughput.py --preset qwen2-0.5b
+    python benchmarks/throughput.py --choices          every exact choice of the plan, against the one that it picks
 
-Prints a table, writes CSV and a plot to benchmarks/results/. A row whose error is out of bounds shows the error and no
-speed, and the exit status is 1. What the columns mean:
+Prints tables and adds their rows to a CSV in benchmarks/results/ as they are measured. A row whose error is out of
+bounds shows the error and no speed, and the exit status is 1; the rest is measured all the same. What the columns mean:
 
     extra MiB   peak above weights, weight gradients and inputs; in evaluation the folded weights and folding them are
                 counted
     x floor     time over that of our plan's FLOP at the rate of a large matrix product, measured in the same run
     error       relative, of the embedding and, behind |, of the gradient closest to its bound
+
+With --choices a row is one entry of the plan (keys, values, launches, feed_forward, mix, memory) changed from what the
+plan picks, and the regret of a case is the time of the pick over that of the best. Where memory is chosen otherwise the
+row is left out of that: it is picked by what fits.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
-from pathlib import Path
+import traceback
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from cases import ALL, CASES, EVAL, PRESETS, STEP, Case, Preset
+from cases import ALL, CASES, EVAL, PRESETS, STEP, Case, Preset, alternatives, choices_of
 from measure import (
-    RESULTS,
     Clock,
     Row,
+    Skipped,
+    add_run_arguments,
     copy_rate,
-    device_name,
     device_slug,
     extra_memory,
     facts,
     free_memory,
+    is_lost,
     number,
     product_rate,
     progress,
     quantiles,
     rounds,
+    start,
     table,
     touch,
-    write,
 )  # fmt: skip
+from mlpool_kernels import Plan, Sizes
+from mlpool_kernels.runtime import use_triton
+from rows import Rows, run_cases
 from torch import nn
 from work import Forward, Parity, Work, build_pool, needed_bytes
 
@@ -49,6 +59,8 @@ HEADER = ["", "median ms", "20-80 %", "texts/s", "FLOP/s", "extra MiB", "vs eage
 HEADER += ["error", "target"]
 # Share of the free memory that an estimate may fill.
 FILL = 0.85
+# A quick run times no choice that is predicted to take this many times as long as the pick.
+HOPELESS = 4
 # The bandwidth of an H200 in the design's table of floors.
 H200_BANDWIDTH = 4.3e12
 
@@ -57,7 +69,7 @@ class Bench:
     """Measures case after case on one device and collects the rows."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, quick: bool, compiled: bool) -> None:
-        self.device, self.dtype, self.compiled = device, dtype, compiled
+        self.device, self.dtype, self.quick, self.compiled = device, dtype, quick, compiled
         self.clock = Clock(device)
         gpu = device.type == "cuda"
         self.budget, self.most = (0.5, 100) if gpu else (2.5 if quick else 8.0, 50)
@@ -66,9 +78,7 @@ class Bench:
         progress("rate of a matrix product")
         self.facts = facts(device)
         self.product, self.copy = product_rate(device, dtype), copy_rate(device)
-        self.rows: list[Row] = []
         self.notes: list[str] = []
-        self.red = False
         busy = self.facts["load"] or 0.0
         if device.type == "cpu" and busy > 0.6:
             self.notes.append(
@@ -93,22 +103,71 @@ class Bench:
 
     # --- one case ------------------------------------------------------------------------------------------------
 
-    def measure(self, case: Case) -> None:
+    def measure(self, case: Case, choices: bool = False) -> list[Row]:
+        """The rows of a case; with `choices` its providers are the pick of the plan and what differs from it.
+
+        Raises: Skipped where it does not fit the machine.
+        """
         preset = PRESETS[case.preset]
         batch = self._load(case, preset)
-        if not batch:
-            return
+        if choices:
+            case = replace(case, providers=self._choices(case, batch))
         work = Work(case, preset, batch, self.pool, self.device, self.dtype)
         progress(f"{case.preset} B={batch} {case.mode}: reference on {len(work.texts)} texts")
         work.settle()
         forwards, parities = self._check(work)
         work.true_gradients = {}
         group = self._time(work, forwards, parities)
-        self.rows += group
+        if choices:
+            self._regret(work, group)
         print(f"\n{self._heading(work)}\n{table(HEADER, map(cells, group))}", flush=True)
+        return group
+
+    def _choices(self, case: Case, batch: int) -> tuple[str, ...]:
+        pool, training = self.pool, case.mode != EVAL
+        assert pool is not None
+        pool.choices = {}
+        keys = pool._plan_keys(case.tokens)
+        sizes = Sizes(
+            batch, keys, pool.hidden_size, pool.num_latents, pool.num_heads, pool.head_dim,
+            pool.ff_mult * pool.hidden_size,
+        )  # fmt: skip
+        plan = pool.plan(batch, case.tokens, training=training).plan
+        others = alternatives(
+            sizes, plan, training=training, triton=use_triton(pool.backend, pool.latents),
+            masked=pool.layer_weights is None and keys != 1,
+        )  # fmt: skip
+        names = ["mlpool", *(f"mlpool {' '.join(f'{k}={v}' for k, v in other.items())}" for other in others)]
+        return tuple(name for name in names if not (self.quick and self._hopeless(case, batch, name)))
+
+    def _hopeless(self, case: Case, batch: int, name: str) -> bool:
+        """Whether a quick run leaves a choice out, as it is predicted to take many times as long as the pick."""
+        pool, training = self.pool, case.mode != EVAL
+        times = []
+        for choices in ({}, choices_of(name)):
+            pool.choices = choices
+            times.append(sum(pool.plan(batch, case.tokens, training=training).seconds))
+        if times[1] <= HOPELESS * times[0]:
+            return False
+        self.note(case, f"{name} left out of the quick run: predicted {times[1] / times[0]:.0f}x the pick's time")
+        return True
+
+    def _regret(self, work: Work, group: list[Row]) -> None:
+        """Which row the plan picked, which was the best, and what the pick costs above it."""
+        timed = [row for row in group if "median_ms" in row]
+        picked = next((row for row in timed if row["provider"] == "mlpool"), None)
+        if picked is None:
+            return
+        memory = Plan.parse(picked["plan"]).memory
+        rivals = [row for row in timed if Plan.parse(row["plan"]).memory == memory]
+        best = min(rivals, key=lambda row: row["median_ms"])
+        for row in timed:
+            row |= {"picked": row is picked, "best": row is best, "regret": row["median_ms"] / best["median_ms"]}
+            row["target"] = "picked" if row is picked else ""
+            row["target"] += f"{', ' if row is picked else ''}best" if row is best else ""
 
     def _load(self, case: Case, preset: Preset) -> int:
-        """Have the preset's pool, and how many texts fit; 0 is none."""
+        """Have the preset's pool, and how many texts fit."""
         if self.preset_name != case.preset:
             self.pool, self.preset_name = None, case.preset
             blank = build_pool(preset, "meta", self.dtype)
@@ -116,8 +175,7 @@ class Bench:
             free = free_memory(self.device)
             if weights > FILL * free:
                 self.preset_name = ""
-                self.note(case, f"skipped, the weights take {weights >> 20:,} MiB and {free >> 20:,} are free")
-                return 0
+                raise Skipped(f"the weights take {weights >> 20:,} MiB and {free >> 20:,} are free")
             progress(f"{case.preset}: {weights >> 20:,} MiB of weights")
             torch.manual_seed(0)
             self.pool = build_pool(preset, self.device, self.dtype)
@@ -130,8 +188,8 @@ class Bench:
         while batch and needed_bytes(case, preset, batch, count, self.dtype.itemsize) > FILL * free:
             batch //= 2
         if not batch:
-            self.note(case, f"skipped, not even one text is estimated to fit the {free >> 20:,} MiB that are free")
-        elif batch < case.batch:
+            raise Skipped(f"not even one text is estimated to fit the {free >> 20:,} MiB that are free")
+        if batch < case.batch:
             self.note(case, f"B={batch}, as the reference at B={case.batch} is estimated not to fit {free >> 20:,} MiB")
         return batch
 
@@ -148,14 +206,17 @@ class Bench:
                 known = provider == "eager" and work.low is None
                 parities[provider] = Parity(0.0, 0.0) if known else work.parity(provider, forward)
             except Exception as error:
-                if provider != "compiled" and not isinstance(error, torch.cuda.OutOfMemoryError):
+                if is_lost(self.device) or not (forwards or provider == "compiled"):
                     raise
+                if provider != "compiled" and not isinstance(error, torch.cuda.OutOfMemoryError):
+                    # Of no known error: as wrong as a row can be, and the others go on.
+                    traceback.print_exc()
+                    forwards[provider], parities[provider] = forward, Parity(float("nan"), 0.0)
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
                 self.note(work.case, f"{provider} left out: {reason}")
                 continue
             forwards[provider] = forward
             if not parities[provider].green:
-                self.red = True
                 self.note(work.case, f"{provider} IS WRONG: {parities[provider]}")
         return forwards, parities
 
@@ -168,7 +229,7 @@ class Bench:
             if self.device.type == "cuda":
                 work.prepare()
                 call()
-            work.prepare_memory()
+            work.prepare_memory(name)
             if name == "eager":
                 count = sum(p.numel() for p in work.parameters.values())
                 touch(needed_bytes(work.case, work.preset, work.batch, count, self.dtype.itemsize), self.device)
@@ -189,15 +250,15 @@ class Bench:
 
     def _row(self, work: Work, name: str, parities: dict[str, Parity], samples: Any, extra: Any) -> Row:
         case, pool, parity = work.case, self.pool, parities[name]
-        flops, floor_flops, plan = work.cost(name)
+        flops, floor_flops, plan, predicted = work.cost(name)
         row: Row = {
-            "case": f"{case.preset} B={work.batch} {case.mode}", "preset": case.preset, "mode": case.mode,
+            "case": named(case), "preset": case.preset, "mode": case.mode,
             "provider": name, "batch": work.batch, "tokens": case.tokens, "layers": work.preset.layers,
             "hidden": work.preset.hidden, "latents": getattr(pool, "num_latents", None),
             "heads": getattr(pool, "num_heads", None), "head_dim": getattr(pool, "head_dim", None),
             "width": pool.ff_mult * pool.hidden_size if pool is not None else None, "dtype": str(self.dtype)[6:],
-            "plan": plan, "error": parity.error, "limit": parity.limit, "gradient_error": parity.gradient,
-            "gradient_limit": parity.gradient_limit, "green": parity.green,
+            "plan": plan, "predicted_ms": predicted, "error": parity.error, "limit": parity.limit,
+            "gradient_error": parity.gradient, "gradient_limit": parity.gradient_limit, "green": parity.green,
         }  # fmt: skip
         if name in samples:
             low, median, high = quantiles(samples[name])
@@ -216,7 +277,7 @@ class Bench:
         row["target"], row["target_met"] = target(case.targets.get(name, {}), row)
         if pool is None and self.device.type == "cuda" and "bytes_per_s" in row:
             row["target"] = f"{row['bytes_per_s'] / H200_BANDWIDTH:.0%} of 4.3 TB/s"
-        return row | self.facts
+        return row
 
     def _heading(self, work: Work) -> str:
         case, pool, preset = work.case, self.pool, work.preset
@@ -225,6 +286,10 @@ class Bench:
         if pool is not None:
             sizes += f" R={pool.num_latents} H={pool.num_heads} d={pool.head_dim} F={pool.ff_mult * pool.hidden_size}"
         return f"{case.preset}  {case.mode}  {sizes}"
+
+
+def named(case: Case) -> str:
+    return f"{case.preset} B={case.batch} {case.mode}"
 
 
 def target(wanted: Any, row: Row) -> tuple[str, bool | None]:
@@ -266,41 +331,62 @@ def cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def arguments() -> argparse.Namespace:
+REGRET_HEADER = ["preset", "B", "mode", "picked", "best", "picked ms", "predicted ms", "picked / best"]
+
+
+def regrets(rows: Rows) -> list[list[str]]:
+    """Of every case what the plan picked, and what was the best."""
+    lines = []
+    for row in (row for row in rows.all if row.get("picked")):
+        (best,) = rows.of(**{name: row.get(name) for name in KEY}, best=True)
+        lines.append([
+            row["preset"], str(row["batch"]), row["mode"], row["plan"], best["plan"], number(row["median_ms"]),
+            number(row["predicted_ms"]), f"{row['regret']:.2f}",
+        ])  # fmt: skip
+    return lines
+
+
+# The columns that name a case, see `main`.
+KEY = ("case", "preset", "mode", "tokens", "dtype", "compiled")
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few sizes, few repetitions")
+    parser.add_argument("--choices", action="store_true", help="the plan's choices in place of the providers")
     parser.add_argument("--preset", action="append", choices=PRESETS, help="only this one; may be repeated")
     parser.add_argument("--mode", action="append", help=f"only this one of {EVAL}, forward+backward, {STEP}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; 1 where others use the cores too")
     parser.add_argument("--no-compile", action="store_true", help=f"leave out {ALL[1]}")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for CSV and plot")
-    return parser.parse_args()
+    add_run_arguments(parser)
+    return parser.parse_args(given)
 
 
-def main() -> int:
-    args = arguments()
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: there is no CUDA GPU here; leave it out to run on the CPU", file=sys.stderr)
-        return 2
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def main(given: list[str] | None = None) -> int:
+    args = arguments(given)
+    device = start(args)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    name = f"{device_slug(device)}-{'quick' if args.quick else 'full'}"
-    name += "".join(f"-{part}" for part in (*(args.preset or []), *(args.mode or []), *filter(None, [args.dtype])))
+    name = f"{'choices' if args.choices else 'throughput'}-{device_slug(device)}-{'quick' if args.quick else 'full'}"
+    section = ("choices-quick" if args.quick else "choices") if args.choices else ("quick" if args.quick else "full")
     bench = Bench(device, dtype, args.quick, not args.no_compile)
     print(bench.title(), flush=True)
-    for case in CASES[device.type, "quick" if args.quick else "full"]:
-        if (not args.preset or case.preset in args.preset) and (not args.mode or case.mode in args.mode):
-            bench.measure(case)
-            gc.collect()
+    rows = Rows(args.results / f"{name}.csv", bench.facts, args.again)
+    todo = [
+        (
+            {
+                "case": named(case), "preset": case.preset, "mode": case.mode, "tokens": case.tokens,
+                "dtype": str(dtype)[6:], "compiled": bench.compiled,
+            },
+            partial(bench.measure, case, args.choices),
+        )
+        for case in CASES[device.type, section]
+        if (not args.preset or case.preset in args.preset) and (not args.mode or case.mode in args.mode)
+    ]  # fmt: skip
+    status = run_cases(todo, rows, device, args.minutes)
     for line in bench.notes:
         print(f"note: {line}")
-    if bench.rows:
-        write(bench.rows, args.results, f"throughput-{name}", f"mlpool on {device_name(device)}, {str(dtype)[6:]}")
-    return int(bench.red)
+    if args.choices:
+        print(f"\n{table(REGRET_HEADER, regrets(rows))}")
+    return status
 
 
 if __name__ == "__main__":

@@ -1,11 +1,17 @@
-"""Time every candidate tile of every kernel on the GPU at hand, and write the best as a file for MLPOOL_TILES.
+"""Time every candidate tile of every kernel on the device at hand, fit the cost model's rates, write both to a file.
 
     python benchmarks/tune.py                                a table, CSV and JSON in benchmarks/results/
-    MLPOOL_TILES=benchmarks/results/tiles-....json python …  uses the choice
+    MLPOOL_TILES=benchmarks/results/tiles-....json python …  uses the choice; with the same --results a benchmark does
     TRITON_INTERPRET=1 python benchmarks/tune.py --check     no GPU: every candidate once, small sizes, errors only
 
 A tile is chosen by the geometric mean, over the sizes, of its time relative to the best; one whose result is out of
-bounds or that does not fit the device is not chosen. With --check the exit status is 1 where a result is wrong.
+bounds or that does not fit the device is not chosen. A rate is the geometric mean, over the sizes, of what is left of
+the time after launch and memory (`mlpool_kernels.plan`): of the kernels at their chosen tiles, and of plain products. A
+CPU, where no kernel runs, has rates alone.
+
+The exit status is 1 where a result is wrong, a candidate fails by anything but the device's limits, or a kernel has no
+candidate left; the others are measured all the same. An error that the GPU does not recover from ends the run; tiles
+and rates then are those of what was measured before it.
 """
 
 from __future__ import annotations
@@ -16,25 +22,31 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from measure import (
-    RESULTS,
     Clock,
     Row,
+    add_run_arguments,
     device_slug,
     facts,
+    is_lost,
     number,
     progress,
     quantiles,
     relative_error,
+    start,
     table,
-    write_csv,
+    tiles_file,
 )
-from mlpool_kernels import attend, feed_forward, mix, tiles
+from mlpool_kernels import Plan, Sizes, attend, feed_forward, mix, tiles
+from mlpool_kernels.plan import Operation, feed_forward_operations, key_operations, value_operations
+from rows import Rows, run_cases
 from torch import Tensor
 
 from mlpool.pooling.tokens import select_tokens
@@ -47,12 +59,16 @@ REPEATS = 20
 
 
 class Job(NamedTuple):
-    """One kernel at one size. reference: the same by plain torch."""
+    """One kernel, or plain operation, at one size. reference: the same by plain torch.
+
+    cost: FLOP and bytes as the cost model counts them, and the rate that its time tells of.
+    """
 
     kernel: str
     sizes: str
     run: Callable[[], list[Tensor]]
     reference: Callable[[], list[Tensor]]
+    cost: Operation | None = None
 
 
 class Maker:
@@ -99,7 +115,8 @@ def attend_jobs(new: Maker, batch: int, keys: int, hidden: int, columns: int) ->
         x = attend.norm_keys(x0, weights, *norm, torch.float32)
         return [x] if q is None else [x, (x @ q.float().T).softmax(1)]
 
-    yield Job("attend", sizes, one(queries), lambda: plain(queries))
+    cost = key_operations(Sizes(batch, keys, hidden, columns, 1, 1, 1), Plan(launches="one"), 2, cached=True)
+    yield Job("attend", sizes, one(queries), lambda: plain(queries), *cost)
     yield Job("norm", sizes, one(None), lambda: plain(None))
 
 
@@ -123,20 +140,28 @@ def mix_job(new: Maker, batch: int, keys: int, hidden: int, heads: int, latents:
         a, v = (attention.float(), vo.float()) if wide else (attention, vo)
         return list(mix.mix(a, [v, v], None, z, *norm, "early", not wide, False)[:2])
 
-    return Job("mix", f"B={batch} n={keys} D={hidden} H={heads} R={latents}", lambda: run(False), lambda: run(True))
+    s = Sizes(batch, keys, hidden, latents, heads, 1, 1)
+    *_, cost = value_operations(s, Plan(values="absorbed", mix="kernel"), 2, cached=True)
+    sizes = f"B={batch} n={keys} D={hidden} H={heads} R={latents}"
+    return Job("mix", sizes, lambda: run(False), lambda: run(True), cost)
 
 
-def feed_forward_job(new: Maker, batch: int, latents: int, hidden: int, width: int) -> Job:
+def feed_forward_jobs(new: Maker, batch: int, latents: int, hidden: int, width: int) -> Iterator[Job]:
     normed, weight, bias = new(batch, latents, hidden), new(2 * width, hidden, scale=hidden**-0.5), new(2 * width)
 
-    def run() -> list[Tensor]:
-        return [feed_forward.feed_forward(normed, weight, bias, "fused", True, False)[0]]
+    def run(descriptors: bool) -> Callable[[], list[Tensor]]:
+        return lambda: [feed_forward._feed_forward_triton(normed, weight, bias, descriptors)]
 
     def plain() -> list[Tensor]:
         w, b, parts = weight.float(), bias.float(), normed.float().split(4)
         return [torch.cat([feed_forward.feed_forward(n, w, b, "chunked", False, False)[0] for n in parts])]
 
-    return Job("feed_forward", f"B={batch} R={latents} D={hidden} F={width}", run, plain)
+    s, sizes = Sizes(batch, 1, hidden, latents, 1, 1, width), f"B={batch} R={latents} D={hidden} F={width}"
+    cost, _ = feed_forward_operations(s, Plan(feed_forward="fused", memory="recompute"), 2)
+    best = feed_forward.takes_descriptors(normed, weight)
+    yield Job("feed_forward", sizes, run(False), plain, None if best else cost)
+    if best:
+        yield Job("feed_forward_tma", sizes, run(True), plain, cost)
 
 
 def gate_job(new: Maker, batch: int, latents: int, width: int) -> Job:
@@ -149,6 +174,38 @@ def gate_job(new: Maker, batch: int, latents: int, width: int) -> Job:
     return Job("gate", sizes, lambda: run(both, True), lambda: run(both.float(), False))
 
 
+# Rows, columns and depth of products as the presets have them.
+PRODUCTS = {
+    "cpu": [(48, 24576, 896), (384, 4096, 896), (768, 1024, 896), (64, 4096, 4096), (16, 512, 384)],
+    "cuda": [(6144, 24576, 896), (6144, 28672, 896), (2048, 65536, 4096), (24576, 32768, 4096), (4096, 1792, 896),
+             (4096, 8192, 4096), (1536, 512, 896)],
+}  # fmt: skip
+COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+LAUNCHES = 100
+
+
+def rate_jobs(new: Maker) -> Iterator[Job]:
+    """Plain operations: a launch, a copy, products."""
+    one = new(1)
+
+    def launches() -> list[Tensor]:
+        for _ in range(LAUNCHES - 1):
+            one.abs()
+        return [one.abs()]
+
+    yield Job("launch", f"{LAUNCHES} of one number", launches, lambda: [one.abs()], Operation("launch", 0, 0))
+    source = new(COPY_BYTES[new.device.type] // new.dtype.itemsize)
+    moved = 2 * source.numel() * source.element_size()
+    yield Job("copy", f"{moved >> 20} MiB", lambda: [source.clone()], lambda: [source], Operation("memory", 0, moved))
+    for rows, columns, depth in PRODUCTS[new.device.type]:
+        a, b = new(rows, depth), new(columns, depth)
+        moved = (a.numel() + b.numel() + rows * columns) * a.element_size()
+        yield Job(
+            "product", f"{rows} x {columns} x {depth}", lambda a=a, b=b: [a @ b.T],
+            lambda a=a, b=b: [a.float() @ b.float().T], Operation("product", 2 * rows * columns * depth, moved),
+        )  # fmt: skip
+
+
 def jobs(new: Maker, small: bool) -> Iterator[Job]:
     """The presets' sizes; small ones for the interpreter."""
     if small:
@@ -156,8 +213,11 @@ def jobs(new: Maker, small: bool) -> Iterator[Job]:
         yield from attend_jobs(new, 2, 5, 72, 40)
         yield softmax_job(new, 2, 5, 40)
         yield mix_job(new, 2, 3, 72, 2, 20)
-        yield feed_forward_job(new, 2, 20, 72, 40)
+        yield from feed_forward_jobs(new, 2, 20, 72, 40)
         yield gate_job(new, 2, 20, 40)
+        return
+    yield from rate_jobs(new)
+    if new.device.type == "cpu":
         return
     yield from gather_jobs(new, 64, 128, 24, 896)
     yield from gather_jobs(new, 64, 256, 32, 4096)
@@ -165,81 +225,175 @@ def jobs(new: Maker, small: bool) -> Iterator[Job]:
         yield from attend_jobs(new, 64, layers, hidden, 512)
         yield softmax_job(new, 64, layers, 24576)
         yield mix_job(new, 64, layers, hidden, 8, 64)
-        yield feed_forward_job(new, 64, 64, hidden, hidden)
+        yield from feed_forward_jobs(new, 64, 64, hidden, hidden)
     yield softmax_job(new, 4, 512, 24576)
-    yield feed_forward_job(new, 64, 768, 896, 3584)
+    yield from feed_forward_jobs(new, 64, 768, 896, 3584)
+    yield from feed_forward_jobs(new, 8, 768, 4096, 16384)
     yield gate_job(new, 32, 768, 3584)
     yield gate_job(new, 16, 768, 16384)
+
+
+def candidates(kernel: str, device: torch.device) -> list[tiles.Tile]:
+    """The tiles to try; a plain operation has one, empty."""
+    if kernel not in tiles.TILES:
+        return [{}]
+    if device.type == "cpu":  # the interpreter, which follows descriptors
+        return tiles.candidates(kernel, 90)
+    major, minor = torch.cuda.get_device_capability(device)
+    return tiles.candidates(kernel, None if torch.version.hip else 10 * major + minor)
 
 
 def trial(job: Job, tile: tiles.Tile, clock: Clock | None) -> Row:
     """One candidate: its error, and where that is within bounds and there is a clock its time."""
     tiles._overrides = lambda: {job.kernel: tile}  # what MLPOOL_TILES sets
-    row: Row = {"kernel": job.kernel, "sizes": job.sizes, "tile": " ".join(f"{k}={v}" for k, v in tile.items())}
+    row: Row = {"kernel": job.kernel, "sizes": job.sizes, "tile": shown(tile), "green": True}
     try:
         pairs = zip(job.run(), job.reference(), strict=True)
         row["error"] = max((relative_error(got, right.float()) for got, right in pairs), key=lambda e: (e != e, e))
-        if clock is not None and row["error"] <= LIMIT:
+        row["green"] = row["error"] <= LIMIT
+        if clock is not None and row["green"]:
             job.run()
-            low, median, high = quantiles([clock(job.run) for _ in range(REPEATS)])
+            low, median, high = quantiles([clock(job.run, latency=job.kernel == "launch") for _ in range(REPEATS)])
             row |= {"p20_us": low * 1e6, "median_us": median * 1e6, "p80_us": high * 1e6}
-    except Exception as error:  # out of shared memory or registers: no candidate on this device
+    except Exception as error:
         row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        # Out of shared memory, registers or memory: no candidate on this device. Anything else is a fault.
+        row["green"] = type(error).__name__ in ("OutOfResources", "OutOfMemoryError")
     return row
+
+
+def shown(tile: tiles.Tile) -> str:
+    return " ".join(f"{field}={value}" for field, value in tile.items())
 
 
 def choose(rows: list[Row]) -> dict[str, tiles.Tile]:
     """Per kernel the candidate with the least mean time relative to the best, among those that run at every size."""
+    best: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if "median_us" in row:
+            key = row["kernel"], row["sizes"]
+            best[key] = min(row["median_us"], best.get(key, math.inf))
     chosen: dict[str, tiles.Tile] = {}
-    for kernel, candidates in tiles.TILES.items():
+    for kernel, known in tiles.TILES.items():
         scores = {}
-        for i, _ in enumerate(candidates):
-            own = [row for row in rows if row["kernel"] == kernel and row["candidate"] == i]
+        for i, tile in enumerate(known):
+            own = [row for row in rows if row["kernel"] == kernel and row.get("tile") == shown(tile)]
             if own and all("median_us" in row for row in own):
-                scores[i] = sum(math.log(row["median_us"] / row["best_us"]) for row in own)
+                scores[i] = sum(math.log(row["median_us"] / best[kernel, row["sizes"]]) for row in own)
         if scores:
-            chosen[kernel] = candidates[min(scores, key=scores.__getitem__)]
+            chosen[kernel] = known[min(scores, key=scores.__getitem__)]
     return chosen
 
 
-def measure(device: torch.device, small: bool) -> list[Row]:
+def empty(rows: list[Row]) -> list[str]:
+    """Kernels and operations that no candidate computed at some size."""
+    good = {row["case"] for row in rows if row["green"] and "failed" not in row}
+    return list(dict.fromkeys(row["case"] for row in rows if row["case"] not in good))
+
+
+def fit(rows: list[Row], kernels: bool) -> dict[str, float] | None:
+    """The rates of the measured dtype, from the chosen tiles' rows; None where one is missing. kernels: do they run?"""
+    timed = [r for r in rows if "unit" in r and "median_us" in r and r.get("chosen", True)]
+    by_unit = {unit: [r for r in timed if r["unit"] == unit] for unit in tiles.RATE_FIELDS}
+    if not all(by_unit[unit] for unit in (tiles.RATE_FIELDS if kernels else ("launch", "memory", "product"))):
+        return None
+    launch = min(r["median_us"] for r in by_unit["launch"]) / LAUNCHES / 1e6
+
+    def mean_rate(unit: str, amount: str, memory: float) -> float:
+        logs = []
+        for row in by_unit[unit]:
+            seconds = row["median_us"] / 1e6
+            # Where launch and memory explain nearly all of it, what is left is noise: a tenth at least is the unit's.
+            logs.append(math.log(row[amount] / max(seconds - launch - row["bytes"] / memory, seconds / 10)))
+        return math.exp(sum(logs) / len(logs))
+
+    memory = mean_rate("memory", "bytes", math.inf)
+    rates = {"launch": launch, "memory": memory, "product": mean_rate("product", "flops", memory)}
+    for unit in ("attend", "mix", "feed_forward"):
+        # Where no kernel runs its rate decides nothing.
+        rates[unit] = mean_rate(unit, "flops", memory) if by_unit[unit] else rates["product"]
+    return {unit: float(f"{rates[unit]:.4g}") for unit in tiles.RATE_FIELDS}
+
+
+def cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[tuple[Row, Callable[[], list[Row]]]]:
+    """What names a job, and what measures all its candidates."""
     clock = None if small else Clock(device)
     torch.manual_seed(0)
+    for job in jobs(Maker(device, dtype), small):
+        key = {"case": f"{job.kernel} {job.sizes}", "kernel": job.kernel, "sizes": job.sizes, "dtype": str(dtype)[6:]}
+        yield key, partial(measure, job, device, clock)
+
+
+def measure(job: Job, device: torch.device, clock: Clock | None) -> list[Row]:
+    """A row for every candidate.
+
+    Raises: RuntimeError where a candidate's error is one that the GPU does not recover from.
+    """
+    progress(f"{job.kernel} {job.sizes}")
+    cost = {} if job.cost is None else job.cost._asdict()
     rows: list[Row] = []
-    for job in jobs(Maker(device, torch.bfloat16), small):
-        progress(f"{job.kernel} {job.sizes}")
-        group = [trial(job, tile, clock) | {"candidate": i} for i, tile in enumerate(tiles.TILES[job.kernel])]
-        best = min((row["median_us"] for row in group if "median_us" in row), default=None)
-        rows += [row | {"best_us": best, "dtype": "bfloat16", **facts(device)} for row in group]
+    for tile in candidates(job.kernel, device):
+        rows.append(trial(job, tile, clock) | cost)
+        if "failed" in rows[-1] and is_lost(device):
+            raise RuntimeError(f"{rows[-1]['tile']}: {rows[-1]['failed']}")
     return rows
 
 
 def cells(row: Row) -> list[str]:
     error = f"{row['error']:.0e}" if "error" in row else "-"
-    last = row.get("failed") or ("WRONG" if not row["error"] <= LIMIT else "chosen" if row.get("chosen") else "")
-    return [row["kernel"], row["sizes"], row["tile"], number(row.get("median_us")), error, last]
+    last = row.get("failed") or ("chosen" if row.get("chosen") else "" if row["green"] else "WRONG")
+    return [row["kernel"], row["sizes"], row.get("tile", ""), number(row.get("median_us")), error, last]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="no times: every candidate once at small sizes")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not (args.check and os.environ.get("TRITON_INTERPRET") == "1"):
-        print("tune.py needs a CUDA GPU; without one only TRITON_INTERPRET=1 … tune.py --check works", file=sys.stderr)
-        return 2
-    rows = measure(device, args.check)
+def write_tuned(path: Path, chosen: dict[str, tiles.Tile], rates: dict[str, dict[str, float]]) -> None:
+    """Whole or not at all, and only what `tiles` reads again."""
+    content = {"device": tiles.device_here(), **tiles.versions_here(), "tiles": chosen, "rates": rates}
+    tiles.read_tuned(content, path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(content, indent=2) + "\n")
+    path.with_suffix(".new").replace(path)
+
+
+def finish(rows: list[Row], device: torch.device, dtype: torch.dtype, folder: Path) -> None:
+    """Choose, fit, and write the file of tiles and rates."""
     chosen = choose(rows)
     for row in rows:
-        row["chosen"] = chosen.get(row["kernel"]) == tiles.TILES[row["kernel"]][row["candidate"]]
-    print(table(["kernel", "sizes", "tile", "median us", "error", ""], map(cells, rows)))
+        if row["kernel"] in tiles.TILES:
+            row["chosen"] = row.get("tile") == shown(chosen.get(row["kernel"], {}))
+    rates = fit(rows, kernels=device.type == "cuda")
+    if rates is not None:
+        fitted = ", ".join(f"{name} {value:.3g}" for name, value in rates.items())
+        print(f"\nrates of {dtype}: {fitted} (FLOP/s, bytes/s, seconds)")
+    else:
+        print("\nNO RATES: an operation or kernel that they need was not measured; the cost model keeps its defaults")
+    path = tiles_file(folder, device)
+    write_tuned(path, chosen, {} if rates is None else {str(dtype)[6:]: rates})
+    print(f"written: {path.name}; set MLPOOL_TILES to its path to use it")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="no times: every candidate once at small sizes")
+    add_run_arguments(parser)
+    args = parser.parse_args(arguments)
+    device = start(args, tuned=False)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cpu" and args.check != interpreted:
+        print("without a GPU: TRITON_INTERPRET=1 tune.py --check, or tune.py alone for the rates", file=sys.stderr)
+        return 2
+    dtype = torch.float32 if device.type == "cpu" and not args.check else torch.bfloat16
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if args.check else args.results
+        table_file = Rows(folder / f"tune-{device_slug(device)}.csv", facts(device), args.again)
+        status = run_cases(cases(device, dtype, args.check), table_file, device, args.minutes)
+        rows = table_file.all
     if not args.check:
-        write_csv(rows, args.results / f"tune-{device_slug(device)}.csv")
-        path = args.results / f"tiles-{device_slug(device)}.json"
-        path.write_text(json.dumps(chosen, indent=2) + "\n")
-        print(f"\nwritten: {path.name}; set MLPOOL_TILES to its path to use it")
-    return int(any("error" in row and not row["error"] <= LIMIT for row in rows))
+        finish(rows, device, dtype, args.results)
+    print(table(["kernel", "sizes", "tile", "median us", "error", ""], map(cells, rows)))
+    without = empty(rows)
+    for name in without:
+        print(f"NO CANDIDATE LEFT: {name}")
+    return 1 if without else status
 
 
 if __name__ == "__main__":

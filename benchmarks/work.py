@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from cases import EVAL, STEP, TRAIN, Case, Preset
+from cases import EVAL, STEP, TRAIN, Case, Preset, choices_of
 from measure import relative_error
 from mlpool_kernels import reference
 from torch import Tensor, nn
@@ -104,6 +104,8 @@ class Work:
             pool.train(self.training)
             for parameter in pool.parameters():
                 parameter.grad = None
+        # Folded weights by provider.
+        self.folded: dict[str, Any] = {}
         self.optimizer = None
         if case.mode == STEP and pool is not None:
             self.optimizer = torch.optim.AdamW(pool.parameters(), lr=1e-6, fused=True)
@@ -121,14 +123,19 @@ class Work:
             return lambda: self.reference(self.parameters, self.states, self.mask)
 
         def fast() -> Tensor:
-            if self.pool is not None:
-                self.pool.choices = {"memory": form} if form in ("save", "recompute_ff", "recompute") else {}
             if form == "dispatcher":
                 with through_dispatcher():
                     return self.fast()
             return self.fast()
 
-        return fast
+        def choosing() -> Tensor:
+            # Each choice keeps its own folded weights, as it would alone.
+            self.pool.choices, self.pool._cache = choices_of(provider), self.folded.get(provider)
+            out = fast()
+            self.folded[provider] = self.pool._cache
+            return out
+
+        return fast if self.pool is None else choosing
 
     def reference(self, parameters: Mapping[str, Tensor], states: Sequence[Tensor], mask: Tensor) -> Tensor:
         pooling = self.preset.token_pooling
@@ -170,8 +177,9 @@ class Work:
         for t in (*self.parameters.values(), *self.states):
             t.grad = None
 
-    def prepare_memory(self) -> None:
+    def prepare_memory(self, provider: str) -> None:
         """Optimizer state is there and is not extra; folded weights are not there, and are."""
+        self.folded.pop(provider, None)
         if self.pool is not None:
             self.pool.train(self.training)
         if self.optimizer is not None and not self.optimizer.state:
@@ -187,24 +195,25 @@ class Work:
 
     # --- cost --------------------------------------------------------------------------------------------------------
 
-    def cost(self, provider: str) -> tuple[float, float, str]:
-        """(FLOP, FLOP of the floor, plan) of one call; for "gather" bytes of the hidden states instead.
+    def cost(self, provider: str) -> tuple[float, float, str, float | None]:
+        """(FLOP, FLOP of the floor, plan, milliseconds predicted) of one call; for "gather" bytes of states instead.
 
         The backward counts twice the forward; the floor is our plan without computing anything again.
         """
         if self.pool is None:
             size = float(sum(s.numel() * s.element_size() for s in self.states))
-            return size, size, ""
-        kind, _, form = provider.partition(" ")
-        self.pool.choices = {"memory": form} if form in ("save", "recompute_ff", "recompute") else {}
+            return size, size, "", None
+        kind, _, _ = provider.partition(" ")
+        self.pool.choices = choices_of(provider)
         report = self.pool.plan(self.batch, self.case.tokens, training=self.training)
         ours = sum(row[2] for row in report.rows)
         passes = 3 if self.training else 1
         floor = passes * (self.batch * ours + (report.once if self.training else 0))
         if kind != "mlpool":
-            return passes * self.batch * sum(row[3] for row in report.rows), floor, ""
+            return passes * self.batch * sum(row[3] for row in report.rows), floor, "", None
         again = {"recompute_ff": report.rows[2][2], "recompute": ours}.get(report.plan.memory, 0)
-        return floor + (self.batch * again if self.training else 0), floor, str(report.plan)
+        flops = floor + (self.batch * again if self.training else 0)
+        return flops, floor, str(report.plan), sum(report.seconds) * 1e3
 
     # --- parity ------------------------------------------------------------------------------------------------------
 

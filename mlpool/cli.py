@@ -11,13 +11,13 @@ from typing import Any
 
 COMMANDS = {
     "encode": ("mlpool.corpus.encode", "embed a file of texts, in shards, resumable"),
-    "train": ("mlpool.training.train", "fine-tune an embedder from a YAML config"),
+    "train": ("mlpool.training.command", "fine-tune an embedder from a YAML config"),
     "merge": ("mlpool.exchange.commands:merge", "fold a LoRA adapter into the weights"),
     "export": ("mlpool.exchange.commands:export", "write a folder or file that serving tools read"),
     "import-released": ("mlpool.exchange.commands:import_released", "turn the paper's released folder into ours"),
-    "eval": ("mlpool.evaluation.evaluate", "evaluate a model on MTEB tasks or local data"),
+    "eval": ("mlpool.evaluation.command", "evaluate a model on MTEB tasks or local data"),
     "compare": ("mlpool.evaluation.compare", "compare results with statistics"),
-    "layers": ("mlpool.analysis.layers", "look inside the layers of a model"),
+    "layers": ("mlpool.analysis.command", "look inside the layers of a model"),
     "study": ("mlpool.study", "train, evaluate and compare designs, with a report"),
 }
 # What a user can mend; anything else is a fault and keeps its traceback.

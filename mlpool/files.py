@@ -76,6 +76,15 @@ def _leads_out(folder: Path, path: Path) -> str | None:
     return f"is a link out of it, to {target}"
 
 
+def new_place(path: str | Path) -> Path:
+    """A path that is new, or an empty folder; FileExistsError otherwise."""
+    path = Path(path)
+    check_link(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already and not empty; remove it, or choose another name")
+    return path
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 

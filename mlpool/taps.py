@@ -3,7 +3,9 @@
 `output_hidden_states=True` keeps L tensors [B, T, D] until the pool has read one row per text of each. A tap takes
 that row as the layer ends: in evaluation B·L·D numbers are kept in place of B·L·T·D, in training the row's gradient
 is added to the layer's own gradient and no zero-filled [B, T, D] is made. The rows are those of hidden_states[1:],
-as the library returns them: raw layer outputs, and the final norm's output in place of the last.
+as the library returns them: raw layer outputs, and the final norm's output in place of the last. So they are too
+where the library returns others: Mamba, Mamba2 and FalconMamba leave out the embedding and add the normed last state
+(taps are hidden_states[:-2] and [-1]); CLIP and TIPSv2 text keep the last state un-normed (it is `last_hidden_state`).
 
 How it is attached, and why:
 - A tapped layer gets, as an instance, a subclass of its own class whose `__call__` taps the output. It is no
@@ -369,7 +371,9 @@ def _trunk_of(name: str, modules: dict[str, nn.Module]) -> str | None:
     while name:
         name = name.rpartition(".")[0]
         module = modules[name]
-        if hasattr(module, "config") and "input_ids" in _argument_names(module):
+        # The image part of Phi-4 multimodal takes input_ids too, to find its places in the text.
+        embeds = hasattr(module, "get_input_embeddings") or not hasattr(modules[""], "get_input_embeddings")
+        if hasattr(module, "config") and embeds and "input_ids" in _argument_names(module):
             return name
     return None
 

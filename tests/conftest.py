@@ -24,11 +24,25 @@ TORCH, INTERPRETER, GPU = Target("cpu", "torch"), Target("cpu", "triton"), Targe
 TARGETS = [pytest.param(TORCH, id="torch"), pytest.param(GPU, id="gpu", marks=pytest.mark.gpu)]
 
 
+# Triton is loaded, or interpreted, for a whole process: these have one of their own, and a run of everything leaves them out.
+OWN_PROCESS = {
+    "test_binaries.py": "MLPOOL_LOAD_TRITON", "test_cuda_dry.py": "MLPOOL_LOAD_TRITON",
+    "test_interpreter.py": "TRITON_INTERPRET",
+}  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    variable = OWN_PROCESS.get(collection_path.name)
+    named = any(collection_path.name in argument for argument in config.args)
+    return True if variable and not named and os.environ.get(variable) != "1" else None
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    """Tests of a card are deselected (pyproject.toml); who selects them without one is told so once."""
+    asked = sum(item.get_closest_marker("gpu") is not None for item in items)
+    if asked and not torch.cuda.is_available():
+        raise pytest.UsageError(f"{asked} tests need a CUDA GPU, and torch {torch.__version__} sees none")
 
 
 @pytest.fixture(params=TARGETS)

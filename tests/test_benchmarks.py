@@ -1,8 +1,15 @@
-"""The end-to-end benchmarks at toy size: what they measure is the same for all, and a red gate shows no speed."""
+"""The end-to-end benchmarks at toy size: all measure the same, a red gate shows no speed, and a kill loses nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,13 +19,17 @@ from mlpool_kernels import reference
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("peft")
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-ONE = ("--size", "tiny", "--pooler", "default", "--design", "multi-layer-bidirectional", "--device", "cpu")
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+ONE = ("--preset", "tiny", "--pooler", "default", "--design", "multi-layer-bidirectional", "--device", "cpu")
+ONE += ("--threads", "1")
+SMALL = ("--layers", "1", "--batch-size", "2", "--max-tokens", "8", "--mode", "forward", "--device", "cpu")
+SMALL += ("--threads", "1", "--data", "none")
 PROVIDERS = ["eager", "sentence-transformers", "mlpool"]
 ALWAYS = {
     "case", "mode", "design", "pooler", "provider", "batch", "texts", "tokens", "dtype", "error", "limit", "green",
-    "p20_ms", "median_ms", "p80_ms", "texts_per_s", "extra_mib", "ratio_eager", "device", "threads", "torch",
-    "transformers", "sentence_transformers", "mlpool", "commit",
+    "execution", "p20_ms", "median_ms", "p80_ms", "texts_per_s", "extra_mib", "ratio_eager", "device", "threads",
+    "torch", "transformers", "sentence_transformers", "mlpool", "commit", "code", "tiles", "part",
 }  # fmt: skip
 
 
@@ -26,14 +37,16 @@ ALWAYS = {
 def benchmarks(monkeypatch):
     """The benchmarks' folder on the path, as when one of them is run; one call of everything is timed."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    import attention
     import encode
     import train_step
 
     for module in (encode, train_step):
         monkeypatch.setattr(module, "BUDGET", ((0.0, 1, 0.0),) * 3)
+    monkeypatch.setattr(attention, "BUDGET", (0.0, 0.0))
 
 
-def rows_of(folder: Path, pattern: str) -> list[dict[str, str]]:
+def rows_of(folder: Path, pattern: str = "*.csv") -> list[dict[str, str]]:
     (path,) = folder.glob(pattern)
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -44,8 +57,9 @@ def test_encode_measures_three_equal_providers(benchmarks, tmp_path, capsys):
     import summary
 
     assert encode.main([*ONE, "--lengths", "mixed", "--results", str(tmp_path)]) == 0
-    rows = rows_of(tmp_path, "encode-*.csv")
+    rows = rows_of(tmp_path)
     assert [row["provider"] for row in rows] == PROVIDERS
+    assert [row["execution"] for row in rows] == ["padded", "padded", "packed"]
     assert ALWAYS | {"ratio_st", "lengths", "tokens_per_s"} <= rows[0].keys()
     assert all(row["green"] == "True" and float(row["median_ms"]) > 0 for row in rows)
     assert 0 < float(rows[2]["error"]) < 1e-5
@@ -53,8 +67,56 @@ def test_encode_measures_three_equal_providers(benchmarks, tmp_path, capsys):
         float(rows[0]["median_ms"]) / float(rows[2]["median_ms"]), rel=1e-4
     )
     capsys.readouterr()
-    assert summary.main(sorted(tmp_path.glob("*.csv"))) == 0
-    assert "vs ST" in capsys.readouterr().out
+    assert summary.main([str(tmp_path)]) == 0
+    page = capsys.readouterr().out
+    assert "vs ST" in page
+    assert "No GPU has measured anything" in page
+    assert (tmp_path / "summary.md").read_text() == page
+
+
+def test_a_padded_encode_of_ours_says_so(benchmarks, tmp_path, monkeypatch):
+    import encode
+
+    from mlpool.embedder.backbone import Backbone
+
+    monkeypatch.setattr(Backbone, "_pack", lambda self: None)
+    assert encode.main([*ONE, "--lengths", "24", "--results", str(tmp_path)]) == 0
+    assert rows_of(tmp_path)[2]["execution"] == "padded"
+
+
+def test_stronger_peers_are_checked_and_say_what_they_lack(benchmarks, tmp_path, monkeypatch):
+    import encode
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # for its time
+    torch._dynamo.utils.counters.clear()
+    options = ["--lengths", "24", "--provider", "compiled", "--provider", "sentence-transformers fp16"]
+    assert encode.main([*ONE, *options, "--results", str(tmp_path)]) == 0
+    rows = {row["provider"]: row for row in rows_of(tmp_path)}
+    assert list(rows) == ["eager", "compiled", "sentence-transformers", "sentence-transformers fp16", "mlpool"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert float(rows["compiled"]["error"]) < 1e-5
+    half = rows["sentence-transformers fp16"]
+    assert 1e-5 < float(half["error"]) <= float(half["limit"])
+    assert half["execution"] == "padded"
+    assert "flash" in half["note"]
+    assert float(rows["mlpool"]["ratio_compiled"]) > 0
+    assert float(rows["mlpool"]["ratio_st_fp16"]) > 0
+
+
+def test_what_cannot_be_compiled_is_a_row_that_says_why(benchmarks, tmp_path, monkeypatch):
+    import encode
+
+    def broken(eager):
+        model = encode.build(eager[0], "multi-layer-bidirectional", "default")["eager"]
+        monkeypatch.setattr(model, "encode", lambda *_, **__: 1 / 0)
+        return model
+
+    monkeypatch.setattr(encode, "compiled", broken)
+    assert encode.main([*ONE, "--lengths", "24", "--provider", "compiled", "--results", str(tmp_path)]) == 0
+    row = rows_of(tmp_path)[1]
+    assert row["provider"] == "compiled"
+    assert row["median_ms"] == ""
+    assert row["note"] == "not compiled: division by zero"
 
 
 def test_a_wrong_embedding_has_no_speed(benchmarks, tmp_path, monkeypatch, capsys):
@@ -63,11 +125,11 @@ def test_a_wrong_embedding_has_no_speed(benchmarks, tmp_path, monkeypatch, capsy
     right = reference.multi_layer_pool
     monkeypatch.setattr(reference, "multi_layer_pool", lambda *args: right(*args) * (1 + 2e-5))
     assert encode.main([*ONE, "--lengths", "24", "--results", str(tmp_path)]) == 1
-    row = rows_of(tmp_path, "encode-*.csv")[2]
+    row = rows_of(tmp_path)[2]
     assert row["provider"] == "mlpool"
     assert row["green"] == "False"
     assert row["median_ms"] == ""
-    assert "IS WRONG" in capsys.readouterr().out
+    assert "WRONG: tiny multi-layer-bidirectional default 24 mlpool" in capsys.readouterr().out
 
 
 def test_providers_that_see_other_tokens_are_refused(benchmarks):
@@ -84,6 +146,26 @@ def test_providers_that_see_other_tokens_are_refused(benchmarks):
         check_tokens({name: providers[name] for name in (EAGER, PEER)}, texts)
 
 
+def test_a_real_model_is_compared_without_its_chat_template_and_with_eos(benchmarks, tmp_path):
+    """sentence-transformers wraps each text in the template without a word, and a decoder's tokenizer adds no EOS."""
+    from pipelines import _INPUTS, OURS, SIZES, VOCABULARY, build, check_tokens, loaded_base, word_tokenizer
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model("mistral", vocab_size=VOCABULARY, **SIZES["tiny"].config)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.chat_template = "{% for message in messages %}w7 w8 {{ message['content'] }} w9 {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = loaded_base(str(tmp_path), torch.device("cpu"), torch.float32)
+    features = loaded.preprocess(["w5 w6", "w5"])
+    ids, mask = (features[name] for name in _INPUTS)
+    assert ids[mask.bool()].tolist() == [5, 6, 1, 5, 1]
+    providers = build(loaded, "multi-layer-bidirectional", "default")
+    assert check_tokens(providers, ["w5 w6", "w5"]) == [3, 2]
+    providers[OURS].encode("w5 w6")
+
+
 @pytest.mark.parametrize("gradients", ["right", "wrong"])
 def test_train_step_compares_losses_and_gradients(benchmarks, tmp_path, monkeypatch, gradients):
     import train_step
@@ -98,7 +180,7 @@ def test_train_step_compares_losses_and_gradients(benchmarks, tmp_path, monkeypa
         monkeypatch.setattr(reference, "multi_layer_pool", halved)
     wrong = gradients == "wrong"
     assert train_step.main([*ONE, "--tuning", "lora", "--results", str(tmp_path)]) == int(wrong)
-    rows = rows_of(tmp_path, "train-step-*.csv")
+    rows = rows_of(tmp_path)
     assert ALWAYS | {"tuning", "gradient_error", "gradient_limit", "mini_batch_tokens", "loss"} <= rows[0].keys()
     first = {row["provider"]: row for row in rows if row["batch"] == "2"}
     assert list(first) == [*PROVIDERS, "mlpool cached"]
@@ -112,21 +194,110 @@ def test_train_step_compares_losses_and_gradients(benchmarks, tmp_path, monkeypa
         assert float(larger["mlpool cached"]["memory_share"]) > 0
 
 
-def test_the_batch_in_eagers_memory_is_the_largest_that_fits(benchmarks):
+def test_a_batch_is_compared_with_eagers_largest_up_to_it(benchmarks):
     from train_step import compare
 
     def row(provider: str, batch: int, mib: float) -> dict:
         return {"provider": provider, "batch": batch, "median_ms": 1.0, "texts_per_s": float(batch), "extra_mib": mib}
 
-    fits = [row("eager", 2, 100.0), row("mlpool", 4, 90.0), row("mlpool", 8, 130.0), row("mlpool cached", 8, 99.0)]
-    compare(fits, wanted=True)
-    assert [r.get("batch_ratio") for r in fits] == [None, 2.0, None, 4.0]
-    assert fits[3]["target_met"] is True
-    assert fits[3]["ratio_eager"] == 4.0
-    misses = [row("eager", 2, 100.0), row("mlpool cached", 6, 99.0), row("mlpool cached", 8, 101.0)]
-    compare(misses, wanted=True)
-    assert [r["target_met"] for r in misses] == [None, False, None]
-    none = [row("eager", 2, 100.0), row("mlpool cached", 2, 101.0)]
-    compare(none, wanted=True)
-    assert none[1]["target_met"] is False
-    assert "does not fit" in none[1]["target"]
+    known = [row("eager", 1, 60.0), row("eager", 2, 100.0)]
+    fits = [row("sentence-transformers", 8, 99.0), row("mlpool", 8, 130.0), row("mlpool cached", 8, 99.0)]
+    compare(fits, known, wanted=True)
+    assert [r["batch_ratio"] for r in fits] == [4.0, 4.0, 4.0]
+    assert [r["target_met"] for r in fits] == [None, None, True]
+    assert [r["ratio_eager"] for r in fits] == [4.0, 4.0, 4.0]
+    assert "does not fit" in fits[1]["target"]
+    misses = [row("mlpool cached", 8, 101.0)]
+    compare(misses, known, wanted=True)
+    assert misses[0]["target_met"] is False
+    beside = [row("eager", 4, 300.0), row("mlpool", 4, 150.0)]
+    compare(beside, known, wanted=True)
+    assert beside[1]["memory_share"] == 0.5
+    assert beside[1]["ratio_eager"] == 1.0
+    alone = [row("mlpool", 4, 150.0)]
+    compare(alone, [], wanted=True)
+    assert alone[0]["target_met"] is None
+
+
+# --- a kill, and the run taken up -------------------------------------------------------------------------------------
+
+# The providers of the whole table, in order.
+CUT = {
+    "encode": ([*ONE, "--lengths", "24", "--lengths", "mixed"], PROVIDERS * 2),
+    "train_step": ([*ONE, "--tuning", "lora"], [*PROVIDERS, "mlpool cached", *PROVIDERS[1:], "mlpool cached"]),
+    "attention": ([*SMALL], ["eager", "sdpa", "packed"] * 2),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_rows_survive_a_kill_and_the_run_goes_on(benchmarks, tmp_path, name):
+    arguments, expected = CUT[name]
+    arguments = [*arguments, "--results", str(tmp_path)]
+    cut_when(tmp_path, FOLDER / f"{name}.py", arguments)
+    before = rows_of(tmp_path)
+    assert 0 < len(before) < len(expected)
+    assert __import__(name).main(arguments) == 0
+    after = rows_of(tmp_path)
+    assert [row["provider"] for row in after] == expected
+    assert all(row["median_ms"] for row in after)
+    kept = [{name: row[name] for name in before[0]} for row in after[: len(before)]]
+    assert kept == before  # not measured again
+    if name == "train_step":  # compared with eager's row of the run that was killed
+        assert all(row["ratio_eager"] for row in after)
+
+
+def cut_when(folder: Path, script: Path, arguments: list[str]) -> None:
+    """Run a benchmark, and kill it as soon as it has written rows."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(script), *arguments], stdout=output, stderr=output,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        while process.poll() is None:
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                if rows_of(folder):
+                    process.send_signal(signal.SIGKILL)
+                    break
+            time.sleep(0.01)
+        assert process.wait() == -signal.SIGKILL, (folder / "output.txt").read_text()
+
+
+# --- without a card ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+@pytest.mark.parametrize("name", ["encode", "train_step", "attention", "gpu_tests", "throughput", "tune"])
+def test_without_a_card_a_step_says_so_in_one_line(benchmarks, tmp_path, name):
+    with pytest.raises(SystemExit) as ended:
+        __import__(name).main(["--device", "cuda", "--results", str(tmp_path)])
+    assert "there is no CUDA GPU" in str(ended.value)
+    assert "\n" not in str(ended.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--preset", "gpt-5"], "qwen2-0.5b"), (["--lengths", "17"], "no case is left; there are: qwen2-0.5b")],
+)
+def test_an_unknown_preset_or_length_names_the_known_ones(benchmarks, tmp_path, capsys, arguments, said):
+    import encode
+
+    with pytest.raises(SystemExit) as ended:
+        encode.main([*arguments, "--device", "cpu", "--results", str(tmp_path)])
+    assert said in str(ended.value) + capsys.readouterr().err
+
+
+def test_an_unknown_step_names_the_known_ones():
+    done = subprocess.run(["make", "gpu-fly"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "there is no step gpu-fly; the steps are gpu-check gpu-test gpu-tune" in done.stderr
+
+
+def test_make_gpu_runs_every_step_and_fails_if_one_failed():
+    """PY=false makes every step fail."""
+    done = subprocess.run(["make", "gpu", "PY=false"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stdout.count("false benchmarks/") == 9
+    steps = "gpu-check gpu-test gpu-tune gpu-throughput gpu-choices gpu-encode gpu-train gpu-attention gpu-summary"
+    assert f"not done: {steps}" in done.stderr
+    assert subprocess.run(["make", "gpu", "PY=true"], cwd=ROOT, capture_output=True).returncode == 0

@@ -32,7 +32,8 @@ STEPS = ("scores, softmax", "values, mixing", "feed-forward, mean")
 
 # What the kernels can hold in one tile: the keys of a text, its latents.
 ONE_LAUNCH_KEYS, MIX_LATENTS = 128, 128
-# Without fitted rates. One launch re-reads a text's rows for every block of columns: worth it up to this many scores per key.
+# Without fitted rates: one launch re-reads a text's rows for every block of columns, which is worth it up to this many
+# scores per key.
 ONE_LAUNCH_COLUMNS = 1024
 # The fused feed-forward saves writing and reading [a|g], 4 bytes for 2·D operations: worth it for a small D, and for
 # few latents, where launches count. Elsewhere a product at library speed plus a second pass is faster.

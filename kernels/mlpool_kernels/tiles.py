@@ -133,7 +133,8 @@ def read_tuned(content: Any, name: str) -> Tuned:
     device = content.get("device")
     if device is not None and device != device_here():
         raise ValueError(
-            f"{name} was tuned on {device!r}, this is {device_here()!r}; run benchmarks/tune.py here, or unset MLPOOL_TILES"
+            f"{name} was tuned on {device!r}, this is {device_here()!r}; run benchmarks/tune.py here, or unset "
+            "MLPOOL_TILES"
         )
     for package, version in versions_here().items():
         if content.get(package, version) != version:

@@ -1,6 +1,6 @@
 """How alike the layers of a model are: Pearson's r and linear CKA, summed up over windows of texts.
 
-Both are defined in layers.py, which shows them.
+Both are defined in command.py.
 """
 
 from __future__ import annotations

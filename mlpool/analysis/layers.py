@@ -1,27 +1,7 @@
-"""`mlpool layers`: how alike a model's layers are, which of them scores best, and which ones its pool reads.
-
-Layers are counted as transformers counts hidden_states: 0 is the embedding, L the last, behind the final norm. The
-state of a text in a layer is that of its last token (EOS, SEP) or the mean over its tokens, prompt and special tokens
-included unless the model's settings leave them out. All layers are read in one pass (see states.py).
-
-Correlation of layers i and j
-    pearson   Pearson's r of a text's two states over their D numbers, averaged over texts: do the layers write the
-              same numbers into the same dimensions? (The paper's figure 1 does not say over what it correlates. Over
-              the texts, dimension by dimension, would need D correlations per pair of layers and hide that a few
-              dimensions hold most of a state.)
-    cka       linear CKA: do the layers place the texts alike, up to rotation and scale? Centred, by the unbiased
-              estimator of HSIC (Song et al. 2012), averaged over random windows of texts (Nguyen et al.,
-              arXiv 2010.15327) and only then divided. An average over windows estimates the HSIC of all texts without
-              bias; where one window holds all texts, it is that. May be slightly negative.
-
-Score of a layer
-    Spearman's correlation of cosines with the gold scores of pairs, without any training (the paper's figure 2). With
-    several data sets, their mean. The best layer is chosen on these very pairs, so its lead is flattering.
-"""
+"""How alike a model's layers are, which of them scores best, and which ones its pool reads; defined in command.py."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import logging
 import time
@@ -39,14 +19,16 @@ from numpy.typing import NDArray
 
 from ..corpus.text_files import find_columns, find_files, kind_of, read_file
 from ..evaluation.local import _sts_fault, read_jsonl
+from ..options import check_place
 from .correlation import Correlations
 from .profiles import PoolProfile, reader_of
-from .states import FEWEST, WINDOW, Window, poolings_of, windows
+from .states import FEWEST, Window, poolings_of, windows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger("mlpool")
+_NAME = 40  # characters of a data set's name
 _NARROW = 1e-6  # range of cosines, below which there is nothing but rounding
 
 
@@ -392,12 +374,20 @@ def _sample(rows: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
 
 
 def _name_sets(paths: Sequence[str]) -> list[str]:
-    """sts/stsb/dev.jsonl is called stsb/dev."""
-    names = [f"{Path(path).resolve().parent.name}/{Path(path).stem}" for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
+    """sts/stsb/dev.jsonl is called stsb/dev, with as much of its path as tells it from the others; short in a plot."""
+    parts = [Path(path).resolve().with_suffix("").parts for path in paths]
+    for count in range(2, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        names = [name if len(name) <= _NAME else "…" + name[1 - _NAME :] for name in names]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{Path(path).stem[: _NAME - 5]} ({i})" for i, path in enumerate(paths, 1)]
 
 
-def load_model(name: str, attention: str | None = None, device: str | None = None, dtype: str = "auto") -> Any:
+def load_model(
+    name: str, attention: str | None = None, device: str | None = None, dtype: str = "auto",
+    max_seq_length: int | None = None,
+) -> Any:  # fmt: skip
     """A saved embedder or sentence-transformers model as it is, a base model with mean pooling.
 
     Args:
@@ -411,86 +401,26 @@ def load_model(name: str, attention: str | None = None, device: str | None = Non
     from ..embedder.backbone import Backbone
     from ..embedder.backbone import load_model as load_transformer
     from ..embedder.embedder import Embedder
-    from ..embedder.loading import _check_place, _read_json, open_model
+    from ..embedder.loading import open_model, read_modules
     from ..embedder.pooler import Pooler
     from ..pooling import MeanPool
     from ..taps import find_layers
 
-    _check_place(name)
+    check_place(name)
     no_model = Path(name).is_dir() and not (Path(name) / "config.json").is_file()
-    if attention is not None or no_model or _read_json(name, "modules.json", {}):
-        return open_model(name, attention and f"mean-{attention}", device, dtype)
+    if attention is not None or no_model or read_modules(name, {}):
+        return open_model(name, attention and f"mean-{attention}", device, dtype, max_seq_length)
     hub: dict[str, Any] = dict.fromkeys(("token", "cache_folder", "revision"))
     transformer, tokenizer = load_transformer(
         name, {**hub, "local_files_only": False, "trust_remote_code": False}, {"dtype": dtype}
     )
     own = "bidirectional" if claims_bidirectional(*find_layers(transformer)) else "causal"
-    backbone = Backbone(transformer, tokenizer, f"mean-{own}")
+    backbone = Backbone(transformer, tokenizer, f"mean-{own}", max_seq_length=max_seq_length)
     modules: Any = OrderedDict(backbone=backbone, pooler=Pooler(MeanPool(backbone.hidden_size)))
     return Embedder(modules=modules, device=device)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Correlation between layers, score of each layer, and what a trained pool reads; in one pass."
-    parser.epilog = (__doc__ or "").replace("%", "%%")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("model", help="folder or Hub name of a base model, a saved embedder or a sentence-transformers model")
-    add("--texts", metavar="FILE", help="texts for correlation and profile: .txt, .jsonl, .csv or .parquet; pairs with "
-        "scores (sts/stsb/dev.jsonl) serve for all figures (default: those of --pairs)")  # fmt: skip
-    add("--text-column", metavar="NAME", help="of .jsonl, .csv and .parquet (default: text, or the only one)")
-    add("--pairs", metavar="FILE", nargs="+", default=[], help=".jsonl with sentence1, sentence2 and score, for the "
-        "score of each layer; several are averaged")  # fmt: skip
-    add("--token-pooling", choices=("last", "mean", "both"), default="both", help="(default: %(default)s)")
-    add("--attention", choices=("causal", "bidirectional"), help="of a base model (default: its own)")
-    add("--prompt", help="put before each text (default: the model's default prompt)")
-    add("--limit", type=int, metavar="N", help="of each file take N rows at random")
-    add("--window", type=int, default=WINDOW, metavar="N", help="texts in memory at once (default: %(default)s)")
-    add("--token-budget", type=int, metavar="N", help="tokens a forward, of mlpool's models (default: as in encode)")
-    add("--seed", type=int, default=0, help="of sample and windows (default: %(default)s)")
-    add("--time", action="store_true", help="also encode the texts plainly, before and after, and say what it cost")
-    add("--device", help="say cpu or cuda:1 (default: a GPU where there is one)")
-    add("--dtype", default="auto", help="float32, bfloat16, ... (default: as saved)")
-    add("-o", "--output", metavar="DIR", help="write CSV files and plots")
-
-
-def run(args: argparse.Namespace) -> int | None:
-    import sys
-
-    if args.limit is not None and args.limit < FEWEST:
-        raise ValueError(f"--limit must be at least {FEWEST}, got {args.limit}")
-    paths, texts = [str(path) for path in find_files(args.pairs)] if args.pairs else [], None
-    if args.texts and args.text_column is None and _holds_pairs(args.texts):
-        paths.insert(0, args.texts)
-    elif args.texts:
-        texts = _sample(read_texts(args.texts, args.text_column), args.limit, args.seed)
-    if not paths and texts is None:
-        raise ValueError("no texts: name a file with --texts, with --pairs, or both")
-    sets = {}
-    for name, path in zip(_name_sets(paths), paths, strict=True):
-        pairs = read_pairs(path)
-        rows = _sample(list(zip(*pairs, strict=True)), args.limit, args.seed)
-        sets[name] = Pairs(*zip(*rows, strict=True)) if rows else pairs
-    _checked(sets)  # before a model is loaded
-    model = load_model(args.model, args.attention, args.device, args.dtype)
-    options = {"prompt": args.prompt, "token_budget": args.token_budget}
-    every = [*(texts or []), *(text for first, second, _ in sets.values() for text in (*first, *second))]
-    before = _time_encode(model, every, options) if args.time else 0.0
-    report = analyse(
-        model, texts, sets, token_pooling=args.token_pooling, window=args.window, seed=args.seed, **options
-    )  # fmt: skip
-    if args.time:
-        report.encode_seconds = (before + _time_encode(model, every, options)) / 2
-    print(report)
-    if args.output:
-        print("wrote", *report.save(args.output), file=sys.stderr)
-    return None
-
-
-def _time_encode(model: Any, texts: Sequence[str], options: dict[str, Any]) -> float:
+def time_encode(model: Any, texts: Sequence[str], options: dict[str, Any]) -> float:
     from ..embedder.embedder import Embedder
 
     options = {k: v for k, v in options.items() if v is not None and (k == "prompt" or isinstance(model, Embedder))}

@@ -1,4 +1,4 @@
-"""Plots of the evaluation: colour-blind-safe (Okabe and Ito), readable in grey, made without a display."""
+"""Plots of layers and pools: colour-blind-safe, readable in grey, made without a display."""
 
 from __future__ import annotations
 
@@ -6,78 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..show import COLORS, MARKERS, figure, save_figure
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-
-    from ..evaluation.compare import Comparison
-    from .profiles import PoolProfile
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vP*"
-DPI = 150
-
-
-def figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of this size in inches, outside pyplot: no display, nothing global."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'mlpool[eval]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def forest(comparison: Comparison, path: str | Path) -> None:
-    """Mean difference to the baseline with its interval, a row per model × task type; filled markers: shown after Holm.
-
-    Intervals of fewer than 5 data sets do not set the scale; where one leaves it, an arrow says so.
-    """
-    rows = comparison.table
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    kinds = list(dict.fromkeys(row["task_type"] for row in rows))
-    rows = sorted(rows, key=lambda row: (kinds.index(row["task_type"]), models.index(row["model"])))
-    solid = [abs(row[end]) for row in rows for end in ("low", "high") if row["low"] is not None and row["n"] >= 5]
-    limit = 1.08 * max([*solid, *(1.5 * abs(row["difference"]) for row in rows), 1e-3])
-
-    fig = figure(10, 1.3 + 0.34 * len(rows) + 0.12 * len(kinds))
-    axes = fig.subplots()
-    axes.axvline(0, color="0.4", linewidth=1)
-    heights = [i + 0.5 * kinds.index(row["task_type"]) for i, row in enumerate(rows)]  # a gap between task types
-    for row, y in zip(rows, heights, strict=True):
-        style = models.index(row["model"])
-        color, marker = COLORS[style % len(COLORS)], MARKERS[style % len(MARKERS)]
-        if row["low"] is not None:
-            low, high = max(row["low"], -limit), min(row["high"], limit)
-            axes.plot([low, high], [y, y], color=color, linewidth=2, solid_capstyle="butt")
-            for end, cut, arrow in ((low, row["low"] < -limit, "<"), (high, row["high"] > limit, ">")):
-                axes.plot(end, y, arrow if cut else "|", color=color, markersize=7, clip_on=False)
-        face = color if row["verdict"].startswith(("higher", "lower")) else "white"
-        axes.plot(row["difference"], y, marker, color=color, markerfacecolor=face, markersize=7)
-        axes.annotate(_verdict(row), (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
-    several = len(models) > 1
-    axes.set_yticks(
-        heights, [f"{r['task_type']}: {r['model']}" if several else r["task_type"] for r in rows], fontsize=9
-    )
-    axes.set(xlim=(-limit, limit), ylim=(heights[-1] + 0.7, -0.7))
-    axes.set_xlabel(
-        f"mean difference in score{'' if several else f' of {models[0]}'} to {comparison.baseline}, 95 % interval"
-    )
-    axes.set_title(f"filled marker: a difference is shown at {comparison.alpha:g} after Holm", fontsize=9, loc="left")
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    fig.savefig(path, dpi=DPI)
-
-
-def _verdict(row: dict[str, Any]) -> str:
-    verdict = row["verdict"].split(":")[0]
-    if verdict == "n too small":
-        return f"n = {row['n']}: too small"
-    after = "" if verdict == "no difference" else f" (Holm p = {row['p_holm']:.2g})"
-    return f"n = {row['n']}: {verdict}{after}"
-
-
-# --- layers -----------------------------------------------------------------------------------------------------------
 
 
 def heat_maps(panels: Mapping[str, ArrayLike], xlabel: str, ylabel: str, path: str | Path) -> None:
@@ -99,7 +31,7 @@ def heat_maps(panels: Mapping[str, ArrayLike], xlabel: str, ylabel: str, path: s
     for axes in grid.flat[len(matrices) :]:
         axes.remove()
     fig.colorbar(image, ax=grid, shrink=0.8)
-    fig.savefig(path, dpi=DPI)
+    save_figure(fig, path)
 
 
 def layer_curves(curves: Mapping[str, ArrayLike], own: float, ylabel: str, path: str | Path) -> None:
@@ -122,11 +54,11 @@ def layer_curves(curves: Mapping[str, ArrayLike], own: float, ylabel: str, path:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=3, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1))
-    fig.savefig(path, dpi=DPI)
+    save_figure(fig, path)
 
 
-def pool_profile(profile: PoolProfile, path: str | Path) -> None:
-    """What a pool reads of each layer: bars with the spread over texts, and its heads and latents as heat maps."""
+def pool_profile(profile: Any, path: str | Path) -> None:
+    """Of a `PoolProfile`: bars of what it reads with their spread over texts, maps of its heads and latents."""
     import numpy as np
 
     maps = {} if profile.attention.shape[:2] == (1, 1) else {"head": profile.by_head, "latent": profile.by_latent}
@@ -152,7 +84,7 @@ def pool_profile(profile: PoolProfile, path: str | Path) -> None:
         part.set(ylabel=name)
         fig.colorbar(image, ax=part, label="weight")
     (below[-1] if below else axes).set_xlabel("layer")
-    fig.savefig(path, dpi=DPI)
+    save_figure(fig, path)
 
 
 def _heat_map(axes: Any, values: Any, low: float, high: float, xlabels: Sequence[int] | None = None) -> Any:

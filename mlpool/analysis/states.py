@@ -22,12 +22,11 @@ from torch import Tensor
 from ..pooling.base import TOKEN_POOLINGS, gather_tokens
 from ..pooling.tokens import Tokens, select_tokens
 from ..taps import find_layers
+from . import FEWEST, WINDOW
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-WINDOW = 512  # texts
-FEWEST = 4  # groups in a window, where there are that many: no unbiased HSIC is defined below
 _ST_BATCH = 32  # texts a forward of models that do not batch by tokens, as in their own encode
 
 

@@ -9,10 +9,11 @@ pass `causal=False` to flash-attention. That alone is not enough, and what is mi
 
 What a reload keeps. `save_pretrained` writes the config's changes, and `from_pretrained` reads them: Llama, Mistral,
 Qwen, Phi3, Gemma, OLMo2, Granite, GPT-NeoX, OPT, Falcon are bidirectional again by themselves. Call
-`bidirectional(model)` after every load all the same, because these need it:
+`bidirectional(model)` after every load all the same, because these need it (`is_bidirectional(model)` measures it):
 - StableLM: on sdpa, unpadded batches are causal until then.
 - GPT-2: left padding is wrong without its position_ids.
-- Adapters (peft): their save holds no base config, so a reloaded adapter stands on a causal model.
+- Adapters (peft): their save holds no base config, so an adapter that was trained bidirectional and is loaded by plain
+  peft stands on a causal model, silently. `mlpool.load` of a saved embedder sets the design's attention itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ from torch import Tensor, nn
 from ..pooling.base import check_choice, log_once
 from ..taps import find_layers
 from .check import check_attention, claims_bidirectional, is_encoder, measure, text_positions
-from .families import NO_LIMIT, Family, attentions, check_backend, family_of, require_transformers, warning_of
+from .families import (
+    NO_LIMIT,
+    Family,
+    attentions,
+    check_backend,
+    family_of,
+    require_text_model,
+    require_transformers,
+    varies_by_layer,
+    warning_of,
+)
 
 _MARK = "_mlpool_attention"  # on the trunk: its patch
 _WINDOWS = ("keep", "full")
@@ -42,8 +53,9 @@ class bidirectional:  # called like a function; an object so that `with` can und
     Only this instance changes; a config object shared by several models is shared in this too. With gradient
     checkpointing the backward belongs inside the block: the recompute reads the flags anew. While patched, a forward
     keeps no cache, whatever `use_cache` says; the model may be saved, copied and pickled. Calling it again on a
-    patched model only repeats the self-test. A LoRA save does not hold the change, and some families need the call
-    after every load: see the module's docstring.
+    patched model only repeats the self-test. The end of a `with` block brings back what was before, a model that its
+    saved config makes bidirectional included; `causal(model)` makes that one causal too. A LoRA save does not hold the
+    change, and some families need the call after every load: see the module's docstring.
 
     Windows: eager, sdpa and flex_attention count a bidirectional window of w as |i - j| <= w, flash-attention as
     |i - j| < w; this is the library's choice and is kept. Gemma3's own mode (window w // 2 + 1) is < on all of them.
@@ -61,7 +73,7 @@ class bidirectional:  # called like a function; an object so that `with` can und
     Raises:
         ValueError: an unknown sliding_window or attention backend, a backend that the family cannot use, a family
             that cannot be bidirectional, an encoder-decoder, a multimodal model, a model patched already with the
-            other sliding_window.
+            other sliding_window, weights on the meta device (with check=True).
         AttentionCheckError: the self-test failed (the model is unchanged then).
         ImportError: transformers is missing or older than 5.17.
     """
@@ -101,14 +113,16 @@ class bidirectional:  # called like a function; an object so that `with` can und
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._owner:
-            causal(self.model)
+            patch: _Patch | None = find_layers(self.model)[0].__dict__.get(_MARK)
+            if patch is not None:  # else causal(model) was called inside
+                patch.undo()
 
 
 def causal(model: nn.Module) -> nn.Module:
     """Undo `bidirectional`, exactly; return the model.
 
-    A model that is bidirectional by its config alone (saved patched, then loaded) becomes causal too; a window that
-    was saved as "full" stays so. A causal decoder is left as it is.
+    A model that is bidirectional by its config (saved patched, then loaded, whether `bidirectional` was called again
+    or not) becomes causal too; a window that was saved as "full" stays so. A causal decoder is left as it is.
 
     Raises:
         ValueError: an encoder, which has no causal form to go back to; an encoder-decoder.
@@ -119,6 +133,8 @@ def causal(model: nn.Module) -> nn.Module:
     patch: _Patch | None = trunk.__dict__.get(_MARK)
     if patch is not None:
         patch.undo()
+        if _flagged(trunk.config):  # it was saved bidirectional: what was before the patch is not causal either
+            _clear_flags(model, trunk, layers)
     elif is_encoder(trunk, layers):
         raise ValueError(
             f"{trunk.config.model_type} is an encoder: it reads both directions by design and was not patched, so "  # type: ignore[union-attr]
@@ -132,10 +148,11 @@ def causal(model: nn.Module) -> nn.Module:
 def is_bidirectional(model: nn.Module) -> bool:
     """Whether every layer reads both directions as the model stands: measured by two short forwards, flags aside.
 
-    False also for a model that is bidirectional in some layers or some batches only; `check_attention` says which.
+    False also for a model that is bidirectional in some layers or some batches only; `check_attention` says which. So
+    also for an adapter that was trained bidirectional and loaded by plain peft, whose base is causal again.
 
     Raises:
-        AttentionCheckError: the forward fails. ValueError: see `check_attention`.
+        AttentionCheckError: the forward fails, or a weight is NaN. ValueError: see `check_attention`.
     """
     return measure(*find_layers(model)).bidirectional
 
@@ -148,6 +165,8 @@ class _Patch:
         self.saved: list[tuple[Any, str, Any]] = []
         family = family_of(trunk.config)
         self.text_positions = family.text_positions
+        # constructed in the family's own mode: the windows are halved already
+        self.halved = family.own_mode and bool(getattr(trunk.config, "use_bidirectional_attention", None))
         for config in _configs(model, trunk):
             self._set_config(config, family)
         for module in attentions(layers):
@@ -158,10 +177,7 @@ class _Patch:
         trunk.__dict__[_MARK] = self
 
     def _set_config(self, config: Any, family: Family) -> None:
-        own = family.own_mode
-        if own and getattr(config, "use_bidirectional_attention", None):
-            return  # constructed in that mode: its window is halved already
-        if not own:
+        if not family.own_mode:
             self._set(config, "is_causal", False)
         if family.serving_flag is not None:
             self._set(config, "use_bidirectional_attention", family.serving_flag)
@@ -169,6 +185,10 @@ class _Patch:
 
     def _set_window(self, holder: Any, family: Family, layers_own: bool = False) -> None:
         """Of the config, or the copy of it that a sliding attention keeps for flash-attention."""
+        if varies_by_layer(holder, "sliding_window"):
+            if self.sliding_window == "full":
+                raise ValueError(f"the windows of {holder.model_type} differ by layer; they can only be kept")
+            return
         window = getattr(holder, "sliding_window", None)
         if window is None:
             return
@@ -176,7 +196,7 @@ class _Patch:
             # With layer_types the library builds the sliding mask in any case, which needs a number.
             named = layers_own or getattr(holder, "layer_types", None)
             self._set(holder, "sliding_window", NO_LIMIT if named else None)
-        elif family.halves_window:
+        elif family.halves_window and not self.halved:
             self._set(holder, "sliding_window", window // 2 + 1)
 
     def _set(self, holder: Any, name: str, value: Any) -> None:
@@ -254,14 +274,13 @@ def _refuse(model: nn.Module, trunk: nn.Module) -> None:
     name, family = getattr(config, "model_type", type(trunk).__name__), family_of(config)
     if family.refused:
         raise ValueError(f"{name} cannot be made bidirectional: {family.refused}")
-    for module in model.modules():
-        own: Any = getattr(module, "config", None)
-        if hasattr(own, "get_text_config") and own.get_text_config() is not own:
-            raise ValueError(
-                f"{type(module).__name__} is multimodal and builds masks outside its text model; "
-                f"patch the {type(trunk).__name__} inside it and call that"
-            )
+    require_text_model(model, trunk)
     check_backend(config)
+
+
+def _flagged(config: Any) -> bool:
+    """Whether the config alone makes the model bidirectional."""
+    return getattr(config, "is_causal", None) is False or bool(getattr(config, "use_bidirectional_attention", None))
 
 
 def _configs(model: nn.Module, trunk: nn.Module) -> list[Any]:
@@ -287,6 +306,6 @@ def _clear_flags(model: nn.Module, trunk: nn.Module, layers: nn.ModuleList) -> N
 
 
 def _double_window(holder: Any, own: bool) -> None:
-    window = getattr(holder, "sliding_window", None)
+    window = getattr(holder, "sliding_window", None) if own else None
     if own and window not in (None, NO_LIMIT):
         holder.sliding_window = 2 * (window - 1)  # as the library's own to_dict does

@@ -3,10 +3,11 @@
 A patch that reaches some layers only, one backend only or unpadded batches only is silent: the loss still falls and
 the embeddings are merely worse. Two short forwards tell. In them, at every layer:
 
-- A copy of a text enters the layer with random noise on its last token. The layer is bidirectional if its output at
-  the first token answers. The copy is made anew from each layer's own input: noise put into the tokens once would
-  reach the first token of all later layers through a single bidirectional one. It is random because a norm removes a
-  constant.
+- Copies of a text enter the layer with another last token: the token with random noise, and each of the others with
+  mild noise. The layer is bidirectional if its output at the first token answers to one of them. Several, since
+  attention may be so saturated that the first token reads one other token alone: what resembles that one is read
+  too. Copies are made anew from each layer's own input: noise put into the tokens once would reach the first token of
+  all later layers through a single bidirectional one. It is random because a norm removes a constant.
 - A text padded left and the same padded right enter as the text entered when alone, and must leave as it left then.
   So a fault is found in the layer that makes it, and rounding does not add up over the layers.
 """
@@ -28,6 +29,7 @@ from ..taps import find_layers
 from .families import PACKED_MARK, attentions, backend_of, family_of, window_of
 
 _LONG, _SHORT = 8, 5  # tokens of the two texts
+_MILD = 0.3  # of a token's size: another value to read, under a key that is hardly another
 # The least change of the first token that counts as an answer, relative to its elements: above rounding that depends
 # on the row, below what attention of a thousandth makes.
 _ANSWER = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-6, torch.bfloat16: 2e-5}
@@ -46,7 +48,8 @@ class LayerReport:
     """What one layer did.
 
     Attributes:
-        answers: batch → relative change of the first token's output when the last token changes; 0.0 for none.
+        answers: batch → the largest relative change of the first token's output when the last token changes; 0.0 for
+        none.
         errors: padding → error against the lone text, relative to what the layer adds.
         rounding: how large that error may be for rounding alone, where the layer adds little to a large input.
     """
@@ -85,7 +88,7 @@ class AttentionReport:
 def check_attention(model: nn.Module, expect: str | None = None) -> AttentionReport:
     """Test a model's attention by two short forwards, on the backend and in the dtype it has.
 
-    In every layer the first token's output must answer to noise on the last token of that layer's own input (for a
+    In every layer the first token's output must answer to changes of the last token of that layer's own input (for a
     causal model: must not), in padded and in unpadded batches; and one text padded left, padded right and alone must
     come out the same of every layer (encoders: padded right and alone; packed models: packed and alone). The
     last token is the last one within the sliding window, where that is shorter than the texts. The model stays as it
@@ -100,8 +103,9 @@ def check_attention(model: nn.Module, expect: str | None = None) -> AttentionRep
 
     Raises:
         AttentionCheckError: the model is otherwise (names family, backend, layers and the cause where it is known),
-            its forward fails, or its layers cannot be watched (compiled ones, padding removed inside the model).
-        ValueError: an unknown `expect`, an encoder-decoder, a model whose layers are not found.
+            its forward fails, a weight is NaN or infinite (named), or its layers cannot be watched (compiled ones,
+            padding removed inside the model).
+        ValueError: an unknown `expect`, an encoder-decoder, a model whose layers are not found, weights on meta.
     """
     if expect is not None:
         check_choice("expect", expect, ("bidirectional", "causal"))
@@ -129,19 +133,20 @@ def claims_bidirectional(trunk: nn.Module, layers: nn.Module) -> bool:
 
 
 def is_encoder(trunk: nn.Module, layers: nn.Module) -> bool:
-    """Bidirectional from the start: no flag says causal, or, where no attention has a flag, it was measured."""
+    """Bidirectional from the start: nothing says causal, and it was measured (CLIP's text model flags nothing)."""
     flags = [module.is_causal for module in attentions(layers)]
     config: Any = trunk.config
     if getattr(config, "is_decoder", False) or any(flags) or getattr(config, "is_causal", None) is False:
         return False
     if getattr(config, "use_bidirectional_attention", None):
         return False
-    return bool(flags) or measure(trunk, layers).bidirectional
+    return measure(trunk, layers).bidirectional
 
 
 def measure(trunk: nn.Module, layers: nn.Module, give_positions: bool = False) -> AttentionReport:
     """Run both forwards and say what came of them."""
     assert isinstance(layers, nn.ModuleList)
+    require_weights(trunk)
     probe = _Probe(trunk, layers, give_positions)
     with _undisturbed(trunk):
         probe.run()
@@ -197,27 +202,36 @@ class _Probe:
         """The lone text first: the second forward is compared with it."""
         long, short = (self._tokens(n) for n in (_LONG, _SHORT))
         if self.packed:
-            self._forward([short], {}, {})
-            rows, padded = [long] * 3 + [short] * 2, {"packed": 3}
-            pairs = {"first packed": (0, 1), "last packed": (3, 4)}
+            self._forward([(short, 1)], [], [])
+            groups = [(long, 2 * _LONG + 2), (short, 2 * _SHORT + 1)]
+            self._forward(groups, ["first packed", "last packed"], [("packed", 1)])
         else:
-            self._forward([short] * 3, {"unpadded": (0, 1)}, {})
-            rows, padded = [long] * 3 + [short] * 4, {"padded right": 3, "padded left": 5}
-            pairs = {"longest": (0, 1), "right-padded": (3, 4), "left-padded": (5, 6)}
-        self._forward(rows, pairs, padded)
+            self._forward([(short, 2 * _SHORT + 2)], ["unpadded"], [])
+            groups = [(long, 2 * _LONG + 2), (short, 2 * _SHORT + 1), (short, 2 * _SHORT + 1)]
+            names = ["longest", "right-padded", "left-padded"]
+            self._forward(groups, names, [("padded right", 1), ("padded left", 2)])
 
     def _tokens(self, count: int) -> Tensor:
         config: Any = self.trunk.config
         special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
-        size = getattr(config, "vocab_size", None) or self.trunk.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        size = getattr(config, "vocab_size", None) or embedding_table(self.trunk).num_embeddings
         drawn = torch.randint(size, (64 + count,), generator=self.generator).tolist()
         return torch.tensor([token for token in drawn if token not in special][:count])
 
-    def _forward(self, rows: list[Tensor], pairs: dict[str, tuple[int, int]], padded: dict[str, int]) -> None:
-        """One forward of these rows; with several, row 2 is an unchanged copy of row 0."""
-        call, places = self._lay_out(rows, left=[5, 6])
+    def _forward(self, groups: list[tuple[Tensor, int]], names: list[str], padded: list[tuple[str, int]]) -> None:
+        """One forward of copies of texts, (text, copies): a group's first row is the text, the others are to change.
+
+        The last row of the first group stays a copy where there are `names` (of the groups). padded: of which groups.
+        """
+        rows = [text for text, copies in groups for _ in range(copies)]
+        ends = torch.tensor([copies for _, copies in groups]).cumsum(0).tolist()
+        spans = [range(end - copies, end) for end, (_, copies) in zip(ends, groups, strict=True)]
+        self.groups = dict(zip(names, spans, strict=False))
+        self.copy = spans[0][-1] if names else 0
+        self.padded = {side: spans[index][0] for side, index in padded}
+        call, places = self._lay_out(rows, left=spans[2] if len(spans) > 2 else ())
         handles = []
-        self.rows, self.places, self.pairs, self.padded = rows, places, pairs, padded
+        self.rows, self.places = rows, places
         self.seen: list[int] = []
         try:
             for index, layer in enumerate(self.layers):
@@ -243,7 +257,7 @@ class _Probe:
                 "sees them; check the attention before the layers are compiled or wrapped"
             )
 
-    def _lay_out(self, rows: list[Tensor], left: list[int]) -> tuple[dict[str, Any], list[Tensor]]:
+    def _lay_out(self, rows: list[Tensor], left: Sequence[int]) -> tuple[dict[str, Any], list[Tensor]]:
         """The call's arguments, and each row's places among all tokens of the batch in one line."""
         device = self._device()
         lengths = [len(row) for row in rows]
@@ -274,7 +288,7 @@ class _Probe:
         return call, [place.to(device) for place in places]
 
     def _device(self) -> torch.device:
-        weight: Any = self.trunk.get_input_embeddings().weight  # type: ignore[operator]
+        weight = embedding_table(self.trunk).weight
         return torch.device("cpu") if weight.device.type == "meta" else weight.device  # offloaded: its hook moves
 
     def _before(self, index: int) -> Any:
@@ -310,13 +324,20 @@ class _Probe:
             if index == 0:
                 self.input_errors[side] = _error(hidden[places[row]], self.inputs[0], self.inputs[0])
             hidden[places[row]] = self.inputs[index].to(hidden.dtype)
-        if self.pairs:
-            hidden[places[2]] = hidden[places[0]]
-        for base, noisy in self.pairs.values():
-            hidden[places[noisy]] = hidden[places[base]]
-            last = places[noisy][min(len(self.rows[noisy]) - 1, self.reach)]
-            noise = torch.randn(hidden.shape[-1], generator=self.generator).to(hidden.device)
-            hidden[last] += (noise * hidden[last].float().square().mean().sqrt().clamp_min(1e-6)).to(hidden.dtype)
+        for rows in self.groups.values():
+            text = hidden[places[rows[0]]]
+            last, noise = min(len(text) - 1, self.reach), torch.empty(0)
+            for place, row in enumerate(rows[1:]):
+                hidden[places[row]] = text
+                if row == self.copy:
+                    continue
+                # The last token itself, or one of those that the first may read in its stead; each with a noise and
+                # with its opposite, of which one makes it read more.
+                token, size = (text[last], 1.0) if place < 2 else (text[(place // 2 - 1) % last], _MILD)
+                noise = -noise if place % 2 else torch.randn(hidden.shape[-1], generator=self.generator)
+                noise = noise.to(hidden.device)
+                scale = size * token.float().square().mean().sqrt().clamp_min(1e-6)
+                hidden[places[row][last]] = token + (noise * scale).to(hidden.dtype)
         return hidden
 
     def _judge(self, index: int, output: Tensor) -> None:
@@ -326,17 +347,66 @@ class _Probe:
         if index not in self.outputs:
             self.outputs[index] = output[places[0]]
         alone = self.outputs[index]
+        if not alone.isfinite().all():
+            raise AttentionCheckError(_not_finite(self.trunk, index, self.dtype))
         added = alone - self.inputs[index].to(alone.dtype)
         report.rounding = 4 * torch.finfo(self.dtype).eps * _size(alone) / max(_size(added), 1e-30)
         for side, row in self.padded.items():
             report.errors[side] = _error(output[places[row]], alone, added)
-        if not self.pairs:
+        if not self.groups:
             return
         first = output[torch.stack([place[0] for place in places])].double()
-        floor = _change_of(first[0], first[2])
-        for batch, (base, noisy) in self.pairs.items():
-            change = _change_of(first[base], first[noisy])
-            report.answers[batch] = change if change > max(_ANSWER[self.dtype], 4 * floor) else 0.0
+        floor = max(_ANSWER[self.dtype], 4 * _change_of(first[0], first[self.copy]))
+        for batch, rows in self.groups.items():
+            change = max(_change_of(first[rows[0]], first[row]) for row in rows[1:] if row != self.copy)
+            report.answers[batch] = change if change > floor else 0.0
+
+
+def embedding_table(trunk: nn.Module) -> nn.Embedding:
+    """The token embeddings.
+
+    Raises:
+        ValueError: there is no one table of them.
+    """
+    try:
+        table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(
+            f"{type(trunk).__name__} has no one table of token embeddings (CANINE hashes characters), so there are no "
+            "tokens to try its attention with"
+        ) from error
+    return table
+
+
+def require_weights(trunk: nn.Module) -> None:
+    """Refuse a model on the meta device.
+
+    Raises:
+        ValueError: saying so.
+    """
+    offloaded = any(hasattr(module, "_hf_hook") for module in trunk.modules())  # whose weights come when they are used
+    if not offloaded and any(parameter.is_meta for parameter in trunk.parameters()):
+        raise ValueError(
+            f"{type(trunk).__name__} is on the meta device, so nothing can be tried on it; load its weights first, or "
+            "leave the self-test out (check=False) and call check_attention(model) once they are there"
+        )
+
+
+def _not_finite(trunk: nn.Module, index: int, dtype: torch.dtype) -> str:
+    """What to say of a layer whose output is NaN or infinite: the weights that are."""
+    config: Any = trunk.config
+    family = getattr(config, "model_type", type(trunk).__name__)
+    wrong = [name for name, p in trunk.named_parameters() if not p.is_meta and not p.isfinite().all()]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        return (
+            f"{family} holds NaN or infinite weights: {', '.join(wrong[:5])}{more}; a training that diverged or a file "
+            "that is damaged? Load weights that are finite"
+        )
+    return (
+        f"{family}: the output of layer {index} is NaN or infinite in {str(dtype).removeprefix('torch.')}, though all "
+        "weights are finite (an overflow?); try another dtype"
+    )
 
 
 def text_positions(mask: Tensor) -> Tensor:

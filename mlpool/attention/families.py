@@ -81,6 +81,9 @@ FAMILIES: dict[str, Family] = {
     "xglm": _POSITIONS,
     "biogpt": _POSITIONS,
     "bloom": Family(warning=_ALIBI),
+    "falcon_h1": Family(
+        warning="its attention alone; the Mamba half of every layer stays causal (attention only)",
+    ),
     "falcon": Family(refused_backends=dict.fromkeys(("flex_attention", PACKED), _NO_REGISTRY)),
     "llama4": Family(refused="its layers attend in chunks, and the chunked mask ignores is_causal"),
     "llama4_text": Family(refused="its layers attend in chunks, and the chunked mask ignores is_causal"),
@@ -90,6 +93,21 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Any) -> Family:
     """The table's row for this (text) config; an empty one for a family that is not in it."""
     return FAMILIES.get(getattr(config, "model_type", ""), Family())
+
+
+def require_text_model(model: nn.Module, trunk: nn.Module) -> None:
+    """Refuse wrappers around a text model.
+
+    Raises:
+        ValueError: naming the wrapper, and the text model in it.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "get_text_config") and config.get_text_config() is not config:
+            raise ValueError(
+                f"{type(module).__name__} is multimodal and builds masks and positions outside its text model; "
+                f"take the {type(trunk).__name__} inside it and call that"
+            )
 
 
 def warning_of(config: Any) -> str:
@@ -135,12 +153,20 @@ def backend_of(config: Any) -> str:
 
 
 def window_of(config: Any) -> int | None:
-    """The number of tokens that the sliding layers see, or None where no layer slides."""
+    """The number of tokens that the sliding layers see (the fewest), or None where no layer slides."""
+    if varies_by_layer(config, "sliding_window"):
+        windows = (layer.sliding_window for layer in config.per_layer_config)
+        return min((window for window in windows if window), default=None)
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is not None and "sliding_attention" not in types:
         return None
     return window
+
+
+def varies_by_layer(config: Any, name: str) -> bool:
+    """Whether each layer has a value of its own, so that the config refuses to name one."""
+    return name in (getattr(config, "per_layer_attributes", None) or ())
 
 
 def attentions(layers: nn.Module) -> Iterator[nn.Module]:

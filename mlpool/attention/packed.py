@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..pooling.tokens import note_offsets, read_offsets, require, select_tokens
 from ..taps import find_layers
-from .check import AttentionCheckError, _error, _precision, _undisturbed
-from .families import PACKED, backend_of
+from .check import AttentionCheckError, _error, _precision, _undisturbed, embedding_table, require_weights
+from .families import PACKED, backend_of, require_text_model
 from .varlen import PackedCall, has_flash_attn, register, require_no_softcap, running
 
 _MARK = "_mlpool_packed"  # on the trunk: its Packing
@@ -54,11 +54,13 @@ def pack(model: nn.Module, padded_output: bool = True, check: bool = True) -> nn
         model: a bare model, one with a head, wrapped by peft or DDP, or a SentenceTransformer. For FSDP pack first.
         padded_output: False returns [1, total, D] with the offsets as `output.cu_seqlens`, int32 [B+1], for pools
             that take `cu_seqlens`. For calls of the bare model; a head or SentenceTransformer expects padding.
-        check: run a padded batch of two short texts before and after, and undo the change if they differ.
+        check: run a padded batch of two short texts before and after, and undo the change if they differ. Needs the
+            weights: on the meta device pack with check=False.
 
     Raises:
-        ValueError: an encoder-decoder, a model whose layers are not found (see `find_layers`), attention that does
-            not go through the library's registry, soft-capping where no kernel has it.
+        ValueError: an encoder-decoder, a model whose layers are not found (see `find_layers`), a multimodal model,
+            attention that does not go through the library's registry or sees chunks, soft-capping where no kernel has
+            it, and whatever else makes the trial fail, with that error (the model is unchanged then).
         AttentionCheckError: packed and padded results differ (the model is unchanged then).
         ImportError: transformers is missing or older than 5.17.
 
@@ -72,7 +74,8 @@ def pack(model: nn.Module, padded_output: bool = True, check: bool = True) -> nn
         packing.padded_output = padded_output
         return model
     _refuse(trunk)
-    expected = _probe(trunk) if check else None
+    require_text_model(model, trunk)
+    expected = _try(trunk) if check else None
     assert isinstance(layers, nn.ModuleList)
     packing = Packing(len(layers), backend_of(trunk.config), _position_offset(trunk))
     trunk.set_attn_implementation(PACKED)  # type: ignore[operator]
@@ -81,8 +84,8 @@ def pack(model: nn.Module, padded_output: bool = True, check: bool = True) -> nn
         cls: type = type(trunk)
         trunk.__class__ = _packed_class(cls)
     try:
-        if check:
-            _compare(trunk, _probe(trunk), expected, packing.backend)
+        if expected is not None:
+            _compare(trunk, _try(trunk), expected, packing.backend)
     except BaseException:
         unpack(model)
         raise
@@ -153,6 +156,10 @@ class Packing:
         output = self._forward(trunk, below, call, packed_call)
         hidden = output["last_hidden_state"]
         if output.get("pooler_output") is not None:  # it pooled the first text alone
+            if not isinstance(getattr(trunk, "pooler", None), nn.Module):
+                raise ValueError(
+                    f"{type(trunk).__name__} pools each text by code of its own, which would take the row for one text"
+                )
             first = hidden[:, packed_call.offsets[:-1].long()].transpose(0, 1)
             output["pooler_output"] = trunk.pooler(first)  # type: ignore[operator]
         if self.padded_output:
@@ -309,7 +316,6 @@ def _rebuild(cls: type) -> Any:
 def _refuse(trunk: nn.Module) -> None:
     """Models that cannot run packed, with the reason."""
     config: Any = trunk.config
-    name = getattr(config, "model_type", type(trunk).__name__)
     parameters = inspect.signature(type(trunk).forward).parameters
     reason = ""
     if not hasattr(trunk, "set_attn_implementation") or not trunk._can_set_attn_implementation():  # type: ignore[operator]
@@ -318,10 +324,19 @@ def _refuse(trunk: nn.Module) -> None:
         reason = "it takes no position_ids, so texts in one row cannot start anew"
     elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         reason = f"{type(trunk).__name__}.forward takes no further arguments, so the offsets do not reach its attention"
+    elif "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        reason = (
+            "some of its layers attend in chunks, which no packed kernel does (short texts alone would come through)"
+        )
     if reason:
-        raise ValueError(f"{name} cannot run packed: {reason}")
+        raise ValueError(f"{_name(trunk)} cannot run packed: {reason}")
     if not (has_flash_attn() and torch.cuda.is_available()):
         require_no_softcap(getattr(config, "attn_logit_softcapping", None))
+
+
+def _name(trunk: nn.Module) -> str:
+    config: Any = trunk.config
+    return getattr(config, "model_type", type(trunk).__name__)
 
 
 def _refuse_arguments(trunk: nn.Module, call: dict[str, Any]) -> None:
@@ -374,15 +389,25 @@ def _position_offset(trunk: nn.Module) -> int:
     return 0
 
 
-def _probe(trunk: nn.Module) -> list[Tensor] | None:
-    """Last hidden states of two short texts, run as one right-padded batch; None where weights are not there yet."""
+def _try(trunk: nn.Module) -> list[Tensor]:
+    """`_probe`, whose error says that the model cannot run packed: found now, not when it encodes."""
+    try:
+        return _probe(trunk)
+    except (AttentionCheckError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # ours, or one from code of the family's own that takes the row for one text
+        raise ValueError(
+            f"{_name(trunk)} cannot run packed: a trial of two short texts failed on {backend_of(trunk.config)} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _probe(trunk: nn.Module) -> list[Tensor]:
+    """Last hidden states of two short texts, run as one right-padded batch."""
+    require_weights(trunk)
     config: Any = trunk.config
-    table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
-    device = table.weight.device
-    if device.type == "meta":
-        if not hasattr(trunk, "_hf_hook"):
-            return None
-        device = torch.device("cpu")  # offloaded: its hook moves
+    table = embedding_table(trunk)
+    device = torch.device("cpu") if table.weight.is_meta else table.weight.device  # offloaded: its hook moves
     drawn = torch.randint(table.num_embeddings, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
     text = [token for token in drawn if token not in special]
@@ -398,15 +423,12 @@ def _probe(trunk: nn.Module) -> list[Tensor] | None:
     return [hidden[row, :n] for row, n in enumerate(lengths)]
 
 
-def _compare(trunk: nn.Module, got: list[Tensor] | None, expected: list[Tensor] | None, backend: str) -> None:
-    if got is None or expected is None:
-        return
+def _compare(trunk: nn.Module, got: list[Tensor], expected: list[Tensor], backend: str) -> None:
     limit = _LIMITS[_precision(got[0])]
     errors = [_error(one, other, other) for one, other in zip(got, expected, strict=True)]
     if not all(error <= limit for error in errors):  # or NaN
-        config: Any = trunk.config
         raise AttentionCheckError(
-            f"{getattr(config, 'model_type', type(trunk).__name__)} gives other hidden states packed than padded on "
+            f"{_name(trunk)} gives other hidden states packed than padded on "
             f"{backend}: relative errors {', '.join(f'{error:.1e}' for error in errors)} (at most {limit:.0e} is "
             "rounding); the model was left unpacked"
         )

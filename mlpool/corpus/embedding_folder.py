@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..files import check_link, confined, read_json, replacing, sha256, write_json
-from ..pooling.base import log_once
 from .text_files import import_parquet
 
 if TYPE_CHECKING:
@@ -437,6 +436,8 @@ def _complete_shards(folder: Path, verify: bool, ids: bool = False) -> list[Shar
         )
     if verify:
         if any(shard.sha256 is None for shard in shards):
+            from ..pooling.base import log_once  # not above: it imports torch, for which a command's help does not wait
+
             log_once(f"{folder} was written without digests: only the sizes of its files are checked")
         for shard in shards:
             parquet = shard.file.endswith(".parquet")

@@ -22,8 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ..options import add_device, add_max_seq_length, check_place
 from .embedding_folder import DTYPES, FORMATS, VERSION, EmbeddingFolder, Shard
 from .text_files import ACCEPTED, Row, TextFile, check_files, find_columns, find_files, read_ranges
 
@@ -136,7 +135,11 @@ def _rank() -> tuple[int, int]:
 
 def _device(device: str | None, world: int) -> str | None:
     """With several processes the GPU of this one, unless a device is named by number; None: where the model is."""
-    if world == 1 or not torch.cuda.is_available() or device not in (None, "cuda"):
+    if world == 1:
+        return device
+    import torch
+
+    if not torch.cuda.is_available() or device not in (None, "cuda"):
         return device
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
@@ -357,18 +360,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="TEXTS", help="texts a batch, for models that take no token budget")
     add("--truncate-dim", type=int, metavar="D", help="keep the first D dimensions (Matryoshka)")
     add("--normalize", action="store_true", help="to length 1, for models that do not, and after --truncate-dim")
-    add("--device", help="default: a GPU if there is one; under torchrun that of LOCAL_RANK")
+    add_max_seq_length(parser)
+    add_device(parser, "a GPU if there is one; under torchrun that of LOCAL_RANK")
     add("--allow-empty", action="store_true", help="encode empty texts as empty strings; default: an error")
     add("--verify", action="store_true", help="compare what is there with its digests; make damaged shards anew")
     add("--overwrite", action="store_true", help="replace another run in the folder")
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from ..embedder.loading import open_model
-
     options = {name: value for name, value in vars(args).items() if name in _OPTIONS}
     _check_before_loading(args)
-    model = open_model(args.model, args.design, _device(args.device, _rank()[1]))
+    from ..embedder.loading import open_model  # imports for seconds
+
+    model = open_model(
+        args.model, args.design, _device(args.device, _rank()[1]), max_seq_length=args.max_seq_length
+    )  # fmt: skip
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends first
     try:
         manifest = encode_files(model, args.inputs, args.output, **options)
@@ -390,6 +396,7 @@ _OPTIONS = frozenset(inspect.signature(encode_files).parameters) - {"model", "in
 
 def _check_before_loading(args: argparse.Namespace) -> None:
     """A mistyped name shows at once, not after minutes of loading a model."""
+    check_place(args.model)
     find_columns(find_files(args.inputs), args.text_column, args.id_column)
     EmbeddingFolder(Path(args.output)).plan()
 

@@ -63,8 +63,8 @@ def merge(embedder: E) -> E:
     Each sum is made in float64 and rounded once, to the dtype of the weight.
 
     Raises:
-        ValueError: there is no adapter to merge, or a merged weight (named) is infinite or NaN, or does not compute what
-            it and its adapter do.
+        ValueError: there is no adapter to merge, or a merged weight (named) is infinite or NaN, or does not compute
+            what it and its adapter do.
     """
     model: Any = embedder[0].model
     if not has_adapter(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import confined, read_json
+from ..options import check_place, near
 from ..pooling.base import check_choice
 from ..schema import check
 from .backbone import PACKING, Backbone, load_model
@@ -74,7 +74,7 @@ def load(
         FileNotFoundError: no such folder (nearest names) nor Hub model, a missing file (named).
     """
     name = os.path.expanduser(model)
-    _check_place(name)
+    check_place(name)
     check_folder(name, whole=verify)
     hub: dict[str, Any] = {
         "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
@@ -84,7 +84,7 @@ def load(
     kwargs: dict[str, Any] = {"dtype": dtype, **(model_kwargs or {})}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    modules = _read_modules(name, hub)
+    modules = read_modules(name, hub)
     if modules is not None and any(module["type"] in _OURS for module in modules):
         decided = {
             "pooler": pooler != "default", "layers": layers is not None, "append_eos": not append_eos,
@@ -127,7 +127,7 @@ def load(
             raise
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"{name} is no folder here{_near(Path(name))} and no model on the Hub: {reason}"
+            f"{name} is no folder here{near(Path(name))} and no model on the Hub: {reason}"
         ) from error
     backbone = Backbone(
         transformer, tokenizer, chosen.name, layers, max_seq_length, append_eos, include_prompt, include_bos, packing,
@@ -150,9 +150,12 @@ def load(
     return embedder
 
 
-def open_model(name: str, design: str | None = None, device: str | None = None, dtype: Any = "auto") -> Any:
+def open_model(
+    name: str, design: str | None = None, device: str | None = None, dtype: Any = "auto",
+    max_seq_length: int | None = None,
+) -> Any:  # fmt: skip
     """Whatever embeds texts, for the commands: an embedder, any other SentenceTransformer as it is, or with `design` a
-    new embedder on a base model.
+    new embedder on a base model; cut at `max_seq_length` tokens, None for its own limit.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: a base model without a design, a folder of another design, a
@@ -160,37 +163,22 @@ def open_model(name: str, design: str | None = None, device: str | None = None, 
     """
     from sentence_transformers import SentenceTransformer
 
-    _check_place(name)
+    check_place(name)
     if not Path(name).is_dir():
         _check_hub(name, {})
-    modules = _read_modules(name, {})
+    modules = read_modules(name, {})
     if design is None and modules and not any(module["type"] in _OURS for module in modules):
-        return SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
+        model = SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
+        if max_seq_length is not None:
+            model.max_seq_length = max_seq_length
+        return model
     if not modules and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         there = ", ".join(sorted(path.name for path in Path(name).iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{name} holds no model: expected modules.json (an embedder) or config.json (a base model, with --design), "
             f"found {there}"
         )
-    return load(name, design, device=device, dtype=dtype)
-
-
-def _check_place(name: str) -> None:
-    """A local path that is not there is an error here; a name with one slash may be on the Hub."""
-    path = Path(name)
-    if path.is_dir():
-        return
-    if path.is_file():
-        raise NotADirectoryError(f"{name} is a file; pass the folder of a model, or a Hub name")
-    local = path.is_absolute() or name.startswith(".") or name.count("/") > 1
-    if local:
-        raise FileNotFoundError(f"no folder {name}{_near(path)}")
-
-
-def _near(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=3)
-    return f" (near it: {', '.join(near)})" if near else ""
+    return load(name, design, device=device, dtype=dtype, max_seq_length=max_seq_length)
 
 
 def _check_hub(name: str, hub: dict[str, Any]) -> None:
@@ -210,7 +198,7 @@ def _check_hub(name: str, hub: dict[str, Any]) -> None:
                 return
         except ValueError:  # no name for the Hub
             break
-    here = f"{name} is no folder here{_near(Path(name))} and no model"
+    here = f"{name} is no folder here{near(Path(name))} and no model"
     if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
         why = "local_files_only" if hub.get("local_files_only") else "HF_HUB_OFFLINE is set"
         raise FileNotFoundError(f"{here} in the Hub's cache; the Hub itself was not asked ({why})")
@@ -221,7 +209,7 @@ def _check_hub(name: str, hub: dict[str, Any]) -> None:
         raise FileNotFoundError(f"{here} on the Hub, which was asked ({constants.ENDPOINT}): {reason}") from error
 
 
-def _read_modules(name: str, hub: dict[str, Any]) -> list[dict[str, Any]] | None:
+def read_modules(name: str, hub: dict[str, Any]) -> list[dict[str, Any]] | None:
     """`modules.json`, whose paths stay within the folder; None where there is none."""
     modules = _read_json(name, "modules.json", hub, list)
     if modules is None:

@@ -1,12 +1,14 @@
 """Texts to token ids: what the model expects around a text, EOS exactly once, and a cut that is counted.
 
 A tokenizer's own frame (BOS or CLS before, EOS or SEP behind) is found by tokenizing short probes with and without
-special tokens. Where it puts nothing behind a text, as decoders' tokenizers do, the EOS token is appended. Only the
-content is cut, so the frame is there however long a text is; and its full length is known, so the cut can be reported.
+special tokens; where those are nothing to it (a vocabulary without Latin letters), its own tokens. Where it puts
+nothing behind a text, as decoders' tokenizers do, the EOS token is appended. Only the content is cut, so the frame is
+there however long a text is; and its full length is known, so the cut can be reported.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 _PROBES = ("a", "two words")
+_SEARCHED = 1000  # tokens of a vocabulary that are tried as probes
 _UNLIMITED = 10**9  # tokenizers without a limit say 10^30
 _BLOCK = 4096  # texts tokenized at a time: the tokenizer's own results are a hundred times as large as the ids
 
@@ -82,7 +85,7 @@ class TextTokenizer:
 
     Raises:
         ValueError: append_eos with a tokenizer that has no EOS token; a frame that depends on the text, or that the
-            model has no embedding for.
+            model has no embedding for; a tokenizer to which no text is a token.
     """
 
     def __init__(
@@ -190,18 +193,37 @@ class TextTokenizer:
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """What the tokenizer itself puts before and behind a text."""
-        frames = []
-        for text in _PROBES:
-            inner = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        frames, probes = [], self._probes()
+        for text, inner in probes.items():
             outer = self.tokenizer(text, verbose=False)["input_ids"]
             starts = [i for i in range(len(outer) - len(inner) + 1) if outer[i : i + len(inner)] == inner]
             frames += [(outer[:i], outer[i + len(inner) :]) for i in starts[:1]]
-        if len(frames) < len(_PROBES) or any(frame != frames[0] for frame in frames):
+        if len(frames) < len(probes) or any(frame != frames[0] for frame in frames):
             raise ValueError(
                 f"{type(self.tokenizer).__name__} does not put the same special tokens around every text (probes "
-                f"{_PROBES}: {frames}), so where EOS belongs is not known"
+                f"{tuple(probes)}: {frames}), so where EOS belongs is not known"
             )
         return frames[0]
+
+    def _probes(self) -> dict[str, list[int]]:
+        """Two texts, each with its tokens, of which there are some: without any, what goes before and behind is one."""
+        special = set(self.tokenizer.all_special_ids)
+        found: dict[str, list[int]] = {}
+        own = (token for token, index in sorted(self.tokenizer.get_vocab().items()) if index not in special)
+        for text in itertools.chain(_PROBES, map(self._text_of, itertools.islice(own, _SEARCHED))):
+            inner = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+            if inner and inner not in found.values():
+                found[text] = inner
+            if len(found) == len(_PROBES):
+                return found
+        raise ValueError(
+            f"{type(self.tokenizer).__name__} makes no tokens of {_PROBES} nor of the first {_SEARCHED} tokens of its "
+            f"own vocabulary ({len(found)} of 2 texts), so what it puts around a text cannot be found; is it the "
+            "model's tokenizer, and does its normalizer or pre-tokenizer drop all text?"
+        )
+
+    def _text_of(self, token: str) -> str:
+        return str(self.tokenizer.convert_tokens_to_string([token]))
 
     def _count(self, length: int, limit: int | None) -> None:
         seen = self.truncated

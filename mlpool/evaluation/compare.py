@@ -70,7 +70,7 @@ class Comparison:
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write comparison.md, comparison.csv, per_dataset.csv and forest.png; returns their paths."""
-        from ..analysis.plots import forest
+        from .forest import forest
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)

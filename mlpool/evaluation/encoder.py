@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,12 @@ from numpy.typing import NDArray
 
 from ..embedder.identity import identity, with_settings
 from ..pooling.base import log_once
-from .tasks import PAPER, import_mteb
+from .tasks import BARE, PAPER, import_mteb
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
     from mteb.abstasks.task_metadata import TaskMetadata
     from sentence_transformers import SentenceTransformer
-
-BARE = "{instruction} "  # the paper's: the instruction and the text, nothing around them
 
 
 # --- instructions --------------------------------------------------------------------------------------------------
@@ -41,12 +39,15 @@ class Prompts:
             tasks or "default" to an instruction.
         template: how an instruction becomes a prompt: "{instruction} " as in the paper, or say
             "Instruct: {instruction}\nQuery: ". Not used for the model's own prompts, which are complete.
+        exact: as the code of arXiv 2409.02727 evaluates: no space between instruction and text, and in reranking
+            documents get the instruction too. What a mapping does not have is mteb's.
 
     In retrieval and reranking only the queries get one; a model's own "document" prompt is used for documents.
     """
 
     source: str | dict[str, str] = "mteb"
     template: str = BARE
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.source, str) and self.source not in ("mteb", "model", "none"):
@@ -56,16 +57,24 @@ class Prompts:
 
     @classmethod
     def load(cls, source: str, template: str = BARE) -> Prompts:
-        """From "mteb", "model", "none" or the path of a JSON or YAML file.
+        """From "mteb", "model", "none", "paper-exact" (with "=PATH" behind it its wording) or the path of a JSON or
+        YAML file.
 
         Raises:
             FileNotFoundError: neither a source nor a file. ValueError: a file that holds no mapping of strings.
         """
         if source in ("mteb", "model", "none"):
             return cls(source, template)
+        name, _, wording = source.partition("=")
+        if name == "paper-exact":
+            if template != BARE:
+                raise ValueError(f"paper-exact is without a template; leave out --template {template!r}")
+            return replace(cls.load(wording or "mteb"), template="{instruction}", exact=True)
         path = Path(source)
         if not path.is_file():
-            raise FileNotFoundError(f"prompts must be mteb, model, none or a file; there is no file {source}")
+            raise FileNotFoundError(
+                f"prompts must be mteb, model, none, paper-exact or a file; there is no file {source}"
+            )
         try:
             found = json.loads(path.read_text()) if path.suffix == ".json" else _yaml().safe_load(path.read_text())
         except Exception as error:
@@ -79,11 +88,11 @@ class Prompts:
         """What this adds to a model's identity: nothing where the prompts are the model's own, which are in it."""
         if self.source in ("model", "none"):
             return None if self.source == "model" else "none"
-        return [self.source, self.template]
+        return [self.source, self.template, *(["exact"] if self.exact else [])]
 
     def check(self, tasks: Iterable[AbsTask]) -> None:
         """ValueError when a file has no instruction for one of the tasks."""
-        if isinstance(self.source, str):
+        if isinstance(self.source, str) or self.exact:
             return
         without = [name_of(task) for task in tasks if self._entry(task.metadata) is None]
         if without:
@@ -102,9 +111,11 @@ class Prompts:
             stored: Any = model.prompts
             name = get_prompt_name(stored, metadata, PromptType(kind) if kind else None)
             return None if name is None else stored[name]
-        if self.source == "none" or kind == "document":
+        if self.source == "none" or (kind == "document" and not (self.exact and metadata.type == "Reranking")):
             return ""
-        instruction = self._of_mteb(metadata) if self.source == "mteb" else self._entry(metadata)
+        instruction = None if self.source == "mteb" else self._entry(metadata)
+        if instruction is None and (self.source == "mteb" or self.exact):
+            instruction = self._of_mteb(metadata)
         return self.template.replace("{instruction}", instruction) if instruction else ""
 
     def _entry(self, metadata: TaskMetadata) -> str | None:

@@ -11,7 +11,6 @@ A results folder holds
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import json
@@ -20,7 +19,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -30,11 +28,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import local, results
-from .encoder import BARE, Prompts, make_encoder, name_of
-from .local import SPLITS, local_tasks
+from . import results
+from .encoder import Prompts, make_encoder, name_of
+from .local import local_tasks
 from .results import Score
-from .tasks import PAPER, import_mteb, mteb_tasks
+from .tasks import import_mteb, mteb_tasks
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -437,70 +435,7 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-# --- the command ---------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Score a model on MTEB, or offline on folders of your own; resumes where it was stopped."
-    parser.epilog = f"Several GPUs: torchrun --nproc-per-node 8 -m -- mlpool.cli eval ...\n\n{local.__doc__}".replace(
-        "%", "%%"
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("model", help="folder or Hub name of an embedder, or of any sentence-transformers model")
-    add("--tasks", metavar="NAME[,NAME]", help=f"paper (47 tasks), {', '.join(PAPER)}, or mteb's names; with --local "
-        "the folders, sts/stsb, or a kind of them (default there: all)")  # fmt: skip
-    add("--local", metavar="DIR", help="evaluate the folders in DIR instead of MTEB, see below")
-    add("--split", choices=SPLITS, default="test", help="of --local (default: %(default)s)")
-    add("-o", "--output", default="results", metavar="DIR", help="results folder (default: %(default)s)")
-    add("--label", help="the model's name in tables (default: its folder's or Hub name)")
-    add("--seed", type=int, help="the seed it was trained with, for the tables")
-    add("--prompts", metavar="mteb|model|none|FILE", help="what stands before texts, queries only in retrieval: mteb's "
-        "instructions (default), the model's own prompts (default of --local), nothing, or a JSON or YAML file that "
-        "maps names or types of tasks or 'default' to instructions")  # fmt: skip
-    add("--template", default=BARE, help="of an instruction, say 'Instruct: {instruction}\\nQuery: ' (default: bare, "
-        "%(default)r)")  # fmt: skip
-    add("--token-budget", type=int, metavar="N", help="tokens a forward, of mlpool's embedders (default: theirs)")
-    add("--batch-size", type=int, default=32, metavar="N", help="texts a forward, of others (default: %(default)s)")
-    add("--no-cache", action="store_true", help="keep no embeddings of retrieval corpora")
-    add("--design", help="build this design on a base model, untrained, instead of loading an embedder")
-    add("--device", help="say cpu or cuda:1 (default: the first GPU, under torchrun each process its own)")
-    add("--dtype", default="auto", help="float32, bfloat16, ... (default: as saved)")
-
-
-def run(args: argparse.Namespace) -> int | None:
-    from ..embedder.loading import open_model
-
-    import_mteb()
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()] if args.tasks else None
-    if names is None and args.local is None:
-        raise ValueError("name tasks with --tasks (paper, STS, SciFact, ...), or folders of your own with --local DIR")
-    prompts = Prompts.load(args.prompts or ("model" if args.local else "mteb"), args.template.replace("\\n", "\n"))
-    with _kept_random_state():  # names are checked before a model is loaded
-        tasks = local_tasks(args.local, names, args.split) if args.local else mteb_tasks(names or [])
-    prompts.check(tasks)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    model = open_model(args.model, args.design, args.device or _device(), args.dtype)
-    rows = _run(
-        model, tasks, args.output, label=args.label or _label(args.model), prompts=prompts, seed=args.seed,
-        token_budget=args.token_budget, batch_size=args.batch_size, cache=not args.no_cache, shard=world > 1,
-        progress=rank == 0,
-    )  # fmt: skip
-    if rank == 0:
-        print(table(rows))
-        print(f"\nin {Path(args.output) / results.FILE_NAME}; compare models with: mlpool compare", file=sys.stderr)
-    return None
-
-
-def _label(model: str) -> str:
-    return (Path(model).resolve() if Path(model).exists() else Path(model)).name
-
-
-def _device() -> str | None:
-    import torch
-
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+# --- the table ------------------------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Score]) -> str:

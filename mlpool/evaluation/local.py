@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..pooling.base import log_once
+from ..files import parse_json
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
 Row = dict[str, Any]
 SPLITS = ("test", "dev")
+_WHOLE = re.compile(r"-?[0-9]{1,9}")
 
 
 def local_tasks(data: str | Path, names: Iterable[str] | None = None, split: str = "test") -> list[AbsTask]:
@@ -45,13 +45,15 @@ def local_tasks(data: str | Path, names: Iterable[str] | None = None, split: str
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     data = Path(data)
-    found = _discover(data)
+    found = discover(data)
     wanted = dict.fromkeys(found, False) if names is None else _choose(found, names)
     tasks = []
     for name, by_name in wanted.items():
         kind, folder = found[name]
         if missing := [path for path in kind.files(folder, split) if not path.is_file()]:
             if not by_name:
+                from ..pooling.base import log_once
+
                 log_once(f"{name} is left out: there is no {missing[0]}")
                 continue
             raise FileNotFoundError(
@@ -73,14 +75,11 @@ def read_jsonl(path: Path, check: Callable[[Row], str | None] = lambda row: None
     Raises:
         ValueError: a line that is no JSON object, or in which `check` finds a fault; file and line are named.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # of which \n alone ends a line, not U+2028
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
+            row = parse_json(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{path}, line {number}")
             fault = check(row) if isinstance(row, dict) else f"expected an object, got {type(row).__name__}"
             if fault:
                 raise ValueError(f"{path}, line {number}: {fault}")
@@ -90,27 +89,44 @@ def read_jsonl(path: Path, check: Callable[[Row], str | None] = lambda row: None
 def _text(row: Row, *keys: str) -> str | None:
     for key in keys:
         if not isinstance(row.get(key), str):
-            return f'"{key}" must be a string, got {row.get(key)!r}' if key in row else _absent(key, row)
+            return f'"{key}" must be a string, got {shorten(row.get(key))}' if key in row else _absent(key, row)
+        if not _is_unicode(row[key]):
+            return f'"{key}" holds half a surrogate pair, which is no text: {row[key][:40]!r}'
     return None
 
 
+def _is_unicode(text: str) -> bool:
+    r"""JSON may write half a character, "\ud83d", and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shorten(value: Any) -> str:
+    """A value as it is shown in an error."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:79] + "…"
+
+
 def _absent(key: str, row: Row) -> str:
-    return f'"{key}" is missing; found {", ".join(map(repr, row)) or "nothing"}'
+    return f'"{key}" is missing; found {", ".join(map(shorten, list(row)[:20])) or "nothing"}'
 
 
 def _sts_fault(row: Row) -> str | None:
     if fault := _text(row, "sentence1", "sentence2"):
         return fault
     score = row.get("score")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        return f'"score" must be a number, got {score!r}' if "score" in row else _absent("score", row)
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e30:
+        return f'"score" must be a number, got {shorten(score)}' if "score" in row else _absent("score", row)
     return None
 
 
 def _pair_fault(row: Row) -> str | None:
     if fault := _text(row, "sentence1", "sentence2"):
         return fault
-    return None if row.get("label") in (0, 1) else f'"label" must be 0 or 1, got {row.get("label")!r}'
+    return None if row.get("label") in (0, 1) else f'"label" must be 0 or 1, got {shorten(row.get("label"))}'
 
 
 def _label_fault(row: Row) -> str | None:
@@ -118,7 +134,10 @@ def _label_fault(row: Row) -> str | None:
         return fault
     if "label" not in row:
         return _absent("label", row)
-    return None if isinstance(row["label"], str | int) else f'"label" must be a string or integer, got {row["label"]!r}'
+    label = row["label"]
+    if not isinstance(label, str | int):
+        return f'"label" must be a string or integer, got {shorten(label)}'
+    return _text(row, "label") if isinstance(label, str) else None
 
 
 def _columns(path: Path, rows: Iterable[Row], *keys: str) -> dict[str, list]:
@@ -229,15 +248,19 @@ def _qrels(folder: Path, split: str) -> Path:
 
 def _read_tsv(path: Path) -> Iterator[tuple[int, tuple[str, str, int]]]:
     """Line numbers and (query, document, score); a first line whose score is no number is a header."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with path.open("rb") as file:
+        for number, source in enumerate(file, 1):
+            try:
+                line = source.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: byte {error.start} is no UTF-8") from None
             fields = line.rstrip("\r\n").split("\t")
-            if fields == [""] or (number == 1 and not fields[-1].lstrip("-").isdigit()):
+            if fields == [""] or (number == 1 and not _WHOLE.fullmatch(fields[-1])):
                 continue
-            if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
+            if len(fields) != 3 or not _WHOLE.fullmatch(fields[2]):
                 raise ValueError(
                     f"{path}, line {number}: expected query, document and a whole number, separated by tabs; got "
-                    f"{line.rstrip()!r}"
+                    f"{shorten(line.rstrip())}"
                 )
             yield number, (fields[0], fields[1], int(fields[2]))
 
@@ -284,7 +307,8 @@ KINDS = (
 )
 
 
-def _discover(data: Path) -> dict[str, tuple[_Kind, Path]]:
+def discover(data: Path) -> dict[str, tuple[_Kind, Path]]:
+    """By name, the kind and folder of every task under `data`; FileNotFoundError where there is none."""
     if not data.is_dir():
         raise FileNotFoundError(f"there is no folder {data}")
     found: dict[str, tuple[_Kind, Path]] = {}

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
+BARE = "{instruction} "  # the paper's: the instruction and the text, nothing around them
+EXACT_LENGTH = 512  # tokens at which the paper's own evaluation cuts
+
 # SummEval is the paper's, and mteb's first version, whose score averages correlations with their p-values;
 # SummEvalSummarization.v2 is the correlation alone.
 PAPER: dict[str, tuple[str, ...]] = {

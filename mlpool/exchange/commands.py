@@ -6,17 +6,14 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from .. import options
+from ..files import new_place
+from . import FORMATS
 
-from ..embedder.adapters import has_adapter
-from ..embedder.adapters import merge as merge_adapter
-from ..embedder.designs import DESIGNS
-from ..embedder.embedder import Embedder
-from ..embedder.loading import load
-from .export import FORMATS, agreement, new_place
-from .export import export as export_embedder
-from .released import import_released as read_released
+if TYPE_CHECKING:
+    from ..embedder.embedder import Embedder
 
 
 @dataclass(frozen=True)
@@ -30,22 +27,29 @@ class Command:
 def _add_common(parser: argparse.ArgumentParser, folder: str, output: str) -> None:
     parser.add_argument("folder", help=folder)
     parser.add_argument("-o", "--output", required=True, help=output)
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float64", "float32", "bfloat16", "float16"),
-        help="of the backbone; auto is the dtype it was saved in (default)",
-    )  # fmt: skip
-    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU where there is one)")
+    options.add_dtype(parser)
+    options.add_device(parser)
 
 
 def _load(args: argparse.Namespace) -> Embedder:
+    """The embedder to work on; where it is and where it goes are checked before anything is imported."""
+    new_place(args.output)
+    options.check_place(args.folder)
+    from ..embedder.loading import load
+
     return load(args.folder, base=args.base, dtype=args.dtype, device=args.device)
 
 
 def _merge(embedder: Embedder) -> float:
     """Fold the adapter in; the largest difference of a coordinate, or an error where it is more than rounding."""
+    import torch
+
+    from ..embedder.adapters import merge
+    from .export import agreement
+
     with torch.no_grad():
         before = embedder._probe()
-        merged = merge_adapter(embedder)
+        merged = merge(embedder)
         try:
             return agreement(merged, before, merged._probe, f"merging in {embedder.dtype} changes embeddings")
         except RuntimeError as error:
@@ -61,7 +65,6 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_merge(args: argparse.Namespace) -> None:
-    new_place(args.output)
     embedder = _load(args)
     error = _merge(embedder)
     embedder.save(args.output)
@@ -72,21 +75,22 @@ def _run_merge(args: argparse.Namespace) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    plain = ", ".join(design.name for design in DESIGNS.values() if not design.trainable)
     _add_common(parser, "a saved embedder; an adapter is merged first", "a folder (st) or a file named .pt2 (torch)")
     parser.add_argument("--base", help="the base model of an adapter, where it is no longer at its place")
     parser.add_argument(
         "--format", choices=FORMATS,
-        help=f"st: a plain sentence-transformers folder, the default for {plain}; torch: one file of torch.export, the "
-        "default for designs with a trained pooler",
+        help="st: a plain sentence-transformers folder, the default for EOS and mean pooling; torch: one file of "
+        "torch.export, the default for designs with a trained pooler",
     )  # fmt: skip
 
 
 def _run_export(args: argparse.Namespace) -> None:
-    new_place(args.output)
     embedder = _load(args)
+    from ..embedder.adapters import has_adapter
+    from .export import export
+
     merged = _merge(embedder) if has_adapter(embedder[0].model) else 0.0  # type: ignore[arg-type]
-    error = export_embedder(embedder, args.output, args.format)
+    error = export(embedder, args.output, args.format)
     print(f"{args.output}: {embedder[0].design}, loaded again; embeddings agree to {max(error, merged):.1e}")
     if Path(args.output).suffix == ".pt2":
         print(
@@ -103,14 +107,23 @@ def _run_export(args: argparse.Namespace) -> None:
 def _import_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, "the authors' folder: adapter and attn_pool.pt", "the folder to write, new or empty")
     parser.add_argument("--base", required=True, help="the base model that the adapter was trained on")
-    parser.add_argument("--design", help="2 to 5, or its name; which of two it is, no file says")
-    parser.add_argument("--num-heads", type=int, default=32, help="of the pooler (default 32, the released)")
+    parser.add_argument("--design", help="1 to 5, or its name; which of two it is, no file says")
+    options.add_max_seq_length(parser, "the model's own limit; the authors evaluate at 512")
+    parser.add_argument(
+        "--num-heads", type=options.positive, default=32, help="of the pooler (default 32, the released)"
+    )
 
 
 def _run_import(args: argparse.Namespace) -> None:
     new_place(args.output)
-    embedder = read_released(
-        args.folder, args.base, args.design, args.num_heads, dtype=args.dtype, device=args.device
+    options.check_place(args.base)
+    if not Path(args.folder).is_dir():
+        raise FileNotFoundError(f"no folder {args.folder}{options.near(Path(args.folder))}; expected the authors'")
+    from .released import import_released
+
+    embedder = import_released(
+        args.folder, args.base, args.design, args.num_heads, dtype=args.dtype, device=args.device,
+        max_seq_length=args.max_seq_length,
     )  # fmt: skip
     embedder.save(args.output)
     print(f"{args.output}: {embedder[0].design}; loads with mlpool.load({args.output!r})")

@@ -37,12 +37,13 @@ from ..embedder.embedder import _PROBES, Embedder
 from ..embedder.folder import staged
 from ..embedder.pooler import Pooler
 from ..embedder.texts import TextTokenizer
+from ..files import new_place
 from ..pooling import EosPool, MeanPool
 from ..pooling.base import log_once
 from ..pooling.trainable import TrainablePool
 from ..taps import find_layers
+from . import FORMATS
 
-FORMATS = ("st", "torch")
 _CLASSIC = "sentence_transformers.models."  # the names that serving tools look for; every version imports them
 _MODES = {"cls_token": None, "mean_tokens": MeanPool, "max_tokens": None, "mean_sqrt_len_tokens": None,
           "weightedmean_tokens": None, "lasttoken": EosPool}  # fmt: skip
@@ -234,11 +235,11 @@ def export_program(embedder: Embedder, path: str | Path) -> float:
         frame = json.loads(files["embedder.json"])["frame"]                       # {"before": […], "behind": […]}
         embedding = program(input_ids, attention_mask)                            # int64 [B, T] each → [B, D]
 
-    Every text stands between the token ids of `frame`, whatever its tokenizer puts there by itself (a decoder's puts no
-    EOS): a row that does not is an error of the program. B and T are free, T up to the limit of tokens. Where prompts or BOS are not pooled, a third argument token_mask
-    [B, T] is 0 on them. The weights are of the embedder's dtype, and the file runs on the kind of device that it was
-    exported on (`load_exported` moves it). The feed-forward of a large pooler is computed in one piece: at the paper's
-    sizes 100 MB a text in float32.
+    Every text stands between the token ids of `frame`, whatever its tokenizer puts there by itself (a decoder's
+    puts no EOS): a row that does not is an error of the program. B and T are free, T up to the limit of tokens.
+    Where prompts or BOS are not pooled, a third argument token_mask [B, T] is 0 on them. The weights are of the
+    embedder's dtype, and the file runs on the kind of device that it was exported on (`load_exported` moves it).
+    The feed-forward of a large pooler is computed in one piece: at the paper's sizes 100 MB a text in float32.
 
     Args:
         embedder: of any design, without an adapter. path: a new file, named .pt2.
@@ -511,14 +512,6 @@ def agreement(embedder: Embedder, theirs: Tensor, embed: Callable[[], Tensor], f
     if not error <= limit:
         raise RuntimeError(f"{failure} by {error:.1e} (at most {limit:.1e} is rounding in {embedder.dtype})")
     return error
-
-
-def new_place(path: str | Path) -> Path:
-    """A path that is new, or an empty folder; FileExistsError otherwise."""
-    path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already and not empty; remove it, or choose another name")
-    return path
 
 
 def _check_mergeable(embedder: Embedder, what: str) -> None:

@@ -3,11 +3,18 @@
 What the files do not say has to be said: whether attention was causal or bidirectional, and the pooler's heads. The
 adapter's names start where the causal LM's do (`model.layers.0…`); an embedder's backbone is the model inside.
 
-Source: the released code and checkpoints of arXiv 2409.02727, designs 2 to 5.
+Source: the released code and checkpoints of arXiv 2409.02727, designs 1 to 5. Its trainer writes `OUTattn_pool.pt`
+beside the folder OUT; its layer table has 32 rows, of which the base's layers are read; design 1 has no pooler.
+
+Two things are otherwise here. Padding is masked in design 4, where theirs pools it as text. In designs 3 and 5 theirs
+leaves out every token whose id is the pad token's, so a text that spells it out (say `<unk>`) loses it, and the mean
+moves by some 1e-2; here a token of the text is text. `tokenizer.pad_token` set to one that no text holds, before
+anything is embedded with their code, makes both the same.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import pickle
 from pathlib import Path
@@ -39,12 +46,11 @@ def import_released(
         embedder = import_released("released/", base="mistralai/Mistral-7B-v0.1", design=5)
         embedder.save("design-5")
 
-    Padding is masked in design 4, where the released code pools it as text.
-
     Args:
-        folder: with `adapter_config.json`, `adapter_model.safetensors` or `.bin`, and `attn_pool.pt`.
+        folder: with `adapter_config.json`, `adapter_model.safetensors` or `.bin`; in it or beside it `attn_pool.pt`.
         base: the base model that the adapter was trained on, a folder or Hub name.
-        design: 2 to 5 or its name; the file tells 2 and 4 from 3 and 5, nothing tells causal from bidirectional.
+        design: 1 to 5 or its name; the file tells 2 and 4 from 3 and 5, nothing tells causal from bidirectional.
+            Without the file it is 1, or another name of a design without a trained pooler.
         num_heads: of the pooler; the released ones have 32.
         options: of `mlpool.load`: max_seq_length, prompts, dtype, device and so on.
 
@@ -55,26 +61,47 @@ def import_released(
     _peft()
     folder = Path(folder)
     config, adapter = _read_adapter(folder)
-    chosen = _design(folder / POOL, design)
-    pool: Any = chosen.pool.from_released(  # type: ignore[attr-defined]
-        folder / POOL, num_heads=num_heads, token_pooling=chosen.token_pooling
-    )
+    path = _pool_file(folder)
+    chosen = _design(path, design) if path else _design_without_pool(folder, design)
+    read = functools.partial(_read_pool, chosen, path, num_heads)
+    pool = read()  # what is wrong with the file shows before the base model is loaded
     embedder = load(base, chosen.name, **options)
     backbone: Any = embedder[0]
-    _check_pool(pool, backbone.hidden_size, backbone.num_layers, folder / POOL)
+    if pool is not None:
+        if getattr(pool, "num_layers", 0) > backbone.num_layers:
+            logger.warning(
+                "%s has rows for %d layers and the base model has %d: the first are read, as in theirs", path,
+                pool.num_layers, backbone.num_layers,
+            )  # fmt: skip
+            pool = read(num_layers=backbone.num_layers)
+        _check_pool(pool, backbone.hidden_size, backbone.num_layers, path)
     _add_adapter(backbone.model, config, adapter, str(base), folder)
     backbone.base_fingerprint = fingerprint(backbone.model)
-    embedder[1].pool = pool.to(embedder.device)
+    if pool is not None:
+        embedder[1].pool = pool.to(embedder.device)
     return embedder.eval()
+
+
+def _pool_file(folder: Path) -> Path | None:
+    """`attn_pool.pt` in the folder, or beside it under a name that begins with the folder's; None where neither is."""
+    whole = folder.resolve()
+    return next((path for path in (folder / POOL, whole.with_name(whole.name + POOL)) if path.is_file()), None)
+
+
+def _read_pool(chosen: Design, path: Path | None, num_heads: int, **options: Any) -> Any:
+    if path is None:
+        return None
+    return chosen.pool.from_released(  # type: ignore[attr-defined]
+        path, num_heads=num_heads, token_pooling=chosen.token_pooling, **options
+    )
 
 
 def _read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """The LoRA config, and the tensors by name."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; expected the authors', with {CONFIG}, {WEIGHTS[0]} and {POOL}")
-    for name in (CONFIG, POOL):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}; expected {CONFIG}, {WEIGHTS[0]} (or .bin) and {POOL}")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; expected {CONFIG}, {WEIGHTS[0]} (or .bin) and {POOL}")
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
         raise FileNotFoundError(f"{folder} has neither {' nor '.join(WEIGHTS)}; expected one of them")
@@ -116,6 +143,18 @@ def _design(path: Path, design: str | int | None) -> Design:
     chosen = find_design(design)
     if chosen not in fitting:
         raise ValueError(f"{path} {has}, so its design is {listed}, not {chosen.number or chosen.name}")
+    return chosen
+
+
+def _design_without_pool(folder: Path, design: str | int | None) -> Design:
+    """The design that was asked for, if it has no trained pooler."""
+    chosen = None if design is None else find_design(design)
+    if chosen is None or chosen.trainable:
+        beside = folder.resolve().name + POOL
+        raise FileNotFoundError(
+            f"{folder} has no {POOL}, nor is there {beside} beside it; expected {CONFIG}, {WEIGHTS[0]} (or .bin) and "
+            f"{POOL}. Design 1 alone has no pooler: pass design=1 (--design 1)"
+        )
     return chosen
 
 

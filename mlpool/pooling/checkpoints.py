@@ -83,7 +83,12 @@ def read_released(path: str | Path, multi_layer: bool) -> dict[str, Tensor]:
 
 
 def load_released(cls: type[P], path: str | Path, num_heads: int, *, multi_layer: bool, **options: Any) -> P:
-    """A pool of the sizes that the file's shapes give, with its tensors."""
+    """A pool of the sizes that the file's shapes give, with its tensors.
+
+    Args:
+        options: of the pool. num_layers of them: the first so many rows of the file's layer weights are taken, as the
+            authors' module does, whose table has 32 rows whatever the depth of the base model; by default all.
+    """
     released = read_released(path, multi_layer)
     for name in ("latents", KEY_VALUE, RELEASED["query_weight"], RELEASED["ff_in_weight"]):
         if released[name].dim() != 2:
@@ -99,7 +104,11 @@ def load_released(cls: type[P], path: str | Path, num_heads: int, *, multi_layer
         "residual": False,
     }  # fmt: skip
     if multi_layer:
-        sizes["num_layers"] = released[RELEASED["layer_weights"]].shape[0]
+        rows = released[RELEASED["layer_weights"]]
+        sizes["num_layers"] = count = options.pop("num_layers", None) or len(rows)
+        if count > len(rows):
+            raise ValueError(f"{path} has layer weights of {len(rows)} layers, {count} are asked for")
+        released[RELEASED["layer_weights"]] = rows[:count]
     pool = cls(hidden, **sizes, **options)  # type: ignore[call-arg]
     load_checked(pool, from_released(released), str(path))
     return pool

@@ -73,6 +73,10 @@ class MultiLayerPool(TrainablePool):
     def from_released(cls, path: str | Path, num_heads: int = 32, token_pooling: str = "last", **options: Any) -> Self:
         """Load the authors' `attn_pool.pt` (read with weights_only=True); all sizes but the heads come from the file.
 
+        Args:
+            options: of the pool; num_layers for a base model of fewer layers than the file has rows (theirs has 32
+                always, of which the first are read).
+
         Raises:
             FileNotFoundError; ValueError for a file that is cut short or holds anything but plain tensors, and for
             missing, extra or misshapen keys, named.

@@ -24,12 +24,22 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import write_json, write_text
-from .config import Study, fitting, read_study
+
+if TYPE_CHECKING:
+    from .config import Study, read_study
 
 __all__ = ["Study", "add_arguments", "choose", "read_study", "run", "study"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Study", "read_study"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import config  # imports what trains, seconds that `mlpool study --help` need not wait
+
+    return getattr(config, name)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if not Path(args.config).is_file():  # before seconds of imports
+        raise FileNotFoundError(f"no config {args.config}; configs/study/ has ready ones")
+    from .config import read_study
+
     given = {"base": args.base, "data_dir": args.data, "output": args.output}
     config = read_study(args.config, args.set, made_data=args.made_data, **given)
     study(
@@ -84,6 +98,7 @@ def study(
     import yaml
 
     from . import runs as work
+    from .config import Study, read_study
     from .parameters import match_parameters
     from .plan import plan
 
@@ -126,6 +141,7 @@ def choose(config: Study) -> dict[str, dict[str, Any]]:
         ValueError: the search is not finished.
     """
     from ..evaluation import results
+    from .config import fitting
     from .runs import finished, rank
 
     if missing := [run for run in config.search_runs() if not finished(config.output, run)]:

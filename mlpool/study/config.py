@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..embedder.designs import Design, find_design
-from ..embedder.loading import _check_place as check_place
 from ..evaluation.local import SPLITS
+from ..options import check_place
 from ..schema import check, copied, put, read_config, section
 from ..training.config import SHORT, checked
 from ..training.config import read_config as read_training

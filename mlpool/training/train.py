@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import os
@@ -36,22 +35,6 @@ _FREE = {
     "logging_steps", "logging_first_step", "report_to", "save_steps", "save_strategy", "save_total_limit", "run_name",
     "eval_steps", "eval_strategy", "disable_tqdm", "dataloader_num_workers", "log_level", "output_dir", "device",
 }  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML file; configs/ has ready ones")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, train nothing")
-    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in output_dir")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="overrides of the config")
-
-
-def run(args: argparse.Namespace) -> None:
-    words = list(args.overrides)
-    for flag in ("dry-run", "resume"):  # also behind the overrides
-        if f"--{flag}" in words:
-            words.remove(f"--{flag}")
-            setattr(args, flag.replace("-", "_"), True)
-    train(args.config, words, resume=args.resume, dry_run=args.dry_run)
 
 
 def train(

@@ -21,6 +21,7 @@ import mlpool  # noqa: E402
 from mlpool.analysis.correlation import hsic, pearson_sum  # noqa: E402
 from mlpool.analysis.layers import (  # noqa: E402
     Pairs,
+    _name_sets,
     analyse,
     layer_scores,
     load_model,
@@ -500,3 +501,17 @@ def test_costs_little_more_than_encoding(data_dir):
         seconds["encode"] += between - began
         seconds["analyse"] += time.process_time() - between
     assert seconds["analyse"] <= 1.3 * seconds["encode"], seconds
+
+
+def test_names_of_data_sets_tell_them_apart_and_are_short(tmp_path):
+    """A whole path was an axis' title."""
+    deep = tmp_path / ("long" * 10) / ("folder" * 10)
+    assert _name_sets([str(tmp_path / "sts/stsb/dev.jsonl")]) == ["stsb/dev"]
+    for paths in (
+        [str(tmp_path / name / "stsb/dev.jsonl") for name in ("one", "two")],
+        [str(deep / name / "x/dev.jsonl") for name in ("one", "two")],
+        [str(tmp_path / name / ("x" * 60) / "dev.jsonl") for name in ("one", "two")],
+    ):
+        names = _name_sets(paths)
+        assert len(set(names)) == 2
+        assert max(map(len, names)) <= 40, names

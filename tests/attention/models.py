@@ -1,14 +1,12 @@
-"""Tiny random models of each family, batches for them, and the README's matrix; shared by the tests of this folder.
+"""Tiny random models of each family, and batches for them; shared by the tests of this folder.
 
 There is no conftest.py here: the other folders' tests import from `conftest` and would get this one. A test module
-takes the fixtures by name, `matrix = models.matrix`.
+takes the fixture by name, `flex_uncompiled = models.flex_uncompiled`.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -110,57 +108,6 @@ def pad(rows: Sequence[Tensor], side: str = "right") -> dict[str, Tensor]:
 def alone(row: Tensor) -> dict[str, Tensor]:
     """The batch of one text, without padding."""
     return pad([row])
-
-
-# --- the matrix of families and backends in README.md ---------------------------------------------------------------
-
-README = Path(__file__).resolve().parents[2] / "README.md"
-START, END = "<!-- attention-matrix -->", "<!-- /attention-matrix -->"
-COLUMNS = {
-    "eager": "eager",
-    "sdpa": "sdpa",
-    "flex_attention": "flex",
-    "flash_attention_2": "flash-attn",
-    "mlpool_packed": "packed",
-    "reload": "after save and reload",
-}
-CELLS: dict[str, dict[str, str]] = {}
-
-
-@pytest.fixture(scope="session")
-def matrix(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, str | float], None]]:
-    """record(family, column, cell): a number is the largest difference between padded and lone texts.
-
-    `MLPOOL_WRITE_MATRIX=1 pytest tests/attention`, in one process, writes what was recorded into README.md.
-    """
-    writing = os.environ.get("MLPOOL_WRITE_MATRIX") == "1"
-    if writing and "PYTEST_XDIST_WORKER" in os.environ:
-        pytest.fail("MLPOOL_WRITE_MATRIX=1 needs one process: leave out -n")
-
-    def record(family: str, column: str, cell: str | float) -> None:
-        assert column in COLUMNS
-        CELLS.setdefault(family, {})[column] = cell if isinstance(cell, str) else f"ok ({cell:.0e})"
-
-    yield record
-    if writing and not request.session.testsfailed:
-        write(README, CELLS)
-
-
-def table(cells: dict[str, dict[str, str]]) -> str:
-    """Markdown; only columns that hold something."""
-    columns = [name for name in COLUMNS if any(name in row for row in cells.values())]
-    lines = [["family", *(COLUMNS[name] for name in columns)], ["---"] * (len(columns) + 1)]
-    lines += [[family, *(row.get(name, "–") for name in columns)] for family, row in cells.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def write(path: Path, cells: dict[str, dict[str, str]]) -> None:
-    """Put the table between the markers of the file."""
-    text = path.read_text()
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path.name} must hold {START} and {END} once each")
-    before, after = text.split(START)[0], text.split(END)[1]
-    path.write_text(f"{before}{START}\n{table(cells)}\n{END}{after}")
 
 
 @pytest.fixture

@@ -201,7 +201,7 @@ def test_it_costs_two_short_forwards():
     handle = model.layers[0].register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
     check_attention(model)
     handle.remove()
-    assert shapes == [(3, 5), (7, 8)]
+    assert shapes == [(12, 5), (40, 8)]  # a copy of the text for each change of its last token
 
 
 def test_checkpointing_on():
@@ -217,17 +217,52 @@ def test_unknown_expectation():
         check_attention(build("Llama"), "both")
 
 
-def test_the_matrix_goes_between_its_markers(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- attention-matrix -->\nold\n<!-- /attention-matrix -->\nafter\n")
-    models.write(readme, {"Llama": {"eager": "ok (1e-06)"}, "Gemma2": {"sdpa": "refused"}})
-    assert readme.read_text() == (
-        "before\n<!-- attention-matrix -->\n| family | eager | sdpa |\n| --- | --- | --- |\n"
-        "| Llama | ok (1e-06) | – |\n| Gemma2 | – | refused |\n<!-- /attention-matrix -->\nafter\n"
-    )
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match="once each"):
-        models.write(readme, {})
+def saturate(model: nn.Module) -> nn.Module:
+    """Every token reads one other alone: the second weight is below 1e-7."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(30)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "mlpool_packed"])
+def test_saturated_attention_is_no_causal_attention(backend, seed):
+    model = saturate(build("Llama", "sdpa" if backend == "mlpool_packed" else backend, attention_bias=bool(seed % 2)))
+    if seed > 1:
+        model.layers = model.layers[:2]
+        model.config.num_hidden_layers = 2
+    if backend == "mlpool_packed":
+        pack(model, check=False)
+    assert check_attention(model, "causal").causal
+    bidirectional(model)
+    assert check_attention(model).bidirectional
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(bad):
+    model = build("Llama")
+    with torch.no_grad():
+        model.layers[1].mlp.down_proj.weight[0, 0] = bad
+    for test in (bidirectional, check_attention, is_bidirectional):
+        with pytest.raises(AttentionCheckError, match=r"NaN or infinite weights: layers\.1\.mlp\.down_proj\.weight; a"):
+            test(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(bad)
+    with pytest.raises(AttentionCheckError, match=r"embed_tokens\.weight, .* and \d+ more"):
+        bidirectional(model)
+
+
+def test_an_overflow_of_finite_weights_is_named():
+    model = build("Llama", dtype=torch.float16)
+    with torch.no_grad():
+        model.layers[0].mlp.down_proj.weight.fill_(6e4)
+    with pytest.raises(
+        AttentionCheckError, match="output of layer 0 is NaN or infinite in float16, though all weights"
+    ):
+        check_attention(model)
 
 
 def test_the_same_batch_twice_is_the_same():

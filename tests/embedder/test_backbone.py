@@ -158,6 +158,23 @@ def test_a_model_that_cannot_pack_says_so_once(caplog):
     assert not embedder[0].packed
 
 
+def test_a_family_whose_own_code_cannot_pack_runs_padded(caplog, tmp_path):
+    """Found when it is packed, not when it encodes: its dynamic mask raises an IndexError on a row of texts."""
+    log_once.cache_clear()
+    torch.manual_seed(0)
+    transformers.DogeModel(transformers.DogeConfig(**tiny.GATED)).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "mlpool"):
+        embedder = load(tmp_path, "eos-causal", device="cpu")
+        embeddings = embedder.encode(TEXTS)
+    close(embeddings, load(tmp_path, "eos-causal", device="cpu", packing="never").encode(TEXTS))
+    assert not embedder[0].packed
+    assert "running with padding" in caplog.text
+    assert "doge cannot run packed: a trial of two short texts failed" in caplog.text
+    with pytest.raises(ValueError, match="doge cannot run packed"):
+        load(tmp_path, "eos-causal", device="cpu", packing="always").encode(TEXTS)
+
+
 @pytest.mark.parametrize("design", ["multi-layer-bidirectional", "multi-layer-causal"])
 def test_forwards_leave_the_model_as_it_was(design):
     embedder = tiny.embedder(design)

@@ -114,18 +114,24 @@ def test_more_texts_than_one_block(embedder):
 # --- what goes in -----------------------------------------------------------------------------------------------------
 
 
-def columns(texts):
-    import datasets
-
-    table = datasets.Dataset.from_dict({"text": texts})
-    yield from (tuple(texts), np.array(texts), np.array(texts, dtype=object), pd.Series(texts, index=range(7, 0, -1)))
-    yield from (table["text"], (text for text in texts), dict(enumerate(texts)).values())
+def dataset_column(texts):
+    return pytest.importorskip("datasets", reason="needs datasets").Dataset.from_dict({"text": texts})["text"]
 
 
-@pytest.mark.parametrize("which", range(7))
-def test_collections_of_texts(embedder, which):
-    expected = embedder.encode(TEXTS)
-    close(embedder.encode(list(columns(TEXTS))[which]), expected)
+COLLECTIONS = {
+    "tuple": tuple,
+    "array": np.array,
+    "array of objects": lambda texts: np.array(texts, dtype=object),
+    "series": lambda texts: pd.Series(texts, index=range(len(texts), 0, -1)),
+    "column": dataset_column,
+    "generator": iter,
+    "values": lambda texts: dict(enumerate(texts)).values(),
+}
+
+
+@pytest.mark.parametrize("kind", COLLECTIONS)
+def test_collections_of_texts(embedder, kind):
+    close(embedder.encode(COLLECTIONS[kind](TEXTS)), embedder.encode(TEXTS))
 
 
 def test_single_string(embedder):

@@ -74,6 +74,45 @@ def test_eos_stands_once_behind_a_cut(frame):
             assert ids == [*tokenizer.prefix, *(inner[:-1] if inner[-1] == EOS else inner), EOS]
 
 
+def greek(frame: str, letters: str = "αβγδε", **options):
+    """A BPE tokenizer whose vocabulary has no Latin letter, and no token for what it does not know."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=20, special_tokens=tiny.SPECIAL, show_progress=False)
+    bpe.train_from_iterator([f"{letters} {letters[::-1]}"], trainer)
+    template = " ".join(
+        [*(tiny.SPECIAL[i] for i in FRAMES[frame][0]), "$A", *(tiny.SPECIAL[i] for i in FRAMES[frame][1])]
+    )
+    bpe.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **options}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_tokenizer_without_latin_letters(frame):
+    """The usual probes are nothing to it; they would put BOS behind a text, and no EOS."""
+    tokenizer = greek(frame)
+    assert tokenizer("a two words", add_special_tokens=False)["input_ids"] == []
+    framed = TextTokenizer(tokenizer)
+    assert (framed.prefix, framed.suffix) == (FRAMES[frame][0], [EOS])
+    (ids,) = ids_of(framed(["αβ γ"]))
+    assert ids == [*FRAMES[frame][0], *tokenizer("αβ γ", add_special_tokens=False)["input_ids"], EOS]
+    assert len(ids) > len(FRAMES[frame][0]) + 1
+
+
+def test_a_tokenizer_that_drops_all_text_is_refused():
+    from tokenizers import Regex, normalizers
+
+    tokenizer = greek("both")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(".+"), "")
+    with pytest.raises(
+        ValueError, match=r"makes no tokens of \('a', 'two words'\) nor .* cannot be found; is it the model"
+    ):
+        TextTokenizer(tokenizer)
+
+
 @pytest.mark.parametrize("appends", [False, True])
 def test_slow_tokenizer(appends):
     tokenizer = TextTokenizer(Slow(appends))

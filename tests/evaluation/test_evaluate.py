@@ -489,6 +489,30 @@ def test_prompts(tiny):
     assert (stored.of(sts, None, tiny), stored.of(banking, None, tiny)) == ("S: ", None)
 
 
+def test_prompts_exactly_as_the_papers_code(tiny, tmp_path):
+    """No space behind the instruction, documents too in reranking, its wording where a file has it."""
+    names = ["STS12", "NFCorpus", "AskUbuntuDupQuestions"]
+    sts, retrieval, reranking = (task.metadata for task in mteb_tasks(names))
+    ours, exact = Prompts("mteb"), Prompts.load("paper-exact")
+    exact.check(mteb_tasks(names))
+    for metadata, kind in ((sts, None), (retrieval, "query"), (reranking, "query")):
+        prompt = exact.of(metadata, kind, tiny)
+        assert prompt + " " == ours.of(metadata, kind, tiny)
+    assert exact.of(reranking, "document", tiny) == prompt
+    assert ours.of(reranking, "document", tiny) == exact.of(retrieval, "document", tiny) == ""
+    (tmp_path / "w.json").write_text('{"STS12": "Theirs."}')
+    worded = Prompts.load(f"paper-exact={tmp_path / 'w.json'}")
+    worded.check(mteb_tasks(names))  # what the file does not have is mteb's
+    assert worded.of(sts, None, tiny) == "Theirs."
+    assert worded.of(reranking, "document", tiny) == prompt
+    policies = [Prompts("mteb", "{instruction}").policy, exact.policy, worded.policy]
+    assert all(policies.count(policy) == 1 for policy in policies)  # none is taken for another's results
+    with pytest.raises(ValueError, match="paper-exact is without a template"):
+        Prompts.load("paper-exact", INSTRUCT)
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.json"):
+        Prompts.load(f"paper-exact={tmp_path / 'none.json'}")
+
+
 def test_no_prompt_beats_a_default_one(tiny, small_data):
     """ "none" also switches the model's default prompt off."""
     (bare,) = evaluate_local(tiny, small_data, ["sts"], label="m", progress=False)
@@ -518,7 +542,9 @@ def test_wrong_prompt_files(tmp_path, text, message):
 
 
 def test_wrong_prompts(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"mteb, model, none or a file; there is no file .*x\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"mteb, model, none, paper-exact or a file; there is no file .*x\.json"
+    ):
         Prompts.load(str(tmp_path / "x.json"))
     with pytest.raises(ValueError, match=r"must contain \{instruction\}"):
         Prompts("mteb", "Instruct: ")

@@ -280,6 +280,12 @@ GOOD = {
     ("file", "line", "content", "message"),
     [
         ("sts/x/test.jsonl", 2, "{", "not valid JSON"),
+        pytest.param("sts/x/test.jsonl", 2, "[" * 100_000, "not valid JSON: it is nested too deep", id="deep"),
+        pytest.param("sts/x/test.jsonl", 2, f'{{"score": {"9" * 5000}}}', "not valid JSON: Exceeds", id="long"),
+        ("sts/x/test.jsonl", 2, '{"sentence1": "\\ud83d", "sentence2": "b", "score": 1}', "half a surrogate pair"),
+        ("sts/x/test.jsonl", 2, '{"sentence1": "a", "sentence2": "b", "score": 1' + "0" * 400 + "}", "be a number"),
+        ("classification/x/train.jsonl", 2, '{"text": "a", "label": "\\ud83d"}', "half a surrogate pair"),
+        ("retrieval/x/qrels.tsv", 3, "q0\td0\t²", "expected query, document and a whole number"),
         ("sts/x/test.jsonl", 2, "[1]", "expected an object, got list"),
         ("sts/x/test.jsonl", 2, '{"sentence1": "a", "score": 1}', '"sentence2" is missing; found .sentence1., .score.'),
         ("sts/x/test.jsonl", 1, '{"sentence1": "a", "sentence2": 5, "score": 1}', "must be a string, got 5"),

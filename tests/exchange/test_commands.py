@@ -78,10 +78,9 @@ def test_merge_refuses(saved, tmp_path, capsys, monkeypatch):
     refused("no folder", "merge", tmp_path / "none", "-o", tmp_path / "out")
 
     def careless(made):
-        return shake(commands_merge(made), 0.05)
+        return shake(merge(made), 0.05)
 
-    commands_merge = commands.merge_adapter
-    monkeypatch.setattr(commands, "merge_adapter", careless)
+    monkeypatch.setattr("mlpool.embedder.adapters.merge", careless)
     refused(
         "merging in torch.float32 changes embeddings by", "merge", root / "mean-bidirectional", "-o", tmp_path / "out"
     )
@@ -90,8 +89,8 @@ def test_merge_refuses(saved, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def coarse():
-    """An embedder with an adapter and large states that nearly cancel in the first norm: float32 is 1e-4 off float64, as
-    in a deep decoder with massive activations."""
+    """An embedder with an adapter and large states that nearly cancel in the first norm: float32 is 1e-4 off
+    float64, as in a deep decoder with massive activations."""
     made = add_lora(embedder("multi-layer-bidirectional"))
     shake(made[0].model, only="lora_B")
     with torch.no_grad():

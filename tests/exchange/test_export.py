@@ -307,7 +307,7 @@ def test_program_refuses(programs, tmp_path):
 
 
 def test_program_refuses_ids_without_their_frame(tmp_path):
-    """A plain tokenizer's ids, without EOS, were embedded wrongly by 0.49 and nothing was said; the file has the rule."""
+    """A plain tokenizer's ids, without EOS, were embedded wrongly by 0.49 without a word; the file has the rule."""
     made = embedder("multi-layer-bidirectional", "llama", frame="bos", packing="never")
     export_program(made, tmp_path / "out.pt2")
     files = {"embedder.json": ""}

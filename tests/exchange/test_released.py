@@ -9,6 +9,7 @@ from mlpool_kernels import reference
 from safetensors.torch import load_file, save_file
 from tiny import EOS, GATED, TEXTS, D, L, shake, tokenizer, transformers
 
+from mlpool import MultiLayerPool
 from mlpool.embedder import DESIGNS, load
 from mlpool.exchange.released import import_released
 from mlpool.pooling.checkpoints import from_released
@@ -187,8 +188,8 @@ def test_files_that_are_missing_or_broken(folders, tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r"no folder .*none; expected the authors'"):
         import_released(tmp_path / "none", folder / "base", 5, HEADS)
-    for name in ("adapter_config.json", "attn_pool.pt"):
-        broken(FileNotFoundError, f"has no {name}; expected adapter_config.json", name)
+    broken(FileNotFoundError, "has no adapter_config.json; expected adapter_config.json", "adapter_config.json")
+    broken(FileNotFoundError, "has no attn_pool.pt, nor is there releasedattn_pool.pt beside it", "attn_pool.pt")
     weights = "adapter_model.safetensors"
     broken(FileNotFoundError, "has neither adapter_model.safetensors nor adapter_model.bin", weights)
     for name in (weights, "attn_pool.pt"):
@@ -197,3 +198,54 @@ def test_files_that_are_missing_or_broken(folders, tmp_path):
     broken(ValueError, "adapter_config.json cannot be read", "adapter_config.json", b'{"peft_type": ')
     prompt = json.dumps({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM"}).encode()
     broken(ValueError, "is a PromptTuningConfig, expected LoRA's", "adapter_config.json", prompt)
+
+
+# --- as the authors' trainer leaves it --------------------------------------------------------------------------------
+
+
+def test_rows_for_more_layers_than_the_base_has(folders, tmp_path, caplog):
+    """Their table has 32 rows, whatever the base; its first rows are read."""
+    folder, model = folders[5]
+    released = copied(folder, tmp_path)
+    short = torch.load(folder / "released/attn_pool.pt")
+    tall = {**short, "pos_emb.weight": torch.cat([short["pos_emb.weight"], torch.full((32 - L, D), 9.0)])}
+    torch.save(tall, released / "attn_pool.pt")
+    made = import_released(released, folder / "base", 5, HEADS, device="cpu")
+    assert made[1].pool.num_layers == L
+    assert f"has rows for 32 layers and the base model has {L}: the first are read" in caplog.text
+    expected = by_hand(model, 5, short)
+    torch.testing.assert_close(torch.from_numpy(made.encode(TEXTS)).double(), expected, atol=2e-5, rtol=0)
+    pool = MultiLayerPool.from_released(released / "attn_pool.pt", HEADS, num_layers=2)
+    assert torch.equal(pool.layer_weights, short["pos_emb.weight"][:2])
+    with pytest.raises(ValueError, match="has layer weights of 32 layers, 33 are asked for"):
+        MultiLayerPool.from_released(released / "attn_pool.pt", HEADS, num_layers=33)
+
+
+def test_pool_file_beside_the_folder(folders, tmp_path, monkeypatch):
+    """A missing slash in their trainer: OUT/ and OUTattn_pool.pt."""
+    folder, model = folders[4]
+    released = copied(folder, tmp_path)
+    (released / "attn_pool.pt").rename(tmp_path / "releasedattn_pool.pt")
+    expected = by_hand(model, 4, torch.load(folder / "released/attn_pool.pt"))
+    monkeypatch.chdir(released)
+    for place in (released, f"{released}/", "."):
+        made = import_released(place, folder / "base", 4, HEADS, device="cpu")
+        torch.testing.assert_close(torch.from_numpy(made.encode(TEXTS)).double(), expected, atol=2e-5, rtol=0)
+
+
+def test_design_1_has_no_pool_file(folders, tmp_path):
+    folder, model = folders[2]
+    released = copied(folder, tmp_path)
+    (released / "attn_pool.pt").unlink()
+    made = import_released(released, folder / "base", 1, device="cpu", max_seq_length=32)
+    assert (made[0].design, made.max_seq_length) == ("eos-causal", 32)
+    own, rows = tokenizer(), []
+    for text in TEXTS:
+        ids = torch.tensor([[*own(text, add_special_tokens=False).input_ids, EOS]])
+        with torch.no_grad():
+            rows.append(model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1])
+    expected = torch.nn.functional.normalize(torch.stack(rows))
+    torch.testing.assert_close(torch.from_numpy(made.encode(TEXTS)), expected, atol=2e-5, rtol=0)
+    for design in (None, 2, "layer-weights-bidirectional"):
+        with pytest.raises(FileNotFoundError, match=r"nor is there releasedattn_pool\.pt beside it.*pass design=1"):
+            import_released(released, folder / "base", design, HEADS)

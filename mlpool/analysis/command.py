@@ -1,0 +1,112 @@
+"""`mlpool layers`: how alike a model's layers are, which of them scores best, and which ones its pool reads.
+
+Layers are counted as transformers counts hidden_states: 0 is the embedding, L the last, behind the final norm. The
+state of a text in a layer is that of its last token (EOS, SEP) or the mean over its tokens, prompt and special tokens
+included unless the model's settings leave them out. All layers are read in one pass (see states.py).
+
+Correlation of layers i and j
+    pearson   Pearson's r of a text's two states over their D numbers, averaged over texts: do the layers write the
+              same numbers into the same dimensions? (The paper's figure 1 does not say over what it correlates. Over
+              the texts, dimension by dimension, would need D correlations per pair of layers and hide that a few
+              dimensions hold most of a state.)
+    cka       linear CKA: do the layers place the texts alike, up to rotation and scale? Centred, by the unbiased
+              estimator of HSIC (Song et al. 2012), averaged over random windows of texts (Nguyen et al.,
+              arXiv 2010.15327) and only then divided. An average over windows estimates the HSIC of all texts without
+              bias; where one window holds all texts, it is that. May be slightly negative.
+
+Score of a layer
+    Spearman's correlation of cosines with the gold scores of pairs, without any training (the paper's figure 2). With
+    several data sets, their mean. The best layer is chosen on these very pairs, so its lead is flattering.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .. import options
+from ..corpus.text_files import find_files
+from . import FEWEST, WINDOW
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Correlation between layers, score of each layer, and what a trained pool reads; in one pass."
+    parser.epilog = (__doc__ or "").replace("%", "%%")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("model", help="folder or Hub name of a base model, a saved embedder or a sentence-transformers model")
+    add("--texts", metavar="FILE", help="texts for correlation and profile: .txt, .jsonl, .csv or .parquet; pairs with "
+        "scores (sts/stsb/dev.jsonl) serve for all figures (default: those of --pairs)")  # fmt: skip
+    add("--text-column", metavar="NAME", help="of .jsonl, .csv and .parquet (default: text, or the only one)")
+    add("--pairs", metavar="FILE", nargs="+", default=[], help=".jsonl with sentence1, sentence2 and score, for the "
+        "score of each layer; several are averaged")  # fmt: skip
+    add("--token-pooling", choices=("last", "mean", "both"), default="both", help="(default: %(default)s)")
+    add("--attention", choices=("causal", "bidirectional"), help="of a base model (default: its own)")
+    add("--prompt", help="put before each text (default: the model's default prompt)")
+    add("--limit", type=int, metavar="N", help="of each file take N rows at random")
+    add(
+        "--window",
+        type=options.positive,
+        default=WINDOW,
+        metavar="N",
+        help="texts in memory at once (default: %(default)s)",
+    )
+    add(
+        "--token-budget",
+        type=options.positive,
+        metavar="N",
+        help="tokens a forward, of mlpool's models (default: as in encode)",
+    )
+    add("--seed", type=int, default=0, help="of sample and windows (default: %(default)s)")
+    add("--time", action="store_true", help="also encode the texts plainly, before and after, and say what it cost")
+    options.add_max_seq_length(parser)
+    options.add_device(parser)
+    options.add_dtype(parser)
+    add("-o", "--output", metavar="DIR", help="write CSV files and plots")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    if args.limit is not None and args.limit < FEWEST:
+        raise ValueError(f"--limit must be at least {FEWEST}, got {args.limit}")
+    if args.texts:
+        find_files(args.texts)
+    options.check_place(args.model)
+    paths, texts = [str(path) for path in find_files(args.pairs)] if args.pairs else [], None
+    from .layers import (
+        Pairs,
+        _checked,
+        _holds_pairs,
+        _name_sets,
+        _sample,
+        analyse,
+        load_model,
+        read_pairs,
+        read_texts,
+        time_encode,
+    )
+
+    if args.texts and args.text_column is None and _holds_pairs(args.texts):
+        paths.insert(0, args.texts)
+    elif args.texts:
+        texts = _sample(read_texts(args.texts, args.text_column), args.limit, args.seed)
+    if not paths and texts is None:
+        raise ValueError("no texts: name a file with --texts, with --pairs, or both")
+    sets = {}
+    for name, path in zip(_name_sets(paths), paths, strict=True):
+        pairs = read_pairs(path)
+        rows = _sample(list(zip(*pairs, strict=True)), args.limit, args.seed)
+        sets[name] = Pairs(*zip(*rows, strict=True)) if rows else pairs
+    _checked(sets)  # before a model is loaded
+    model = load_model(args.model, args.attention, args.device, args.dtype, args.max_seq_length)
+    used = {"prompt": args.prompt, "token_budget": args.token_budget}
+    every = [*(texts or []), *(text for first, second, _ in sets.values() for text in (*first, *second))]
+    before = time_encode(model, every, used) if args.time else 0.0
+    report = analyse(
+        model, texts, sets, token_pooling=args.token_pooling, window=args.window, seed=args.seed, **used
+    )  # fmt: skip
+    if args.time:
+        report.encode_seconds = (before + time_encode(model, every, used)) / 2
+    print(report)
+    if args.output:
+        print("wrote", *report.save(args.output), file=sys.stderr)
+    return None
