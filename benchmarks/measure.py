@@ -71,6 +71,8 @@ def start(args: argparse.Namespace, tuned: bool = True) -> torch.device:
         if tuned and tiles_file(args.results, device).is_file():
             os.environ.setdefault("MLPOOL_TILES", str(tiles_file(args.results, device).resolve()))
         progress(f"tiles: {os.environ.get('MLPOOL_TILES', 'the defaults')}")
+    if (path := os.environ.get("MLPOOL_TILES")) and not Path(path).is_file():
+        raise SystemExit(f"MLPOOL_TILES={path} is no file: unset it for the default tiles, or run benchmarks/tune.py")
     return device
 
 

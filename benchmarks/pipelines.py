@@ -63,6 +63,8 @@ try:
     from mlpool.taps import find_layers
 except ModuleNotFoundError as error:
     raise SystemExit(f"this benchmark needs {error.name}: pip install 'mlpool[train]'") from error
+except ImportError as error:  # too old
+    raise SystemExit(f"this benchmark cannot run: {error}") from error
 
 BOTH, LAST = DESIGN_NAMES = ("multi-layer-bidirectional", "multi-layer-causal")  # the paper's designs 5 and 3
 POOLERS = ("default", "paper")

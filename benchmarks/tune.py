@@ -90,13 +90,14 @@ def gather_jobs(new: Maker, batch: int, length: int, layers: int, hidden: int) -
     grad = new(batch, layers, hidden)
     sizes = f"B={batch} T={length} L={layers} D={hidden}"
 
-    def forward(mean: bool, backend: str) -> Callable[[], list[Tensor]]:
-        return lambda: [gather._forward(states, *spans, mean, backend)]
+    def forward(mean: bool, backend: str, unit: bool = False) -> Callable[[], list[Tensor]]:
+        return lambda: [gather._forward(states, *spans, mean, backend, unit)]
 
     def backward(backend: str) -> Callable[[], list[Tensor]]:
         return lambda: gather._backward(grad, list(states[0].shape), *spans, True, backend)
 
     yield Job("mean", sizes, forward(True, "triton"), forward(True, "torch"))
+    yield Job("unit_mean", sizes, forward(True, "triton", True), forward(True, "torch", True))
     yield Job("last", sizes, forward(False, "triton"), forward(False, "torch"))
     yield Job("gather_backward", sizes, backward("triton"), backward("torch"))
 
@@ -116,7 +117,9 @@ def attend_jobs(new: Maker, batch: int, keys: int, hidden: int, columns: int) ->
         return [x] if q is None else [x, (x @ q.float().T).softmax(1)]
 
     cost = key_operations(Sizes(batch, keys, hidden, columns, 1, 1, 1), Plan(launches="one"), 2, cached=True)
-    yield Job("attend", sizes, one(queries), lambda: plain(queries), *cost)
+    # From so many texts on a program holds all columns of one.
+    name = "attend_text" if batch >= attend.MANY_TEXTS else "attend"
+    yield Job(name, sizes, one(queries), lambda: plain(queries), *cost)
     yield Job("norm", sizes, one(None), lambda: plain(None))
 
 
@@ -194,9 +197,11 @@ def rate_jobs(new: Maker) -> Iterator[Job]:
         return [one.abs()]
 
     yield Job("launch", f"{LAUNCHES} of one number", launches, lambda: [one.abs()], Operation("launch", 0, 0))
+    # Into memory that is there already: on a CPU handing out new pages takes longer than filling them.
     source = new(COPY_BYTES[new.device.type] // new.dtype.itemsize)
-    moved = 2 * source.numel() * source.element_size()
-    yield Job("copy", f"{moved >> 20} MiB", lambda: [source.clone()], lambda: [source], Operation("memory", 0, moved))
+    target, moved = torch.empty_like(source), 2 * source.numel() * source.element_size()
+    cost = Operation("memory", 0, moved)
+    yield Job("copy", f"{moved >> 20} MiB", lambda: [target.copy_(source)], lambda: [source], cost)
     for rows, columns, depth in PRODUCTS[new.device.type]:
         a, b = new(rows, depth), new(columns, depth)
         moved = (a.numel() + b.numel() + rows * columns) * a.element_size()
@@ -211,6 +216,7 @@ def jobs(new: Maker, small: bool) -> Iterator[Job]:
     if small:
         yield from gather_jobs(new, 2, 7, 3, 72)
         yield from attend_jobs(new, 2, 5, 72, 40)
+        yield from attend_jobs(new, attend.MANY_TEXTS, 2, 20, 10)
         yield softmax_job(new, 2, 5, 40)
         yield mix_job(new, 2, 3, 72, 2, 20)
         yield from feed_forward_jobs(new, 2, 20, 72, 40)
@@ -223,6 +229,7 @@ def jobs(new: Maker, small: bool) -> Iterator[Job]:
     yield from gather_jobs(new, 64, 256, 32, 4096)
     for layers, hidden in ((24, 896), (32, 4096)):
         yield from attend_jobs(new, 64, layers, hidden, 512)
+        yield from attend_jobs(new, 256, layers, hidden, 512)
         yield softmax_job(new, 64, layers, 24576)
         yield mix_job(new, 64, layers, hidden, 8, 64)
         yield from feed_forward_jobs(new, 64, 64, hidden, hidden)
@@ -237,10 +244,7 @@ def candidates(kernel: str, device: torch.device) -> list[tiles.Tile]:
     """The tiles to try; a plain operation has one, empty."""
     if kernel not in tiles.TILES:
         return [{}]
-    if device.type == "cpu":  # the interpreter, which follows descriptors
-        return tiles.candidates(kernel, 90)
-    major, minor = torch.cuda.get_device_capability(device)
-    return tiles.candidates(kernel, None if torch.version.hip else 10 * major + minor)
+    return tiles.candidates(kernel, feed_forward._capability(torch.empty(0, device=device)))
 
 
 def trial(job: Job, tile: tiles.Tile, clock: Clock | None) -> Row:

@@ -27,7 +27,7 @@ import torch
 from mlpool_kernels.gather import gather_backward
 from torch import Tensor, nn
 
-from .pooling.base import gather_tokens
+from .pooling.base import check_token_pooling, gather_tokens
 from .pooling.tokens import Tokens, select_tokens
 
 _LIST_NAMES = ("layers", "layer", "h", "block", "blocks")
@@ -49,19 +49,26 @@ class Taps:
 
     Args:
         model: a bare model, one with a head, wrapped by peft, DDP or `torch.compile`, or a SentenceTransformer.
-        token_pooling: "last" takes the last kept token of each text, "mean" the mean over its kept tokens.
+        token_pooling: "last" takes the last kept token of each text, "mean" the mean over its kept tokens, "unit_mean"
+            the mean of them brought to unit length; for the backward of that one the hidden states are kept.
         layers: which of the L layers, by index, negatives counting from the end; None is all of them.
+        skip_tokens: how many of each text's first tokens are left out of a mean; see `mlpool.gather`.
 
     Raises:
-        ValueError: an unknown token_pooling, layers that do not exist or repeat, a model whose layers are not found
-            (see `find_layers`).
+        ValueError: an unknown token_pooling, skip_tokens without a mean, layers that do not exist or repeat, a model
+            whose layers are not found (see `find_layers`).
         RuntimeError: the model is tapped already.
     """
 
-    def __init__(self, model: nn.Module, token_pooling: str = "last", layers: Sequence[int] | None = None):
-        if token_pooling not in ("last", "mean"):
-            raise ValueError(f'token_pooling must be "last" or "mean", got {token_pooling!r}')
-        self.token_pooling = token_pooling
+    def __init__(
+        self,
+        model: nn.Module,
+        token_pooling: str = "last",
+        layers: Sequence[int] | None = None,
+        skip_tokens: int = 0,
+    ):
+        check_token_pooling(token_pooling, skip_tokens)
+        self.token_pooling, self.skip_tokens = token_pooling, skip_tokens
         self.trunk, modules = find_layers(model)
         self.num_layers = len(modules)
         self.layers = _check_indices(layers, self.num_layers)
@@ -196,7 +203,8 @@ class Taps:
                 f"attention_mask is a {type(mask).__name__}, which does not say which tokens are text; "
                 "call taps.expect(attention_mask=...) with the [B, T] mask before the model"
             )
-        return select_tokens(shape, inputs.device, mask, offsets, expected.get("token_mask"))
+        token_mask = expected.get("token_mask")
+        return select_tokens(shape, inputs.device, mask, offsets, token_mask, skip_tokens=self.skip_tokens)
 
     def _tap_output(self, index: int, output: Any) -> Any:
         if self._tokens is None:  # the layer was called alone
@@ -295,6 +303,8 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, tokens: Tokens, token_pooling: str) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.tokens, ctx.token_pooling = tokens, token_pooling
+        if token_pooling == "unit_mean":
+            ctx.save_for_backward(hidden)
         # detach: an input returned as it is would be a view, which models may not change in place
         return hidden.detach(), _pool_rows(hidden, tokens, token_pooling)
 
@@ -304,7 +314,8 @@ class _Tap(torch.autograd.Function):
         if grad_rows is None:
             return grad_hidden, None, None
         flat = None if grad_hidden is None else grad_hidden.flatten(0, 1)
-        return _add_rows(flat, grad_rows, ctx.tokens, ctx.token_pooling).unflatten(0, ctx.tokens.shape), None, None
+        grad = _add_rows(flat, grad_rows, ctx.tokens, ctx.token_pooling, ctx.saved_tensors)
+        return grad.unflatten(0, ctx.tokens.shape), None, None
 
 
 def _pool_rows(hidden: Tensor, tokens: Tokens, token_pooling: str) -> Tensor:
@@ -312,14 +323,16 @@ def _pool_rows(hidden: Tensor, tokens: Tokens, token_pooling: str) -> Tensor:
     return gather_tokens([hidden], tokens, token_pooling, "auto")[:, 0]
 
 
-def _add_rows(grad_hidden: Tensor | None, grad_rows: Tensor, tokens: Tokens, token_pooling: str) -> Tensor:
-    """The gradient of `_pool_rows`, added to grad_hidden [rows, D] (None is zero) out of place.
+def _add_rows(
+    grad_hidden: Tensor | None, grad_rows: Tensor, tokens: Tokens, token_pooling: str, states: Sequence[Tensor] = ()
+) -> Tensor:
+    """The gradient of `_pool_rows`, added to grad_hidden [rows, D] (None is zero) out of place; states: of unit means.
 
     In place would change gradients that autograd shares with other operands.
     """
     t, shape = tokens, (tokens.shape[0] * tokens.shape[1], grad_rows.shape[1])
     spans = (t.starts, t.ends, t.last, t.count, t.keep)
-    return gather_backward(grad_rows[:, None], shape, *spans, token_pooling == "mean", "auto", grad_hidden)[0]
+    return gather_backward(grad_rows[:, None], shape, *spans, token_pooling != "last", "auto", grad_hidden, states)[0]
 
 
 def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

@@ -24,7 +24,8 @@ TORCH, INTERPRETER, GPU = Target("cpu", "torch"), Target("cpu", "triton"), Targe
 TARGETS = [pytest.param(TORCH, id="torch"), pytest.param(GPU, id="gpu", marks=pytest.mark.gpu)]
 
 
-# Triton is loaded, or interpreted, for a whole process: these have one of their own, and a run of everything leaves them out.
+# Triton is loaded, or interpreted, for a whole process: these files have one of their own (`make test`), and a run of
+# everything leaves them out.
 OWN_PROCESS = {
     "test_binaries.py": "MLPOOL_LOAD_TRITON", "test_cuda_dry.py": "MLPOOL_LOAD_TRITON",
     "test_interpreter.py": "TRITON_INTERPRET",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -39,8 +41,13 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     import attention
     import encode
+    import throughput
     import train_step
 
+    rounds = throughput.rounds
+    monkeypatch.setattr(throughput, "rounds", lambda runs, clock, *_: rounds(runs, clock, 0.0, 1, False))
+    for rate in ("product_rate", "copy_rate"):
+        monkeypatch.setattr(throughput, rate, lambda *_: 1e11)
     for module in (encode, train_step):
         monkeypatch.setattr(module, "BUDGET", ((0.0, 1, 0.0),) * 3)
     monkeypatch.setattr(attention, "BUDGET", (0.0, 0.0))
@@ -221,11 +228,14 @@ def test_a_batch_is_compared_with_eagers_largest_up_to_it(benchmarks):
 
 # --- a kill, and the run taken up -------------------------------------------------------------------------------------
 
-# The providers of the whole table, in order.
+# The providers, or kernels, of the whole table, in order.
+POOL = ("--quick", "--preset", "default-pool", "--mode", "forward+backward", "--mode", "step", "--device", "cpu")
 CUT = {
     "encode": ([*ONE, "--lengths", "24", "--lengths", "mixed"], PROVIDERS * 2),
     "train_step": ([*ONE, "--tuning", "lora"], [*PROVIDERS, "mlpool cached", *PROVIDERS[1:], "mlpool cached"]),
     "attention": ([*SMALL], ["eager", "sdpa", "packed"] * 2),
+    "throughput": ([*POOL, "--threads", "1"], ["eager", "mlpool"] * 2),
+    "tune": (["--device", "cpu", "--threads", "1"], ["launch", "copy", *["product"] * 5]),
 }
 
 
@@ -238,8 +248,8 @@ def test_rows_survive_a_kill_and_the_run_goes_on(benchmarks, tmp_path, name):
     assert 0 < len(before) < len(expected)
     assert __import__(name).main(arguments) == 0
     after = rows_of(tmp_path)
-    assert [row["provider"] for row in after] == expected
-    assert all(row["median_ms"] for row in after)
+    assert [row.get("provider") or row["kernel"] for row in after] == expected
+    assert all(row.get("median_ms") or row["median_us"] for row in after)
     kept = [{name: row[name] for name in before[0]} for row in after[: len(before)]]
     assert kept == before  # not measured again
     if name == "train_step":  # compared with eager's row of the run that was killed
@@ -285,6 +295,14 @@ def test_an_unknown_preset_or_length_names_the_known_ones(benchmarks, tmp_path, 
     with pytest.raises(SystemExit) as ended:
         encode.main([*arguments, "--device", "cpu", "--results", str(tmp_path)])
     assert said in str(ended.value) + capsys.readouterr().err
+
+
+def test_an_old_package_ends_a_step_in_one_line(benchmarks, monkeypatch):
+    """As `mlpool.embedder` refuses it."""
+    monkeypatch.delitem(sys.modules, "pipelines")
+    monkeypatch.setitem(sys.modules, "mlpool.embedder", types.ModuleType("mlpool.embedder"))
+    with pytest.raises(SystemExit, match="this benchmark cannot run: cannot import name 'DESIGNS'"):
+        importlib.import_module("pipelines")
 
 
 def test_an_unknown_step_names_the_known_ones():

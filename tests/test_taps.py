@@ -77,6 +77,8 @@ def expected(hidden_states, how: str, mask: torch.Tensor) -> torch.Tensor:
     rows = torch.arange(mask.shape[0])
     last = torch.where(mask.bool(), torch.arange(mask.shape[1]), -1).amax(1)
     weight = (mask.double() / mask.sum(1, keepdim=True)).unsqueeze(2)
+    if how == "unit_mean":
+        hidden_states = [nn.functional.normalize(h, dim=-1) for h in hidden_states]
     picked = [h[rows, last] if how == "last" else (h * weight).sum(1).to(h.dtype) for h in hidden_states[1:]]
     return torch.stack(picked, 1)
 
@@ -144,7 +146,26 @@ def test_equals_hidden_states(family, how):
     assert classes(model) == before
 
 
-@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Bert"])
+@pytest.mark.parametrize("skip_tokens", [0, 1])
+def test_unit_mean(family, skip_tokens):
+    """Values and gradients, with a gradient of the last state beside; the model's first tokens left out."""
+    model, inputs = build(family), embed(build(family), batch("mixed"))
+    mask = inputs["attention_mask"]
+    kept = mask * (mask.cumsum(1) > skip_tokens)
+    output = model(**inputs, output_hidden_states=True)
+    reference = expected(output.hidden_states, "unit_mean", kept)
+    wanted = gradients(model, inputs, reference, output.last_hidden_state)
+    with Taps(model, "unit_mean", skip_tokens=skip_tokens) as taps:
+        output = model(**inputs)
+        got = taps.take()
+        close(got, reference)
+        same_gradients(gradients(model, inputs, got, output.last_hidden_state), wanted)
+    with pytest.raises(ValueError, match="skip_tokens=1 leaves the first tokens out of a mean, and"):
+        Taps(model, skip_tokens=1)
+
+
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Bert"])
 def test_checkpointing(family, reentrant, how):
@@ -217,7 +238,7 @@ def test_lora(head, how, checkpointing):
         same_gradients(grads(got), wanted)
 
 
-@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
 def test_packed(family, how):
     model = build(family)
@@ -227,6 +248,8 @@ def test_packed(family, how):
     embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
     inputs = {"inputs_embeds": embeds, "position_ids": position, "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
     states = model(**inputs, output_hidden_states=True).hidden_states[1:]
+    if how == "unit_mean":
+        states = [nn.functional.normalize(h, dim=-1) for h in states]
     texts = [[h[0, s:e] for s, e in itertools.pairwise(offsets)] for h in states]
     pooled = [torch.stack([t[-1] if how == "last" else t.mean(0) for t in layer]) for layer in texts]
     reference = torch.stack(pooled, 1)

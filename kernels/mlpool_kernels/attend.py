@@ -8,8 +8,9 @@ X0 [B,n,D] -> X [B,n,D] and A [B,n,H·R]. Queries come in one of two exact forms
     plain      Q [H, R, d] / √d and Wk [I, D]; K = X Wkᵀ, S_h = K_h Q_hᵀ
 
 Where H·R is small, gather, layer weights, norm, scores and softmax are one launch: a program holds the L rows of one
-text, reads them once for mean and variance and once more for the products (the second reading comes from cache), and
-the whole softmax row fits in its tile. Where H·R is large the scores are a plain matrix product, and the softmax,
+text and all columns of its scores (few texts are spread over blocks of columns), reads the rows once for mean and
+variance and once more for the products (the second reading comes from cache), and the whole softmax fits in its tile.
+The norm alone reads whole rows, once. Where H·R is large the scores are a plain matrix product, and the softmax,
 streamed over the keys with the padding mask, is its own launch. The backward is matrix products around one such
 launch.
 
@@ -25,40 +26,79 @@ from torch import Tensor
 
 from .gather import _select, token_strides
 from .runtime import ceil_div, dot_options, jit, power_of_2, product_by_head, tl
-from .tiles import tile
+from .tiles import tile, whole_rows
 
 NORM_EPS = 1e-5
+# So many programs fill a large GPU (132 multiprocessors).
+MANY_TEXTS = 128
 
 
 @jit
-def _read(base, column, layer_weights, layer, valid, HIDDEN: tl.constexpr, HAS_WEIGHTS: tl.constexpr):
+def _rows(states, rows, text, layer, tokens, stride_text, stride_token, LAYERS: tl.constexpr):
+    """Where the rows of one text begin: layer by layer with `rows`, else row by row of X0."""
+    layer = layer.to(tl.int64)
+    if rows is None:
+        base = states[0] + text * stride_text + layer * stride_token
+    else:
+        row = tl.load(rows + text)
+        base = _select(states, layer, LAYERS) + (row // tokens) * stride_text + (row % tokens) * stride_token
+    return base
+
+
+@jit
+def _shift(raw, column, layer_weights, layer, mask, HIDDEN: tl.constexpr):
     """A tile of H' = X0 + E in float32."""
-    mask = valid[:, None] & (column < HIDDEN)[None, :]
-    x = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_WEIGHTS:
+    x = raw.to(tl.float32)
+    if layer_weights is not None:
         x += tl.load(layer_weights + layer[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0).to(tl.float32)
     return x
+
+
+@jit
+def _scale(x, mean, rstd, column, norm_weight, norm_bias, HIDDEN: tl.constexpr):
+    inside = column < HIDDEN
+    weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
+    return (x - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+
+
+@jit
+def _norm_kernel(
+    states, rows, layer_weights, norm_weight, norm_bias, x0, keys, tokens, stride_text, stride_token, eps,
+    LAYERS: tl.constexpr, NUM_KEYS: tl.constexpr, HIDDEN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """X = LN1(X0 + E), and X0 where it is gathered; whole rows in registers, read once."""
+    text = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    layer = (tl.program_id(0) % BLOCKS) * BLOCK_L + tl.arange(0, BLOCK_L)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < HIDDEN
+    mask = (layer < NUM_KEYS)[:, None] & inside[None, :]
+    base = _rows(states, rows, text, layer, tokens, stride_text, stride_token, LAYERS)
+    out = (text * NUM_KEYS + layer)[:, None] * HIDDEN + column[None, :]
+    raw = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0)
+    if rows is not None:
+        tl.store(x0 + out, raw, mask=mask)
+    x = _shift(raw, column, layer_weights, layer, mask, HIDDEN)
+    mean = tl.sum(x, 1) / HIDDEN
+    centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / HIDDEN + eps)
+    x = _scale(x, mean, rstd, column, norm_weight, norm_bias, HIDDEN)
+    tl.store(keys + out, x.to(keys.dtype.element_ty), mask=mask)
 
 
 @jit
 def _attend_kernel(
     states, rows, layer_weights, norm_weight, norm_bias, queries, x0, keys, attention,
     tokens, stride_text, stride_token, columns, eps,
-    LAYERS: tl.constexpr, NUM_KEYS: tl.constexpr, HIDDEN: tl.constexpr, GATHER: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, SCORES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    LAYERS: tl.constexpr, NUM_KEYS: tl.constexpr, HIDDEN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    text = tl.program_id(0).to(tl.int64)
+    text = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % BLOCKS
     layer = tl.arange(0, BLOCK_L)
-    if not SCORES:
-        layer += tl.program_id(1) * BLOCK_L
     valid = layer < NUM_KEYS
-    if GATHER:
-        row = tl.load(rows + text)
-        base = _select(states, layer.to(tl.int64), LAYERS)
-        base += (row // tokens) * stride_text + (row % tokens) * stride_token
-    else:
-        base = states[0] + text * stride_text + layer.to(tl.int64) * stride_token
+    base = _rows(states, rows, text, layer, tokens, stride_text, stride_token, LAYERS)
 
     # Mean and variance, block by block (Chan's update): no cancellation where the mean is large.
     mean = tl.zeros([BLOCK_L], tl.float32)
@@ -66,49 +106,44 @@ def _attend_kernel(
     for first in range(0, HIDDEN, BLOCK_D):
         column = first + tl.arange(0, BLOCK_D)
         inside = column < HIDDEN
-        x = _read(base, column, layer_weights, layer, valid, HIDDEN, HAS_WEIGHTS)
+        mask = valid[:, None] & inside[None, :]
+        raw = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0)
+        x = _shift(raw, column, layer_weights, layer, mask, HIDDEN)
         width = tl.minimum(HIDDEN - first, BLOCK_D).to(tl.float32)
         block_mean = tl.sum(x, 1) / width
         centred = tl.where(inside[None, :], x - block_mean[:, None], 0.0)
         delta = block_mean - mean
         mean += delta * width / (first + width)
         spread += tl.sum(centred * centred, 1) + delta * delta * (first * width / (first + width))
-    scale = 1.0 / tl.sqrt(spread / HIDDEN + eps)
+    rstd = 1.0 / tl.sqrt(spread / HIDDEN + eps)
 
-    writer = valid
-    if SCORES:
-        # Every block of columns needs X; the first one writes it.
-        writer = valid & (tl.program_id(1) == 0)
-        query = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        scores = tl.zeros([BLOCK_L, BLOCK_N], tl.float32)
-    out = (text * NUM_KEYS + layer.to(tl.int64)) * HIDDEN
+    # Every block of columns needs X; the first one writes it.
+    writer = valid & (block == 0)
+    query = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    scores = tl.zeros([BLOCK_L, BLOCK_N], tl.float32)
+    out = (text * NUM_KEYS + layer.to(tl.int64))[:, None] * HIDDEN
     for first in range(0, HIDDEN, BLOCK_D):
         column = first + tl.arange(0, BLOCK_D)
         inside = column < HIDDEN
-        mask = writer[:, None] & inside[None, :]
-        if GATHER:
-            raw = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0)
-            tl.store(x0 + out[:, None] + column[None, :], raw, mask=mask)
-        x = _read(base, column, layer_weights, layer, valid, HIDDEN, HAS_WEIGHTS)
-        weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-        bias = tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
-        x = (x - mean[:, None]) * scale[:, None] * weight[None, :] + bias[None, :]
-        x = x.to(keys.dtype.element_ty)
-        tl.store(keys + out[:, None] + column[None, :], x, mask=mask)
-        if SCORES:
-            q = tl.load(
-                queries + query[None, :].to(tl.int64) * HIDDEN + column[:, None],
-                mask=(query < columns)[None, :] & inside[:, None], other=0.0,
-            )  # fmt: skip
-            if UPCAST:
-                x, q = x.to(tl.float32), q.to(tl.float32)
-            scores = tl.dot(x, q, scores, input_precision=PRECISION)
-    if SCORES:
-        scores = tl.where(valid[:, None], scores, float("-inf"))
-        weights = tl.exp(scores - tl.max(scores, 0)[None, :])
-        weights = weights / tl.sum(weights, 0)[None, :]
-        target = attention + (text * NUM_KEYS + layer.to(tl.int64))[:, None] * columns + query[None, :]
-        tl.store(target, weights.to(attention.dtype.element_ty), mask=valid[:, None] & (query < columns)[None, :])
+        mask = valid[:, None] & inside[None, :]
+        raw = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0)
+        if rows is not None:
+            tl.store(x0 + out + column[None, :], raw, mask=writer[:, None] & inside[None, :])
+        x = _shift(raw, column, layer_weights, layer, mask, HIDDEN)
+        x = _scale(x, mean, rstd, column, norm_weight, norm_bias, HIDDEN).to(keys.dtype.element_ty)
+        tl.store(keys + out + column[None, :], x, mask=writer[:, None] & inside[None, :])
+        q = tl.load(
+            queries + query[None, :].to(tl.int64) * HIDDEN + column[:, None],
+            mask=(query < columns)[None, :] & inside[:, None], other=0.0,
+        )  # fmt: skip
+        if UPCAST:
+            x, q = x.to(tl.float32), q.to(tl.float32)
+        scores = tl.dot(x, q, scores, input_precision=PRECISION)
+    scores = tl.where(valid[:, None], scores, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, 0)[None, :])
+    weights = weights / tl.sum(weights, 0)[None, :]
+    target = attention + (text * NUM_KEYS + layer.to(tl.int64))[:, None] * columns + query[None, :]
+    tl.store(target, weights.to(attention.dtype.element_ty), mask=valid[:, None] & (query < columns)[None, :])
 
 
 @jit
@@ -192,25 +227,50 @@ def attend_one_launch(
         states, x0, (batch, num_keys) = [first], first, first.shape[:2]
         tokens, stride_text, stride_token = 1, first.stride(0), first.stride(1)
     keys = first.new_empty(batch, num_keys, hidden, dtype=dtype)
-    if queries is None:
-        columns, attention = 0, None
-        t = tile("norm", hidden) | {"BLOCK_N": 1}
-        block_l = t.pop("BLOCK_L")
-        grid = (batch, ceil_div(num_keys, block_l))
-    else:
+    place = (tokens, stride_text, stride_token)
+    norm = (layer_weights, norm_weight, norm_bias)
+    sizes = (len(states), num_keys, hidden)
+    with torch.cuda.device_of(first):
+        if queries is None:
+            t, block_l, block_d = whole_rows("norm", hidden)
+            blocks = ceil_div(num_keys, block_l)
+            _norm_kernel[(batch * blocks,)](
+                tuple(states), rows, *norm, x0, keys, *place, NORM_EPS, *sizes, blocks, block_l, block_d, **t
+            )
+            return x0, keys, None
         columns = queries.shape[0]
         attention = first.new_empty(batch, num_keys, columns, dtype=dtype)
-        t = tile("attend", hidden, wide=dtype == torch.float32)
-        block_l = power_of_2(num_keys, 16)
-        grid = (batch, ceil_div(columns, t["BLOCK_N"]))
-    with torch.cuda.device_of(first):
-        _attend_kernel[grid](
-            tuple(states), rows, layer_weights, norm_weight, norm_bias, queries, x0, keys, attention,
-            tokens, stride_text, stride_token, columns, NORM_EPS,
-            len(states), num_keys, hidden, rows is not None, layer_weights is not None, queries is not None,
-            BLOCK_L=block_l, **t, **dot_options(dtype),
+        t, block_l = _attend_tile(batch, num_keys, columns, hidden, dtype)
+        blocks = ceil_div(columns, t["BLOCK_N"])
+        _attend_kernel[(batch * blocks,)](
+            tuple(states), rows, *norm, queries, x0, keys, attention, *place, columns, NORM_EPS, *sizes, blocks,
+            block_l, **t, **dot_options(dtype),
         )  # fmt: skip
     return x0, keys, attention
+
+
+def one_launch(batch: int, keys: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether gather to softmax may be one launch that reads every row from memory at most twice.
+
+    Many texts: where one program holds all H·R columns of its text. Few texts are spread over blocks of columns, for
+    which their rows are read again, from the cache.
+    """
+    return batch < MANY_TEXTS or _holds(keys, columns, dtype)
+
+
+def _holds(keys: int, columns: int, dtype: torch.dtype) -> bool:
+    scores = power_of_2(keys, 16) * power_of_2(columns, 16)
+    return dtype != torch.float32 and scores <= tile("attend_text")["NUMBERS"]
+
+
+def _attend_tile(batch: int, keys: int, columns: int, hidden: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+    """The tile, and how many keys it has."""
+    block_l = power_of_2(keys, 16)
+    if batch < MANY_TEXTS or not _holds(keys, columns, dtype):
+        return tile("attend", hidden, wide=dtype == torch.float32), block_l
+    t = tile("attend_text", hidden)
+    del t["NUMBERS"]
+    return t | {"BLOCK_N": power_of_2(columns, 16)}, block_l
 
 
 def norm_keys(x0: Tensor, layer_weights: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .runtime import INTERPRETED, ceil_div, dot_options, jit, tl, triton
+from .runtime import ceil_div, dot_options, jit, tl, triton
 from .tiles import tile
 
 TensorDescriptor: Any = None
@@ -211,16 +211,23 @@ def _feed_forward_cpu(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def takes_descriptors(normed: Tensor, weight: Tensor) -> bool:
-    """Whether the copy engine of sm_90 and later can read the tiles: 16-bit rows that start every 16 bytes.
+def _capability(normed: Tensor) -> int | None:
+    """Of an NVIDIA GPU, 90 for sm_90; None of another's. The interpreter does as sm_90."""
+    if not normed.is_cuda:
+        return 90
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(normed.device)
+    return 10 * major + minor
 
-    The interpreter follows descriptors too.
-    """
-    if not INTERPRETED and (torch.version.hip or torch.cuda.get_device_capability(normed.device) < (9, 0)):
+
+def takes_descriptors(normed: Tensor, weight: Tensor) -> bool:
+    """Whether the copy engine of sm_90 and later can read the tiles: 16-bit rows that start every 16 bytes."""
+    capability = _capability(normed)
+    if capability is None or capability < 90 or normed.element_size() != 2 or normed.shape[2] % 8:
         return False
-    narrow = normed.element_size() == 2 and normed.shape[2] % 8 == 0
     # The engine's coordinates are of 32 bits.
-    return narrow and len(normed) * normed.shape[1] < 2**31 and all(t.data_ptr() % 16 == 0 for t in (normed, weight))
+    return len(normed) * normed.shape[1] < 2**31 and all(t.data_ptr() % 16 == 0 for t in (normed, weight))
 
 
 def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor, descriptors: bool | None = None) -> Tensor:
@@ -230,7 +237,7 @@ def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor, descripto
     out = normed.new_empty(batch, width, dtype=torch.float32)
     descriptors = takes_descriptors(normed, weight) if descriptors is None else descriptors
     name = "feed_forward_tma" if descriptors else "feed_forward"
-    t = tile(name, hidden, wide=normed.dtype == torch.float32)
+    t = tile(name, hidden, wide=normed.dtype == torch.float32, capability=_capability(normed))
     rows = num_latents if t["BLOCK_R"] % num_latents == 0 else t["BLOCK_R"]
     tiles = ceil_div(batch, t["BLOCK_R"] // rows) * ceil_div(width, t["BLOCK_F"])
     x, w = normed.contiguous(), weight.contiguous()

@@ -1,7 +1,13 @@
-"""Gather: one row per text out of every layer's hidden states, the last token's or the mean of its tokens.
+"""Gather: one row per text out of every layer's hidden states, the last token's or a mean of its tokens.
 
-    last   X0[b, l] = h_l[last_b]
-    mean   X0[b, l] = Σ_t keep[t] h_l[t] / count_b          t over the tokens of text b
+    last        X0[b, l] = h_l[last_b]
+    mean        X0[b, l] = Σ_t keep[t] h_l[t] / count_b            t over the tokens of text b
+    unit mean   X0[b, l] = Σ_t keep[t] h_l[t] / ‖h_l[t]‖ / count_b
+
+A token of zeros adds nothing to the unit mean and gets no gradient; the others, with u = h / ‖h‖ and the gradient g of
+their text, get (g − u (u·g)) / ‖h‖ / count. The backward reads the hidden states again and takes the lengths from them:
+nothing is kept but the states themselves. The unit mean's norm is at most 1; a pool that wants another scale, say that
+of a normed layer, √D, multiplies by it.
 
 h_l: L tensors [B, T, D] (or packed [1, total, D] or [total, D]) -> X0 [B, L, D], one launch for all layers, no copy
 of the hidden states. Backward writes one dense gradient per layer, each element once.
@@ -20,11 +26,12 @@ import torch
 from torch import Tensor
 
 from .runtime import ceil_div, direct, jit, tl, use_triton
-from .tiles import tile
+from .tiles import tile, whole_rows
 
 # Programs that fill a large GPU several times over (132 multiprocessors), the fewest rows worth one, and the tile that
 # adds up what they leave.
-PROGRAMS, PART_ROWS = 1024, 32
+PROGRAMS, PART_ROWS = 1024, 16
+CACHED_NUMBERS = 1 << 17
 SUM_TILE = {"BLOCK_T": 64, "BLOCK_D": 64, "num_warps": 4}
 
 
@@ -38,13 +45,22 @@ def _select(states, index, LAYERS: tl.constexpr):
 
 
 @jit
+def _inverse_length(x):
+    """1 / ‖row‖ of a float32 tile, 0 of a row of zeros; what is no number stays none."""
+    square = tl.sum(x * x, 1)
+    zero = square == 0
+    return tl.where(zero, 0.0, 1.0 / tl.sqrt(tl.where(zero, 1.0, square)))
+
+
+@jit
 def _mean_kernel(
     states, starts, ends, keep, count, out, tokens, stride_text, stride_token, parts, texts_per_count,
-    LAYERS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    LAYERS: tl.constexpr, HIDDEN: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out [texts, LAYERS, parts, HIDDEN]: a program sums one of `parts` equal parts of a text's tokens.
 
-    Without `count` the sums themselves, else means (parts is 1). Without `starts` every text has `tokens` rows.
+    Without `count` the sums themselves, else means (parts is 1). Without `starts` every text has `tokens` rows. With
+    UNIT the rows are brought to unit length, so BLOCK_D holds all of them.
     """
     text = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -69,7 +85,10 @@ def _mean_kernel(
             kept = kept & (tl.load(keep + start + row, mask=kept, other=0) != 0)
         # Rows left out are not read at all: NaN in padding stays in padding.
         offset = row.to(tl.int64)[:, None] * stride_token + column[None, :]
-        total += tl.load(base + offset, mask=kept[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        x = tl.load(base + offset, mask=kept[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if UNIT:
+            x *= _inverse_length(x)[:, None]
+        total += x
     result = tl.sum(total, 0)
     if count is not None:
         result = result / tl.load(count + text // texts_per_count).to(tl.float32)
@@ -96,14 +115,15 @@ def _last_kernel(
 
 @jit
 def _backward_kernel(
-    grads, added, grad_out, starts, ends, count, keep, rows, texts, parts,
+    grads, states, added, grad_out, starts, ends, count, keep, rows, texts, tokens, stride_text, stride_token, parts,
     LAYERS: tl.constexpr, HIDDEN: tl.constexpr, LAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A kept row gets its text's gradient, divided by the text's tokens, the others zero; every element once.
 
     A program writes one of `parts` equal parts of a text's rows. The first text's begin at row 0, another's where the
     one before ended, the last text's reach to the end, so that what lies around packed texts is written too.
-    With LAST `ends` holds the last tokens themselves. `added` [rows, HIDDEN] or None is a gradient to add to.
+    With LAST `ends` holds the last tokens themselves. `added` [rows, HIDDEN] or None is a gradient to add to. With
+    `states`, for the unit mean, BLOCK_D holds whole rows.
     """
     text = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -118,22 +138,33 @@ def _backward_kernel(
         begin = tl.where(text == 0, 0, begin + 1)
     else:
         start = tl.load(starts + text)
-    length = tl.where(text == texts - 1, rows, end) - begin
+    length = (tl.where(text == texts - 1, rows, end) - begin).to(tl.int32)
     size = (length + parts - 1) // parts
-    first = begin + part * size
-    stop = begin + tl.minimum((part + 1) * size, length)
+    first = part * size
+    stop = tl.minimum(first + size, length)
     grad = tl.load(grad_out + (text * LAYERS + layer) * HIDDEN + column, mask=inside, other=0.0).to(tl.float32)
     if not LAST:
         grad = grad / tl.load(count + text).to(tl.float32)
     base = _select(grads, layer, LAYERS)
+    if states is not None:
+        source = _select(states, layer, LAYERS) + (start // tokens) * stride_text + (start % tokens) * stride_token
     for done in range(first, stop, BLOCK_T):
-        row = done + tl.arange(0, BLOCK_T)
+        place = done + tl.arange(0, BLOCK_T)
+        row = begin + place
         kept = (row >= start) & (row < end)
         if keep is not None:
             kept = kept & (tl.load(keep + row, mask=kept, other=0) != 0)
-        value = tl.where(kept[:, None], grad[None, :], 0.0)
+        if states is not None:
+            # As long as a row that is left out is not read, it counts as zeros, which get no gradient.
+            lie = (row - start)[:, None] * stride_token + column[None, :]
+            x = tl.load(source + lie, mask=kept[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            inverse = _inverse_length(x)[:, None]
+            unit = x * inverse
+            value = (grad[None, :] - unit * tl.sum(unit * grad[None, :], 1)[:, None]) * inverse
+        else:
+            value = tl.where(kept[:, None], grad[None, :], 0.0)
         offset = row[:, None] * HIDDEN + column[None, :]
-        mask = (row < stop)[:, None] & inside[None, :]
+        mask = (place < stop)[:, None] & inside[None, :]
         if added is not None:
             value += tl.load(added + offset, mask=mask, other=0.0).to(tl.float32)
         tl.store(base + offset, value.to(grad_out.dtype.element_ty), mask=mask)
@@ -156,15 +187,20 @@ def one_launch(states: Sequence[Tensor]) -> bool:
 
 def _forward(
     states: Sequence[Tensor], starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None,
-    mean: bool, backend: str,
+    mean: bool, backend: str, unit: bool = False,
 ) -> Tensor:  # fmt: skip
     first = states[0]
     if not (use_triton(backend, first) and one_launch(states)):
-        # Layer by layer; which text a row counts for is worked out once.
-        text = text_of_row(first.shape[:-1].numel(), starts, ends, keep) if mean else None
-        return torch.stack([_pool_torch(s, last, count, text).to(states[-1].device) for s in states], 1)
+        # Layer by layer; what is kept is worked out once.
+        if unit:
+            kept = kept_rows(starts, ends, last, count, keep)
+            pooled = [_unit_mean(s, kept) for s in states]
+        else:
+            text = text_of_row(first.shape[:-1].numel(), starts, ends, keep) if mean else None
+            pooled = [_pool_torch(s, last, count, text) for s in states]
+        return torch.stack([p.to(states[-1].device) for p in pooled], 1)
     if mean:
-        return _mean_triton(states, starts, ends, count, keep)
+        return _mean_triton(states, starts, ends, count, keep, unit)
     hidden, layers, batch = first.shape[-1], len(states), len(last)
     out = first.new_empty(batch, layers, hidden)
     t = tile("last", hidden=hidden)
@@ -173,13 +209,20 @@ def _forward(
     return out
 
 
+def _tile(kernel: str, hidden: int, unit: bool) -> dict[str, int]:
+    if not unit:
+        return tile(kernel, hidden)
+    t, rows, columns = whole_rows("unit_mean", hidden)
+    return t | {"BLOCK_T": rows, "BLOCK_D": columns}
+
+
 def _mean_triton(
-    states: Sequence[Tensor], starts: Tensor, ends: Tensor, count: Tensor, keep: Tensor | None
-) -> Tensor:  # fmt: skip
+    states: Sequence[Tensor], starts: Tensor, ends: Tensor, count: Tensor, keep: Tensor | None, unit: bool
+) -> Tensor:
     """Where texts alone are too few programs, each is summed in parts, and the same kernel adds the parts up."""
     first = states[0]
     batch, layers, hidden = len(starts), len(states), first.shape[-1]
-    t = tile("mean", hidden=hidden)
+    t = _tile("mean", hidden, unit)
     blocks = ceil_div(hidden, t["BLOCK_D"])
     parts = _parts(batch * layers * blocks, first.shape[-2])
     out = first.new_empty(batch, layers, hidden)
@@ -187,12 +230,13 @@ def _mean_triton(
     with torch.cuda.device_of(first):
         _mean_kernel[(batch * parts, layers, blocks)](
             tuple(states), starts, ends, keep, count if parts == 1 else None, sums, *token_strides(first), parts, 1,
-            layers, hidden, **t,
+            layers, hidden, unit, **t,
         )  # fmt: skip
         if parts > 1:
             _mean_kernel[(batch * layers, 1, ceil_div(hidden, SUM_TILE["BLOCK_D"]))](
-                (sums,), None, None, None, count, out, parts, parts * hidden, hidden, 1, layers, 1, hidden, **SUM_TILE
-            )
+                (sums,), None, None, None, count, out, parts, parts * hidden, hidden, 1, layers, 1, hidden, False,
+                **SUM_TILE,
+            )  # fmt: skip
     return out
 
 
@@ -214,6 +258,47 @@ def _pool_torch(state: Tensor, last: Tensor, count: Tensor, text: Tensor | None)
     return (sums[:-1] / count.to(device)[:, None]).to(state.dtype)
 
 
+def _unit_mean(state: Tensor, kept: Sequence[slice | Tensor]) -> Tensor:
+    """One layer's unit mean [B, D], text by text: what comes from memory for the lengths is summed from the cache."""
+    flat = state.flatten(0, -2)
+    wide, step = _wide(flat), _cached_rows(flat)
+    sums = torch.zeros(len(kept), flat.shape[1], dtype=wide, device=flat.device)
+    for total, rows in zip(sums, kept, strict=True):
+        x = flat[rows]
+        for first in range(0, len(x), step):
+            block = x[first : first + step].to(wide)
+            total.addmv_(block.T, _inverse_lengths(block))
+        total /= len(x)
+    return sums.to(state.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _cached_rows(flat: Tensor) -> int:
+    return max(1, CACHED_NUMBERS // flat.shape[1])
+
+
+def _inverse_lengths(x: Tensor) -> Tensor:
+    """1 / ‖row‖ [rows], 0 of a row of zeros."""
+    length = torch.linalg.vector_norm(x, dim=1)
+    return length.reciprocal().masked_fill_(length == 0, 0)
+
+
+def kept_rows(
+    starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None
+) -> list[slice | Tensor]:  # fmt: skip
+    """The kept rows of each text, a slice where they are one run. Reads values: for tensors on a CPU."""
+    rows: list[slice | Tensor] = []
+    keep = None if keep is None else keep.cpu()
+    for start, end, final, n in torch.stack([starts, ends, last, count], 1).tolist():
+        run = slice(final - n + 1, final + 1)
+        whole = keep is None or bool(keep[run].all())
+        rows.append(run if whole else start + keep[start:end].nonzero().flatten())
+    return rows
+
+
 def text_of_row(rows: int, starts: Tensor, ends: Tensor, keep: Tensor | None) -> Tensor:
     """int64 [rows]: the text that each flat row counts for, B for rows that are left out."""
     row = torch.arange(rows, device=ends.device)
@@ -226,14 +311,17 @@ def text_of_row(rows: int, starts: Tensor, ends: Tensor, keep: Tensor | None) ->
 
 def _backward(
     grad: Tensor, shape: Sequence[int], starts: Tensor, ends: Tensor, last: Tensor, count: Tensor,
-    keep: Tensor | None, mean: bool, backend: str, added: Tensor | None,
+    keep: Tensor | None, mean: bool, backend: str, added: Tensor | None = None, states: Sequence[Tensor] = (),
 ) -> list[Tensor]:  # fmt: skip
     layers, hidden = grad.shape[1:]
     grad = grad.contiguous()
     rows = torch.Size(shape).numel() // hidden
-    if use_triton(backend, grad):
-        return _backward_triton(grad, shape, starts, ends if mean else last, count, keep, mean, added)
+    if use_triton(backend, grad, *states) and (not states or (one_launch(states) and states[0].device == grad.device)):
+        return _backward_triton(grad, shape, starts, ends if mean else last, count, keep, mean, added, states)
     flat = None if added is None else added.reshape(rows, hidden)
+    if states:
+        kept = kept_rows(starts, ends, last, count, keep)
+        return [_unit_backward(g, s.to(g), kept, flat).view(shape) for g, s in zip(grad.unbind(1), states, strict=True)]
     if mean:
         text = text_of_row(rows, starts, ends, keep)
         each = torch.cat([grad / count[:, None, None], grad.new_zeros(1, layers, hidden)])
@@ -245,20 +333,57 @@ def _backward(
     return [zero.index_copy_(0, last, grad[:, layer]).view(shape) for layer, zero in enumerate(zeros)]
 
 
+def _unit_backward(grad: Tensor, state: Tensor, kept: Sequence[slice | Tensor], added: Tensor | None) -> Tensor:
+    """One layer's gradient [rows, D] from that of its unit mean [B, D]."""
+    flat = state.flatten(0, -2)
+    out = torch.empty_like(flat, memory_format=torch.contiguous_format) if added is None else added.clone()
+    wide, step = _wide(flat), _cached_rows(flat)
+    # One block for all: fresh memory for each costs more than the arithmetic.
+    work = torch.empty(step, flat.shape[1], dtype=wide, device=flat.device)
+    done = 0
+    for g, rows in zip(grad.to(wide) / _counts(kept, grad), kept, strict=True):
+        run = rows if isinstance(rows, slice) else slice(int(rows[0]), int(rows[-1]) + 1)
+        if added is None:  # else what is kept is added to what is there
+            out[done : run.start if run is rows else run.stop] = 0
+        done = run.stop
+        x, place = flat[rows], out[rows]
+        for first in range(0, len(x), step):
+            block, target = x[first : first + step].to(wide), place[first : first + step]
+            inverse = _inverse_lengths(block)
+            along = torch.mv(block, g).mul_(inverse).mul_(inverse).mul_(inverse).neg_()
+            result = target if added is None and out.dtype == wide else work[: len(block)]
+            torch.mul(block, along[:, None], out=result).addr_(inverse, g)
+            if result is not target and added is None:
+                target.copy_(result)
+            elif result is not target:
+                target += result
+        if run is not rows:
+            out[rows] = place
+    if added is None:
+        out[done:] = 0
+    return out
+
+
+def _counts(kept: Sequence[slice | Tensor], like: Tensor) -> Tensor:
+    counts = [rows.stop - rows.start if isinstance(rows, slice) else len(rows) for rows in kept]
+    return torch.tensor(counts, device=like.device)[:, None]
+
+
 def _backward_triton(
     grad: Tensor, shape: Sequence[int], starts: Tensor, ends: Tensor, count: Tensor, keep: Tensor | None, mean: bool,
-    added: Tensor | None,
+    added: Tensor | None, states: Sequence[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     batch, layers, hidden = grad.shape
     rows = torch.Size(shape).numel() // hidden
     grads = [grad.new_empty(shape) for _ in range(layers)]
-    t = tile("gather_backward", hidden=hidden)
+    t = _tile("gather_backward", hidden, bool(states))
     blocks = ceil_div(hidden, t["BLOCK_D"])
     parts = _parts(batch * layers * blocks, shape[-2])
+    strides = token_strides(states[0]) if states else (1, 0, 0)
     with torch.cuda.device_of(grad):
         _backward_kernel[(batch * parts, layers, blocks)](
-            tuple(grads), None if added is None else added.contiguous(), grad, starts, ends, count,
-            keep if mean else None, rows, batch, parts, layers, hidden, not mean, **t,
+            tuple(grads), tuple(states) or None, None if added is None else added.contiguous(), grad, starts, ends,
+            count, keep if mean else None, rows, batch, *strides, parts, layers, hidden, not mean, **t,
         )  # fmt: skip
     return grads
 
@@ -266,39 +391,40 @@ def _backward_triton(
 @torch.library.custom_op("mlpool::gather", mutates_args=())
 def _gather_op(
     states: list[Tensor], starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None,
-    mean: bool, backend: str,
+    mean: bool, backend: str, unit: bool,
 ) -> Tensor:  # fmt: skip
-    return _forward(states, starts, ends, last, count, keep, mean, backend)
+    return _forward(states, starts, ends, last, count, keep, mean, backend, unit)
 
 
 @_gather_op.register_fake
-def _(states, starts, ends, last, count, keep, mean, backend):
+def _(states, starts, ends, last, count, keep, mean, backend, unit):
     return states[-1].new_empty(last.shape[0], len(states), states[0].shape[-1])
 
 
 @torch.library.custom_op("mlpool::gather_backward", mutates_args=())
 def _gather_backward_op(
     grad: Tensor, shape: list[int], starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None,
-    mean: bool, backend: str, added: Tensor | None = None,
+    mean: bool, backend: str, added: Tensor | None, states: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    return _backward(grad, shape, starts, ends, last, count, keep, mean, backend, added)
+    return _backward(grad, shape, starts, ends, last, count, keep, mean, backend, added, states)
 
 
 @_gather_backward_op.register_fake
-def _(grad, shape, starts, ends, last, count, keep, mean, backend, added=None):
+def _(grad, shape, starts, ends, last, count, keep, mean, backend, added, states):
     return [grad.new_empty(shape) for _ in range(grad.shape[1])]
 
 
 def _setup(ctx, inputs, output):
-    states, *spans, keep, ctx.mean, ctx.backend = inputs
-    ctx.save_for_backward(*spans, keep)
+    states, *spans, keep, ctx.mean, ctx.backend, unit = inputs
+    ctx.save_for_backward(*spans, keep, *(states if unit else ()))
     ctx.shape, ctx.devices = list(states[0].shape), [s.device for s in states]
 
 
 def _gradient(ctx, grad):
-    *spans, keep = ctx.saved_tensors
-    grads = _gather_backward_op(grad, ctx.shape, *spans, keep, ctx.mean, ctx.backend)
-    return [g.to(device) for g, device in zip(grads, ctx.devices, strict=True)], *(None,) * 7
+    *spans, keep = ctx.saved_tensors[:5]
+    states = list(ctx.saved_tensors[5:])
+    grads = _gather_backward_op(grad, ctx.shape, *spans, keep, ctx.mean, ctx.backend, None, states)
+    return [g.to(device) for g, device in zip(grads, ctx.devices, strict=True)], *(None,) * 8
 
 
 _gather_op.register_autograd(_gradient, setup_context=_setup)
@@ -306,7 +432,7 @@ _gather_op.register_autograd(_gradient, setup_context=_setup)
 
 def gather(
     states: Sequence[Tensor], starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None,
-    mean: bool, backend: str = "auto",
+    mean: bool, backend: str = "auto", unit: bool = False,
 ) -> Tensor:  # fmt: skip
     """One row per text and layer.
 
@@ -315,25 +441,27 @@ def gather(
             work, a layer at a time; the result is on the last layer's.
         starts, ends, last, count: int64 [B], see `mlpool.pooling.tokens.Tokens`; keep: bool [rows] or None.
         mean: the mean of the kept tokens, accumulated in float32, instead of the last kept token.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton" or "torch". unit: with `mean`, every token is brought to unit length first.
 
     Returns: X0 [B, L, D] of the states' dtype. Differentiable in `states`, dense gradients.
     """
-    arguments = (list(states), starts, ends, last, count, keep, mean, backend)
+    if unit and not mean:
+        raise ValueError("unit=True is for a mean; the last token alone is brought to unit length by whoever reads it")
+    arguments = (list(states), starts, ends, last, count, keep, mean, backend, unit)
     return (_forward if direct(states) else _gather_op)(*arguments)
 
 
 def gather_backward(
     grad: Tensor, shape: Sequence[int], starts: Tensor, ends: Tensor, last: Tensor, count: Tensor, keep: Tensor | None,
-    mean: bool, backend: str = "auto", added: Tensor | None = None,
+    mean: bool, backend: str = "auto", added: Tensor | None = None, states: Sequence[Tensor] = (),
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the L states, dense and of `shape`, from that of their rows.
 
     Args:
-        grad: [B, L, D]. added: a gradient [rows, D] of the state, where L is 1, to which its own is added, out of place.
-        The others are those of `gather`.
+        grad: [B, L, D]. added: where L is 1, a gradient [rows, D] to which the state's own is added, out of place.
+        states: the L states themselves for the unit mean, none for the others. The others are those of `gather`.
     """
-    arguments = (grad, list(shape), starts, ends, last, count, keep, mean, backend, added)
+    arguments = (grad, list(shape), starts, ends, last, count, keep, mean, backend, added, list(states))
     # Torch's own operations can be traced and differentiated again; a kernel cannot, and its op says so.
-    plain = direct([grad, added]) or not use_triton(backend, grad)
+    plain = direct([grad, added, *states]) or not use_triton(backend, grad)
     return (_backward if plain else _gather_backward_op)(*arguments)

@@ -9,7 +9,8 @@ come in one of three exact forms (`plan.py` picks the cheapest):
     early      VO_h = (X Wv_hᵀ) Wo_hᵀ      Wo on the n rows of the keys, not on the R rows of the latents
     late       Y = concat_h(A_h X Wv_hᵀ) Woᵀ   as written in the paper; wins for long texts
 
-For up to 128 latents and few keys, mixing, residual, norm and mean are one launch, Y computed twice instead of stored.
+For up to 128 latents and few keys, mixing, residual and mean are one launch, a program for every text and block of D,
+and the norm, which wants whole rows, is attend's: Y is written and read once, which costs less than mixing twice.
 
 Source: arXiv 2409.02727, section 3.3, equations 4 and 5.
 """
@@ -20,20 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import NORM_EPS
-from .runtime import dot_options, jit, power_of_2, product_by_head, tl
+from .attend import NORM_EPS, attend_one_launch
+from .runtime import ceil_div, dot_options, jit, power_of_2, product_by_head, tl
 from .tiles import tile
 
 
 @jit
-def _mixed_block(
-    attention, values, latents, text, column, rows_k, R,
-    HIDDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+def _mix_kernel(
+    attention, values, latents, y_mean, y_out, rows_k, R,
+    HIDDEN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of Y: Aᵀ [R, n·H] · VO [n·H, D] + Z, in float32."""
-    latent = tl.arange(0, BLOCK_R)
+    """A block of columns of Y = Aᵀ [R, n·H] · VO [n·H, D] + Z, and of its mean over latents."""
+    text = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = (tl.program_id(0) % BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < HIDDEN
+    latent = tl.arange(0, BLOCK_R)
+    mask = (latent < R)[:, None] & inside[None, :]
     y = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for first in range(0, rows_k, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -46,51 +50,10 @@ def _mixed_block(
             a, v = a.to(tl.float32), v.to(tl.float32)
         y = tl.dot(a, v, y, input_precision=PRECISION)
     z = latents + latent[:, None] * HIDDEN + column[None, :]
-    return y + tl.load(z, mask=(latent < R)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-
-
-@jit
-def _mix_kernel(
-    attention, values, latents, norm_weight, norm_bias, normed, y_mean, y_out, rows_k, R, eps,
-    HIDDEN: tl.constexpr, STORE_Y: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    text = tl.program_id(0).to(tl.int64)
-    latent = tl.arange(0, BLOCK_R)
-    valid = latent < R
-    out = (text * R + latent)[:, None] * HIDDEN
-    mean = tl.zeros([BLOCK_R], tl.float32)
-    spread = tl.zeros([BLOCK_R], tl.float32)
-    for first in range(0, HIDDEN, BLOCK_D):
-        column = first + tl.arange(0, BLOCK_D)
-        inside = column < HIDDEN
-        y = _mixed_block(
-            attention, values, latents, text, column, rows_k, R,
-            HIDDEN, BLOCK_R, BLOCK_K, BLOCK_D, PRECISION, UPCAST,
-        )  # fmt: skip
-        mask = valid[:, None] & inside[None, :]
-        tl.store(y_mean + text * HIDDEN + column, tl.sum(tl.where(mask, y, 0.0), 0) / R, mask=inside)
-        if STORE_Y:
-            tl.store(y_out + out + column[None, :], y.to(y_out.dtype.element_ty), mask=mask)
-        width = tl.minimum(HIDDEN - first, BLOCK_D).to(tl.float32)
-        block_mean = tl.sum(tl.where(inside[None, :], y, 0.0), 1) / width
-        centred = tl.where(inside[None, :], y - block_mean[:, None], 0.0)
-        delta = block_mean - mean
-        mean += delta * width / (first + width)
-        spread += tl.sum(centred * centred, 1) + delta * delta * (first * width / (first + width))
-    scale = 1.0 / tl.sqrt(spread / HIDDEN + eps)
-    for first in range(0, HIDDEN, BLOCK_D):
-        column = first + tl.arange(0, BLOCK_D)
-        inside = column < HIDDEN
-        y = _mixed_block(
-            attention, values, latents, text, column, rows_k, R,
-            HIDDEN, BLOCK_R, BLOCK_K, BLOCK_D, PRECISION, UPCAST,
-        )  # fmt: skip
-        weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-        bias = tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
-        y = (y - mean[:, None]) * scale[:, None] * weight[None, :] + bias[None, :]
-        mask = valid[:, None] & inside[None, :]
-        tl.store(normed + out + column[None, :], y.to(normed.dtype.element_ty), mask=mask)
+    y += tl.load(z, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_mean + text * HIDDEN + column, tl.sum(tl.where(mask, y, 0.0), 0) / R, mask=inside)
+    target = y_out + (text * R + latent)[:, None] * HIDDEN + column[None, :]
+    tl.store(target, y.to(y_out.dtype.element_ty), mask=mask)
 
 
 def values(keys: Tensor, value_weight: Tensor, output_weight: Tensor | None, heads: int, form: str) -> list[Tensor]:
@@ -140,7 +103,7 @@ def mix(
 
 
 def one_launch(latents: Tensor, form: str) -> bool:
-    """Whether mixing, residual, norm and mean can be one launch: all latents in one tile."""
+    """Whether mixing, residual and mean can be one launch: all latents in one tile."""
     return form != "late" and len(latents) <= 128
 
 
@@ -170,19 +133,21 @@ def head_outputs(attention: Tensor, v: Tensor, num_latents: int) -> Tensor:
     return (a @ v).transpose(1, 2).flatten(2)
 
 
-def _mix_triton(attention, vo, latents, norm_weight, norm_bias, store_y) -> tuple[Tensor, Tensor, Tensor | None]:
+def _mix_triton(
+    attention: Tensor, vo: Tensor, latents: Tensor, norm_weight: Tensor, norm_bias: Tensor, store_y: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, (num_latents, hidden) = attention.shape[0], latents.shape
-    normed = attention.new_empty(batch, num_latents, hidden)
+    y = attention.new_empty(batch, num_latents, hidden)
     y_mean = attention.new_empty(batch, hidden, dtype=torch.float32)
-    y = torch.empty_like(normed) if store_y else None
     t = tile("mix", hidden, wide=attention.dtype == torch.float32)
+    blocks = ceil_div(hidden, t["BLOCK_D"])
     with torch.cuda.device_of(attention):
-        _mix_kernel[(batch,)](
-            attention, vo, latents, norm_weight, norm_bias, normed, y_mean, y,
-            attention.shape[1] * vo.shape[1], num_latents, NORM_EPS, hidden, store_y,
+        _mix_kernel[(batch * blocks,)](
+            attention, vo, latents, y_mean, y, attention.shape[1] * vo.shape[1], num_latents, hidden, blocks,
             BLOCK_R=power_of_2(num_latents, 16), **t, **dot_options(attention.dtype),
         )  # fmt: skip
-    return normed, y_mean, y
+    _, normed, _ = attend_one_launch([y], None, None, norm_weight, norm_bias, None, y.dtype)
+    return normed, y_mean, y if store_y else None
 
 
 def norm_latents(y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -95,8 +95,12 @@ def fold_values(value_weight: Tensor, output_weight: Tensor, heads: int) -> Tens
     return torch.bmm(by_head, value_weight.unflatten(0, (heads, -1))).flatten(0, 1)
 
 
+def _batch_and_keys(states: Sequence[Tensor], rows: Tensor | None) -> tuple[int, int]:
+    return (len(rows), len(states)) if rows is not None else (states[0].shape[0], states[0].shape[1])
+
+
 def sizes(states: Sequence[Tensor], rows: Tensor | None, w: Weights, heads: int) -> Sizes:
-    batch, keys = (len(rows), len(states)) if rows is not None else states[0].shape[:2]
+    batch, keys = _batch_and_keys(states, rows)
     num_latents, hidden = w.latents.shape
     head_dim = w.value_weight.shape[0] // heads
     return Sizes(batch, keys, hidden, num_latents, heads, head_dim, w.ff_in_weight.shape[0] // 2)
@@ -124,7 +128,7 @@ def _attention(
     dtype = w.ff_in_weight.dtype
     norm = (w.layer_weights, w.key_norm_weight, w.key_norm_bias)
     one = triton and plan.launches == "one" and w.queries is not None and w.key_weight is None and key_mask is None
-    if one:
+    if one and attend.one_launch(*_batch_and_keys(states, rows), heads * len(w.latents), dtype):
         x0, keys, attention = attend.attend_one_launch(states, rows, *norm, w.queries, dtype)
         assert attention is not None
         return x0, keys, attention, None
@@ -364,7 +368,7 @@ def _gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     else:
         if dx0_direct is not None:
             dx0 = dx0 + dx0_direct
-        dstates = list(_gather_backward_op(dx0, ctx.shape, rows, rows, rows, rows, None, False, ctx.backend))
+        dstates = list(_gather_backward_op(dx0, ctx.shape, rows, rows, rows, rows, None, False, ctx.backend, None, []))
     present = [g if there else None for g, there in zip(dweights, ctx.present, strict=True)]
     return dstates, None, None, *present, None, None, None, None
 

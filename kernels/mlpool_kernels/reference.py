@@ -30,7 +30,7 @@ def gather(hidden_states: Sequence[Tensor], attention_mask: Tensor, token_poolin
     Args:
         hidden_states: L tensors [B, T, D], the embedding left out.
         attention_mask: [B, T] of 0 and 1.
-        token_pooling: "last" or "mean".
+        token_pooling: "last", "mean" or "unit_mean", of tokens of unit length (zero stays zero; not the paper's).
 
     Returns: [B, L, D] of the hidden states' dtype.
     """
@@ -40,6 +40,9 @@ def gather(hidden_states: Sequence[Tensor], attention_mask: Tensor, token_poolin
         position = torch.arange(mask.shape[1], device=mask.device)
         last = torch.where(mask, position, -1).amax(1)
         return stacked[torch.arange(len(last), device=last.device), :, last]
+    if token_pooling == "unit_mean":
+        length = stacked.norm(dim=-1, keepdim=True)
+        stacked = stacked * (length != 0) / length.masked_fill(length == 0, 1)
     weights = mask[:, None, :, None].to(stacked.dtype)
     return (stacked * weights).sum(2) / weights.sum(2)
 

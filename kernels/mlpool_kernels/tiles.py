@@ -8,7 +8,8 @@ model's rates (`plan.py`) and writes both; MLPOOL_TILES=that file makes them the
 
 All of it is checked when it is first used. A file of another device is an error, one of other versions a warning. An
 older file is the tiles alone. Every candidate is compiled for four architectures by the tests, without spills and
-within shared memory.
+within shared memory. A kernel that holds whole rows has NUMBERS in place of blocks: how many numbers
+its tile has.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_T": 32, "BLOCK_D": 128, "num_warps": 4},
         {"BLOCK_T": 8, "BLOCK_D": 512, "num_warps": 4},
     ],
+    "unit_mean": [{"NUMBERS": 4096, "num_warps": 4}, {"NUMBERS": 4096, "num_warps": 8}],
     "last": [{"BLOCK_D": 1024, "num_warps": 4}],
     "gather_backward": [
         {"BLOCK_T": 16, "BLOCK_D": 256, "num_warps": 4},
@@ -44,7 +46,10 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_D": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
         {"BLOCK_D": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
     ],
-    "norm": [{"BLOCK_D": 512, "BLOCK_L": 4, "num_warps": 4}, {"BLOCK_D": 1024, "BLOCK_L": 2, "num_warps": 4}],
+    "attend_text": [
+        {"BLOCK_D": 32, "NUMBERS": 1 << 14, "num_warps": 8, "num_stages": 2},
+    ],
+    "norm": [{"NUMBERS": 4096, "num_warps": 4}, {"NUMBERS": 8192, "num_warps": 8}],
     "softmax": [
         {"BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4},
         {"BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4},
@@ -59,11 +64,12 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
         {"BLOCK_R": 64, "BLOCK_F": 64, "BLOCK_D": 32, "GROUP": 8, "num_warps": 4, "num_stages": 4},
     ],
-    # Two programs fit a multiprocessor at the first, so that one's gate runs beside the other's products.
+    # Held to 128 registers, two programs of the first fit a multiprocessor: one's gate beside the other's products.
     "feed_forward_tma": [
-        {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_R": 128, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 8, "num_warps": 16, "num_stages": 3},
-        {"BLOCK_R": 64, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3, "maxnreg": 128},
+        {"BLOCK_R": 128, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 8, "num_warps": 16, "num_stages": 3, "maxnreg": 128},
+        {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
+        {"BLOCK_R": 64, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
     ],
     "gate": [{"BLOCK_R": 16, "BLOCK_F": 128, "num_warps": 4}, {"BLOCK_R": 16, "BLOCK_F": 256, "num_warps": 8}],
 }
@@ -71,12 +77,12 @@ TILES: dict[str, list[Tile]] = {
 
 def candidates(kernel: str, capability: int | None) -> list[Tile]:
     """The tiles of `kernel` that suit a GPU: capability 90 for sm_90, None where it is not NVIDIA's."""
-    if kernel == "feed_forward_tma":
-        if capability is None or capability < 90:
-            return []
-        # From sm_100 on sums lie in tensor memory, which Triton does not fill from sixteen warps: it spills instead.
-        return [t for t in TILES[kernel] if capability < 100 or t["num_warps"] < 16]
-    return TILES[kernel]
+    if kernel != "feed_forward_tma":
+        return TILES[kernel]
+    if capability is None or capability < 90:
+        return []
+    # From sm_100 on sums lie in tensor memory; reading them out takes more registers, or spills.
+    return [t for t in TILES[kernel] if capability < 100 or t["maxnreg"] > 128]
 
 
 class Tuned(NamedTuple):
@@ -170,7 +176,7 @@ def _read_rates(dtype: str, fields: Any, source: str, name: str) -> Rates:
         value = fields.get(field)
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"{where}: {field} must be a positive number, got {value!r}")
-    return Rates(*(float(fields[field]) for field in RATE_FIELDS), source)
+    return Rates._make([*(float(fields[field]) for field in RATE_FIELDS), source])
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -198,9 +204,12 @@ def _overrides() -> dict[str, Tile]:
     return tuned().tiles
 
 
-def tile(kernel: str, hidden: int | None = None, wide: bool = False) -> Tile:
-    """The tile of `kernel`; `hidden` shrinks BLOCK_D to a small D, `wide` (float32 operands) halves its depth."""
-    chosen = dict(_overrides().get(kernel, TILES[kernel][0]))
+def tile(kernel: str, hidden: int | None = None, wide: bool = False, capability: int | None = None) -> Tile:
+    """The tile of `kernel`; `hidden` shrinks BLOCK_D to a small D, `wide` (float32 operands) halves its depth.
+
+    capability: of the GPU, for a kernel whose tiles depend on it.
+    """
+    chosen = dict(_overrides().get(kernel) or candidates(kernel, capability)[0])
     if wide:
         # Four-byte operands in twice the shared memory and registers: half as deep.
         chosen["BLOCK_D"] = max(16, chosen["BLOCK_D"] // 2)
@@ -208,3 +217,10 @@ def tile(kernel: str, hidden: int | None = None, wide: bool = False) -> Tile:
     if hidden is not None and "BLOCK_D" in chosen:
         chosen["BLOCK_D"] = min(chosen["BLOCK_D"], power_of_2(hidden, 16))
     return chosen
+
+
+def whole_rows(kernel: str, hidden: int) -> tuple[Tile, int, int]:
+    """The options of a kernel that holds whole rows of D, and how its NUMBERS lie: rows, and columns at least D."""
+    chosen = tile(kernel)
+    columns = power_of_2(hidden, 16)
+    return chosen, max(1, chosen.pop("NUMBERS") // columns), columns

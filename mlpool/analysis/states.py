@@ -43,10 +43,13 @@ class Window:
     embeddings: Tensor
 
 
+BOTH = ("last", "mean")
+
+
 def poolings_of(token_pooling: str) -> tuple[str, ...]:
     """The token poolings that "last", "mean" or "both" names; anything else is a ValueError."""
     if token_pooling == "both":
-        return TOKEN_POOLINGS
+        return BOTH
     if token_pooling not in TOKEN_POOLINGS:
         raise ValueError(f'token_pooling must be "last", "mean" or "both", got {token_pooling!r}')
     return (token_pooling,)
@@ -55,7 +58,7 @@ def poolings_of(token_pooling: str) -> tuple[str, ...]:
 def windows(
     model: SentenceTransformer,
     groups: Sequence[tuple[str, ...]],
-    token_poolings: Sequence[str] = TOKEN_POOLINGS,
+    token_poolings: Sequence[str] = BOTH,
     *,
     window: int = WINDOW,
     prompt: str | None = None,

@@ -20,7 +20,7 @@ from ..files import read_json, replacing, write_json
 from .tokens import Tokens, select_tokens
 
 logger = logging.getLogger("mlpool")
-TOKEN_POOLINGS = ("last", "mean")
+TOKEN_POOLINGS = ("last", "mean", "unit_mean")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "pool.safetensors"
 LARGEST = 1e17  # of a hidden state; the squares of 10^4 such still sum to a float32
 
@@ -86,6 +86,18 @@ def unit(embedding: Tensor) -> Tensor:
     return F.normalize(embedding * torch.exp2(-exponent).to(embedding.dtype), dim=-1, eps=tiny)
 
 
+def check_token_pooling(token_pooling: str, skip_tokens: int) -> None:
+    """Raises: ValueError for an unknown token pooling, or skip_tokens that is no count or has no mean to act on."""
+    check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
+    if not isinstance(skip_tokens, int) or isinstance(skip_tokens, bool) or skip_tokens < 0:
+        raise ValueError(f"skip_tokens must be an integer of at least 0, got {skip_tokens!r}")
+    if skip_tokens and token_pooling == "last":
+        raise ValueError(
+            f'skip_tokens={skip_tokens} leaves the first tokens out of a mean, and token_pooling="last" takes none; '
+            'choose "mean" or "unit_mean", or leave skip_tokens out'
+        )
+
+
 def check_hidden_states(states: Sequence[Tensor]) -> None:
     """One shape and one floating dtype for all layers; different devices are allowed.
 
@@ -113,28 +125,35 @@ def gather(
     token_pooling: str = "last",
     token_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    skip_tokens: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """One row per text and layer: its last token's state, or the mean over its tokens. X0 of the paper's section 3.3.
+    """One row per text and layer: its last token's state, or a mean over its tokens. X0 of the paper's section 3.3.
 
     Args:
         hidden_states: L tensors [B, T, D] (packed: [total, D] or [1, total, D]), any floating dtype; taken as they
             are, so leave out the embedding (`hidden_states[1:]`) if it is not to be pooled.
         attention_mask: [B, T], 1 is text; left, right or no padding.
-        token_pooling: "last" or "mean" (accumulated in float32).
+        token_pooling: "last", "mean" (accumulated in float32), or "unit_mean": every token is brought to unit length
+            (L2) before the mean, so that no massive activation drowns a text. Tokens of zeros add nothing and get no
+            gradient. The rows' norm is then at most 1; a pool that wants another scale multiplies.
         token_mask: like attention_mask; 0 also leaves a token out (BOS, instruction tokens).
         cu_seqlens: [B+1] integer offsets instead of attention_mask, for packed states.
-        backend: "auto" (Triton on a GPU), "triton" or "torch".
+        skip_tokens: how many of each text's first tokens (of those that the model reads, whatever token_mask says) are
+            left out of a mean; an attention sink is one.
+        backend: "auto" (Triton on a GPU, torch for float64), "triton" or "torch".
 
     Returns: [B, L, D] of the states' dtype, on the last layer's device. Differentiable, with dense gradients.
 
     Raises:
-        ValueError, TypeError: see `check_hidden_states` and `select_tokens`.
+        ValueError, TypeError: see `check_token_pooling`, `check_hidden_states` and `select_tokens`.
     """
-    check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
+    check_token_pooling(token_pooling, skip_tokens)
     states = list(hidden_states)
     check_hidden_states(states)
-    tokens = select_tokens(states[0].shape, states[-1].device, attention_mask, cu_seqlens, token_mask)
+    tokens = select_tokens(
+        states[0].shape, states[-1].device, attention_mask, cu_seqlens, token_mask, skip_tokens=skip_tokens
+    )
     return gather_tokens(states, tokens, token_pooling, backend)
 
 
@@ -143,7 +162,8 @@ def gather_tokens(states: Sequence[Tensor], tokens: Tokens, token_pooling: str, 
     if len({s.device for s in states}) > 1:
         log_once("hidden states lie on several devices: gathered layer by layer, which is slower than one launch")
     t = tokens
-    return gather_rows(states, t.starts, t.ends, t.last, t.count, t.keep, token_pooling == "mean", backend)
+    spans = (t.starts, t.ends, t.last, t.count, t.keep)
+    return gather_rows(states, *spans, token_pooling != "last", backend, unit=token_pooling == "unit_mean")
 
 
 class Pool(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoints
-from .base import gather_tokens
+from .base import check_choice, gather_tokens
 from .layers import last_state
 from .tokens import Tokens, select_tokens
 from .trainable import PAPER, TrainablePool
@@ -46,6 +46,7 @@ class LastLayerPool(TrainablePool):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_choice("token_pooling", token_pooling, ("last", "mean"))  # its keys are the tokens themselves
         super().__init__(
             hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend,
             choices, None, device, dtype,

@@ -12,7 +12,7 @@ from mlpool_kernels.runtime import use_triton
 from torch import Tensor
 
 from . import checkpoints
-from .base import check_positive, gather_tokens, log_once
+from .base import check_positive, check_token_pooling, gather_tokens, log_once
 from .layers import read_layer_states, read_layers, select_layers
 from .tokens import select_tokens
 from .trainable import PAPER, TrainablePool
@@ -28,10 +28,12 @@ class MultiLayerPool(TrainablePool):
         hidden_size: D. num_layers: L, the embedding not counted.
         num_latents: R. num_heads: H. head_dim: d, of one head. ff_mult: feed-forward width over D.
         layers: indices of the layers to read, increasing; None for all. The residual starts from the last one read.
-        token_pooling: "last" (causal models) or "mean" (bidirectional ones).
+        token_pooling: "last" (causal models), "mean" (bidirectional ones) or "unit_mean", whose rows have a norm of at
+            most 1: the norm's eps, 1e-5, is then no longer small beside a row's variance, at most 1/D.
         residual: the gated residual around the pooler. normalize: unit length.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         choices: overrides of the cost model, e.g. {"memory": "recompute"}; see `mlpool_kernels.plan`.
+        skip_tokens: first tokens of each text to leave out of a mean of hidden states; see `mlpool.gather`.
         device, dtype: of the parameters.
 
     Source: "Pooling And Attention" (arXiv 2409.02727), section 3.3.
@@ -53,16 +55,18 @@ class MultiLayerPool(TrainablePool):
         normalize: bool = True,
         backend: str = "auto",
         choices: Mapping[str, str] | None = None,
+        skip_tokens: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(num_layers=num_layers)
+        check_token_pooling(token_pooling, skip_tokens)
         selected = select_layers(layers, num_layers)
         super().__init__(
             hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend,
             choices, num_layers if selected is None else len(selected), device, dtype,
         )  # fmt: skip
-        self.num_layers, self.layers = num_layers, selected
+        self.num_layers, self.layers, self.skip_tokens = num_layers, selected, skip_tokens
 
     @classmethod
     def paper(cls, hidden_size: int, num_layers: int, token_pooling: str = "last", **options: Any) -> Self:
@@ -125,7 +129,9 @@ class MultiLayerPool(TrainablePool):
         self, layers: list[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None, token_mask: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
         """X0, or the layers and their rows where the pool's own kernel is to gather them."""
-        tokens = select_tokens(layers[0].shape, layers[-1].device, attention_mask, cu_seqlens, token_mask)
+        tokens = select_tokens(
+            layers[0].shape, layers[-1].device, attention_mask, cu_seqlens, token_mask, skip_tokens=self.skip_tokens
+        )
         home = self.latents.device
         fused = self.token_pooling == "last" and use_triton(self.backend, self.latents, layers[0]) and len(layers) > 1
         if fused and layers[0].device == home and one_launch(layers):

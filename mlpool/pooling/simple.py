@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive, gather
+from .base import Pool, check_flags, check_positive, check_token_pooling, gather
 from .layers import last_state, read_layer_states, read_layers, select_layers
 
 
 class _LastLayer(Pool):
     trainable = False
     token_pooling: str
+    skip_tokens = 0
 
     def __init__(self, hidden_size: int | None = None, normalize: bool = True, backend: str = "auto") -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class _LastLayer(Pool):
         state = last_state(hidden_states, self.hidden_size)
         rows = gather(
             [state], attention_mask, token_pooling=self.token_pooling, token_mask=token_mask, cu_seqlens=cu_seqlens,
-            backend=self.backend,
+            skip_tokens=self.skip_tokens, backend=self.backend,
         )  # fmt: skip
         return self._finish(rows[:, 0])
 
@@ -57,9 +58,22 @@ class MeanPool(_LastLayer):
 
     Args:
         hidden_size: D, checked where given. normalize: unit length. backend: "auto", "triton" or "torch".
+        token_pooling: "mean" or "unit_mean". skip_tokens: first tokens of each text to leave out; see `mlpool.gather`.
     """
 
-    token_pooling = "mean"
+    def __init__(
+        self,
+        hidden_size: int | None = None,
+        normalize: bool = True,
+        backend: str = "auto",
+        token_pooling: str = "mean",
+        skip_tokens: int = 0,
+    ) -> None:
+        super().__init__(hidden_size, normalize, backend)
+        check_token_pooling(token_pooling, skip_tokens)
+        if token_pooling == "last":
+            raise ValueError('MeanPool takes token_pooling "mean" or "unit_mean", got "last"; that is EosPool')
+        self.token_pooling, self.skip_tokens = token_pooling, skip_tokens
 
 
 class LayerWeightsPool(Pool):
@@ -70,7 +84,8 @@ class LayerWeightsPool(Pool):
 
     Args:
         hidden_size: D. num_layers: L. layers: indices of the layers to use, increasing; None for all.
-        token_pooling: "last" or "mean". normalize: unit length. backend: "auto", "triton" or "torch".
+        token_pooling: "last", "mean" or "unit_mean". normalize: unit length. backend: "auto", "triton" or "torch".
+        skip_tokens: first tokens of each text to leave out of a mean; see `mlpool.gather`.
     """
 
     reads_all_layers = True
@@ -83,16 +98,17 @@ class LayerWeightsPool(Pool):
         token_pooling: str = "last",
         normalize: bool = True,
         backend: str = "auto",
+        skip_tokens: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, num_layers=num_layers)
-        check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
+        check_token_pooling(token_pooling, skip_tokens)
         check_flags(normalize=normalize)
         self.hidden_size, self.num_layers, self.normalize = hidden_size, num_layers, normalize
         self.layers = select_layers(layers, num_layers)
-        self.token_pooling, self.backend = token_pooling, backend
+        self.token_pooling, self.skip_tokens, self.backend = token_pooling, skip_tokens, backend
         count = num_layers if self.layers is None else len(self.layers)
         self.weights = nn.Parameter(torch.zeros(count, device=device, dtype=dtype))
         # One entry, not a scalar: FSDP2 cannot shard a tensor without dimensions.
@@ -115,7 +131,7 @@ class LayerWeightsPool(Pool):
             states = read_layers(self, hidden_states, includes_embedding)
             x0 = gather(
                 states, attention_mask, token_pooling=self.token_pooling, token_mask=token_mask,
-                cu_seqlens=cu_seqlens, backend=self.backend,
+                cu_seqlens=cu_seqlens, skip_tokens=self.skip_tokens, backend=self.backend,
             )  # fmt: skip
         mix = self.scale * self.weights.softmax(0)
         return self._finish((mix[:, None] * x0).sum(1))

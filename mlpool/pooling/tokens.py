@@ -78,6 +78,7 @@ def select_tokens(
     cu_seqlens: Tensor | None = None,
     token_mask: Tensor | None = None,
     check: bool = True,
+    skip_tokens: int = 0,
 ) -> Tokens:
     """Read a batch's mask or packed offsets.
 
@@ -90,6 +91,7 @@ def select_tokens(
             (BOS, instruction tokens).
         check: False of a padded batch leaves the values unchecked, for a caller that waits for the device anyway: it
             reads `checks` together with what it wants and calls `require` where one does not hold.
+        skip_tokens: so many of each text's first tokens, counted by attention_mask or cu_seqlens, are left out too.
 
     Raises:
         ValueError: both or neither of attention_mask and cu_seqlens, a wrong shape, offsets that do not
@@ -104,20 +106,22 @@ def select_tokens(
     if cu_seqlens is not None:
         if not isinstance(cu_seqlens, Tensor):
             raise TypeError(f"cu_seqlens must be an int32 or int64 tensor [B+1], got {type(cu_seqlens).__name__}")
-        return _packed(shape, *_together(device, cu_seqlens, token_mask)).to(device)
+        cu_seqlens, token_mask = _together(device, cu_seqlens, token_mask)
+        return _packed(shape, cu_seqlens, token_mask, skip_tokens).to(device)
     if attention_mask is None:
         raise ValueError(
             "got neither attention_mask nor cu_seqlens; pass attention_mask [B, T] (all ones when nothing is "
             "padded), or cu_seqlens [B+1] for packed hidden states"
         )
-    tokens = _padded(shape, *_together(device, attention_mask, token_mask))
+    attention_mask, token_mask = _together(device, attention_mask, token_mask)
+    tokens = _padded(shape, attention_mask, token_mask, skip_tokens)
     if check:
         require(tokens.checks)
         tokens = replace(tokens, checks=())
     return tokens.to(device)
 
 
-def _together(device: torch.device, *tensors: Any) -> Sequence[Any]:
+def _together(device: torch.device, *tensors: Any) -> Any:
     """What may be masks as they lie if they lie together, else all on `device`; what is no tensor is refused later."""
     given = [t for t in tensors if isinstance(t, Tensor)]
     if len({t.device for t in given}) < 2:
@@ -143,7 +147,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _padded(shape, attention_mask: Tensor, token_mask: Tensor | None) -> Tokens:
+def _padded(shape, attention_mask: Tensor, token_mask: Tensor | None, skip_tokens: int) -> Tokens:
     """On the mask's own device: what lies on the CPU is checked there."""
     if len(shape) != 3:
         raise ValueError(f"hidden states must be [B, T, D] with attention_mask, got shape {list(shape)}")
@@ -154,19 +158,19 @@ def _padded(shape, attention_mask: Tensor, token_mask: Tensor | None) -> Tokens:
         raise ValueError(f"got texts of no tokens (hidden states {list(shape)}); T must be at least 1")
     checks: list[Check] = []
     keep = _as_bool("attention_mask", attention_mask, (batch, length), checks)
+    if skip_tokens:
+        keep = keep & (keep.cumsum(1) > skip_tokens)
     if token_mask is not None:
         keep = keep & _as_bool("token_mask", token_mask, (batch, length), checks)
     position = torch.arange(length, device=keep.device)
     last = torch.where(keep, position, -1).amax(1)
     starts = torch.arange(batch, device=keep.device) * length
-    checks.append(
-        _any_token(last >= 0, "attention_mask and token_mask" if token_mask is not None else "attention_mask")
-    )
+    checks.append(_any_token(last >= 0, _source(token_mask, skip_tokens, "attention_mask")))
     flat = (keep.sum(1), keep.reshape(-1))
     return Tokens(starts, starts + length, starts + last, *flat, (batch, length), False, length, tuple(checks))
 
 
-def _packed(shape, cu_seqlens: Tensor, token_mask: Tensor | None) -> Tokens:
+def _packed(shape, cu_seqlens: Tensor, token_mask: Tensor | None, skip_tokens: int) -> Tokens:
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
         raise ValueError(f"packed hidden states must be [total, D] or [1, total, D], got shape {list(shape)}")
     total = shape[-2]
@@ -174,22 +178,29 @@ def _packed(shape, cu_seqlens: Tensor, token_mask: Tensor | None) -> Tokens:
     offsets = cu_seqlens.to(torch.int64)
     starts, ends = offsets[:-1], offsets[1:]
     tokens = Tokens(starts, ends, ends - 1, ends - starts, None, (1, total), True, None)
-    if token_mask is not None:
-        tokens = _leave_out(tokens, token_mask)
+    if token_mask is not None or skip_tokens:
+        tokens = _leave_out(tokens, token_mask, skip_tokens)
     return replace(tokens, longest=_check_offsets(cu_seqlens, total, tokens.checks), checks=())
 
 
-def _leave_out(tokens: Tokens, token_mask: Tensor) -> Tokens:
-    """Packed tokens less those that the mask leaves out; harmless where the offsets, not checked yet, are wrong."""
+def _source(token_mask: Tensor | None, skip_tokens: int, *names: str) -> str:
+    """What leaves tokens out, for messages."""
+    others = ["token_mask"] * (token_mask is not None) + [f"skip_tokens={skip_tokens}"] * (skip_tokens > 0)
+    return " and ".join([*names, *others])
+
+
+def _leave_out(tokens: Tokens, token_mask: Tensor | None, skip_tokens: int) -> Tokens:
+    """Packed tokens less those that are left out; harmless where the offsets, not checked yet, are wrong."""
     starts, ends, total, device = tokens.starts, tokens.ends, tokens.shape[1], tokens.starts.device
     checks: list[Check] = []
-    keep = _as_bool("token_mask", token_mask.reshape(1, -1), (1, total), checks).reshape(-1)
     row = torch.arange(total, device=device)
     text = torch.searchsorted(ends, row, right=True).clamp(max=starts.shape[0] - 1)
-    keep = keep & (row >= starts[0]) & (row < ends[-1])
+    keep = (row >= starts[text] + skip_tokens) & (row < ends[-1])
+    if token_mask is not None:
+        keep = keep & _as_bool("token_mask", token_mask.reshape(1, -1), (1, total), checks).reshape(-1)
     last = torch.full_like(starts, -1).scatter_reduce(0, text, torch.where(keep, row, -1), "amax")
     count = torch.zeros_like(starts).index_add(0, text, keep.to(torch.int64))
-    checks.append(_any_token(last >= 0, "token_mask"))
+    checks.append(_any_token(last >= 0, _source(token_mask, skip_tokens)))
     return replace(tokens, last=last, count=count, keep=keep, checks=tuple(checks))
 
 

@@ -10,6 +10,7 @@ import logging
 import pickle
 import sys
 import types
+from collections.abc import Iterable
 
 import models
 import pytest
@@ -22,12 +23,15 @@ from mlpool.attention.families import NO_LIMIT, attentions, window_of
 from mlpool.taps import Taps, find_layers
 
 BACKENDS = ("eager", "sdpa", "flex_attention")
-MATRIX = [
-    pytest.param(name, backend, id=f"{name}-{backend}")
-    for name in DECODERS
-    for backend in BACKENDS
-    if (name, backend) not in REFUSED
-]
+
+
+def taken(names: Iterable[str], backends: Iterable[str]) -> list:
+    """Every family on every backend that the library lets it take."""
+    pairs = [(name, backend) for name in names for backend in backends if (name, backend) not in REFUSED]
+    return [pytest.param(*pair, id="-".join(pair)) for pair in pairs]
+
+
+MATRIX = taken(DECODERS, BACKENDS)
 TRAINED = [case for case in MATRIX if case.values[1] != "flex_attention"]  # torch: no flex backward on a CPU
 flex_uncompiled = models.flex_uncompiled
 pytestmark = pytest.mark.usefixtures("flex_uncompiled")
@@ -142,11 +146,8 @@ def test_gradients(name, backend, checkpointing):
             assert (got - expected).norm() <= 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize(("name", "backend"), taken(DECODERS, ("eager", "sdpa")))
 def test_save_and_reload(name, backend, tmp_path):
-    if (name, backend) in REFUSED:
-        pytest.skip("refused by the library")
     model, rows = build(name, backend), texts()
     before = lone(model, rows)
     bidirectional(model)
@@ -191,11 +192,8 @@ def test_flex_attention_compiled():
 # --- sliding windows -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WINDOWED)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "backend"), taken(WINDOWED, BACKENDS))
 def test_sliding_windows(name, backend, tmp_path):
-    if (name, backend) in REFUSED:
-        pytest.skip("refused by the library")
     rows = texts()
     distance = (torch.arange(9)[:, None] - torch.arange(9)).abs()
     for choice in ("keep", "full"):

@@ -241,6 +241,14 @@ def test_tuned_tiles_are_those_of_the_results(tmp_path, monkeypatch):
     assert measure.tiles() != first
 
 
+def test_tiles_that_are_not_there_are_said(tmp_path, monkeypatch):
+    import measure
+
+    monkeypatch.setenv("MLPOOL_TILES", str(tmp_path / "none.json"))
+    with pytest.raises(SystemExit, match=r"none\.json is no file: unset it"):
+        measure.start(arguments(tmp_path))
+
+
 def test_the_digest_of_the_code_changes_with_a_source(tmp_path, monkeypatch):
     import measure
 

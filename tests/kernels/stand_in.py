@@ -1,4 +1,4 @@
-"""A CUDA card that is not there: fake tensors on "cuda", Triton's own binder, compiler and launcher, a libcuda of paper.
+"""A CUDA card that is not there: fake tensors on "cuda", Triton's own binder, compiler and launcher, no libcuda.
 
     with card(90) as launches:                   # sm_90
         pool = MultiLayerPool(896, 24, device="cuda", dtype=torch.bfloat16)
@@ -6,12 +6,12 @@
         gradients(output, [*pool.parameters()])  # in place of torch.autograd.grad
     launches                                     # each compiled, without spills, bound, and within a card's limits
 
-Tensors have shapes, types, strides, devices and addresses, but no memory (`FakeTensorMode`), so released sizes cost
-nothing, and a tensor on the wrong device is an error as on a card. Integers and booleans carry their values all the same, so
+Tensors have shapes, types, strides, devices and addresses, but no memory (`FakeTensorMode`): released sizes cost
+nothing, and a tensor on the wrong device is an error as on a card. Integers and booleans have values all the same, so
 that masks and offsets are read as ever; what a kernel would have written reads as zero.
 
-`stand_in.c` takes the place of libcuda and refuses what a card refuses. A torch built without CUDA has no notion of a CUDA
-device behind autograd: GUARD gives it one. Needs a C and a C++ compiler.
+`stand_in.c` takes the place of libcuda and refuses what a card refuses. A torch built without CUDA knows no CUDA device
+behind autograd: GUARD gives it one. Needs a C and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -53,33 +53,29 @@ class Launch(NamedTuple):
 
 # Triton keeps a kernel it has compiled, with its launcher, for the whole process: so is the record.
 _launches: list[Launch] = []
+_libraries = tempfile.TemporaryDirectory(prefix="libcuda-")
 
 
 # --- the driver ----------------------------------------------------------------------------------------------------
 
 
-def _build(compiler: str, source: Path, library: Path, *options: str) -> Path:
+def _build(compiler: str, source: Path, library: Path, *options: str) -> None:
     subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library), *options], check=True)
-    return library
 
 
 @functools.cache
 def _libcuda() -> ctypes.CDLL:
     """Built once a process, and loaded before Triton looks for the library of that name."""
-    folder = Path(tempfile.mkdtemp(prefix="libcuda-"))
+    folder = Path(_libraries.name)
     include = Path(nvidia.__file__).parent / "include"
-    library = _build(
-        "gcc",
-        Path(__file__).with_name("stand_in.c"),
-        folder / "libcuda.so.1",
-        f"-I{include}",
-        "-Wl,-soname,libcuda.so.1",
-    )
+    source, library = Path(__file__).with_name("stand_in.c"), folder / "libcuda.so.1"
+    _build("gcc", source, library, f"-I{include}", "-Wl,-soname,libcuda.so.1")
     if not torch.backends.cuda.is_built():
         (folder / "guard.cpp").write_text(GUARD)
         home = Path(torch.__file__).parent
         options = ("-std=c++20", f"-I{home}/include", f"-L{home}/lib", "-lc10")
-        ctypes.CDLL(str(_build("g++", folder / "guard.cpp", folder / "guard.so", *options)))
+        _build("g++", folder / "guard.cpp", folder / "guard.so", *options)
+        ctypes.CDLL(str(folder / "guard.so"))
     with patch.dict("os.environ", TRITON_LIBCUDA_PATH=str(folder)):
         nvidia.libcuda_dirs()  # cached: what it answers now it answers always
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
@@ -137,7 +133,7 @@ _driver = functools.cache(_Driver)
 
 
 class _Tensors(FakeTensorMode):
-    """Fake tensors; integers and booleans have values beside them (`known`), and our own ops run what they run on a card."""
+    """Fake tensors; integers and booleans have values beside them (`known`), and our ops run as on a card."""
 
     nested = False
 

@@ -35,6 +35,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlpool_kernels import Plan, reference
 from mlpool_kernels import plan as cost_model
+from mlpool_kernels.gather import gather_backward
+from test_ops import unit_batch
 
 from mlpool import LastLayerPool, MultiLayerPool
 from mlpool.pooling import gather, select_tokens
@@ -44,6 +46,7 @@ feed_forward = importlib.import_module("mlpool_kernels.feed_forward")
 # NumPy warns: lanes past the end of a softmax row, never stored, divide zero by zero; some tests feed Inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
+GATHER, ATTEND = (importlib.import_module(f"mlpool_kernels.{name}") for name in ("gather", "attend"))
 LAYERS, HIDDEN, LATENTS = (1, 6, 24, 28, 36, 80), (64, 384, 896, 1536), (1, 7, 64)
 # Every pair of two sizes; 768 latents at a small D. The forms take turns.
 FORMS = list(itertools.product(cost_model.LAUNCHES, cost_model.FEED_FORWARD, cost_model.VALUES, cost_model.MEMORY))
@@ -167,7 +170,7 @@ def test_feed_forward_by_pointers_and_by_descriptors(batch, latents, hidden, wid
 # --- gather --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("layers", "hidden"), [(1, 7), (3, 300), (80, 16)])
 def test_gather(layers, hidden, how, dtype):
@@ -193,7 +196,98 @@ def test_gather(layers, hidden, how, dtype):
         torch.testing.assert_close(again.double(), want, **close)
 
 
-@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["mean", "unit_mean"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_texts_are_summed_in_parts(packed, how, dtype, monkeypatch):
+    """Texts of 1 to 75 rows in up to 8 parts, some empty, a left-out run at a part's edge; and the gradients."""
+    monkeypatch.setattr(GATHER, "PART_ROWS", 10)
+    monkeypatch.setattr(GATHER, "PROGRAMS", 1000)
+    kernel = GATHER._mean_kernel
+    grids = []
+    monkeypatch.setattr(GATHER, "_mean_kernel", _Counted(kernel, grids))
+    mask = make_mask(3, 75, "left")
+    mask[0, 18:31] = 0
+    states = make_states(2, (3, 75, 37), dtype=dtype)
+    where = {"attention_mask": mask}
+    if packed:
+        rows = torch.cat([torch.arange(75 * b, 75 * b + 75)[n:] for b, n in enumerate((0, 40, 74))])
+        states = [s.flatten(0, 1)[rows] for s in states]
+        keep = torch.ones(len(rows), dtype=torch.bool)
+        keep[18:31] = False
+        where = {"cu_seqlens": torch.tensor([0, 75, 110, 111]), "token_mask": keep}
+    states = [s.requires_grad_() for s in states]
+    wide = [s.detach().double().requires_grad_() for s in states]
+    got = gather(states, token_pooling=how, backend="triton", **where)
+    want = gather(wide, token_pooling=how, backend="torch", **where)
+    assert len(grids) == 2  # the parts, and their sum
+    assert grids[0][0] > 3
+    eps = torch.finfo(dtype).eps
+    close = {"rtol": 4 * eps, "atol": 8 * eps} if dtype == torch.float32 else {"rtol": eps, "atol": eps}
+    torch.testing.assert_close(got.double(), want, **close)
+    grad = torch.randn(want.shape).to(dtype)
+    for mine, exact in zip(
+        torch.autograd.grad(got, states, grad), torch.autograd.grad(want, wide, grad.double()), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), exact, **close)
+
+
+class _Counted:
+    """A kernel that notes the grids it is launched with."""
+
+    def __init__(self, kernel, grids):
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
+def test_a_gradient_added_to_the_state_s_own(how, dtype):
+    """As taps ask, with rows before, between and behind packed texts; out of place; the same numbers as in torch."""
+    mask = torch.tensor([[0, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 0]])
+    padded = select_tokens((2, 6, 20), torch.device("cpu"), mask)
+    packed = select_tokens((1, 12, 20), torch.device("cpu"), None, torch.tensor([1, 2, 8, 11]))
+    for t in (padded, packed):
+        grad = torch.randn(t.batch_size, 1, 20).to(dtype)
+        added = torch.randn(12, 20).to(dtype)
+        given = added.clone()
+        spans = (t.starts, t.ends, t.last, t.count, t.keep, how != "last")
+        states = [torch.randn((*t.shape, 20)).to(dtype)] if how == "unit_mean" else []
+        for more in (None, added):
+            got, want = (
+                gather_backward(grad, (12, 20), *spans, backend, more, states)[0] for backend in ("triton", "torch")
+            )
+            torch.testing.assert_close(got, want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+        assert torch.equal(added, given)
+    grad = torch.randn(2, 1, 20, requires_grad=True)
+    spans = (padded.starts, padded.ends, padded.last, padded.count, padded.keep, True)
+    (again,) = gather_backward(grad, (12, 20), *spans, "triton")
+    with pytest.raises(RuntimeError, match="autograd"):  # a kernel cannot be differentiated again: said, not wrong
+        again.sum().backward()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unit_mean_of_zeros_and_nan(dtype):
+    """As in torch, with zero tokens, a text of zeros alone and padding of NaN."""
+    states, _, mask = unit_batch(dtype, INTERPRETER)
+    got, want = (gather(states, mask, token_pooling="unit_mean", backend=backend) for backend in ("triton", "torch"))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got, want, rtol=2 * eps, atol=2 * eps)
+    grad = torch.randn(want.shape).to(dtype)
+    for mine, theirs in zip(*(torch.autograd.grad(out, states, grad) for out in (got, want)), strict=True):
+        # A tiny token's gradient is huge, a huge one's tiny: row by row.
+        torch.testing.assert_close(mine, theirs, rtol=8 * eps, atol=4 * eps * theirs.abs().max().item())
+        assert not mine[2].any()
+        assert not mine[mask == 0].any()
+
+
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 def test_strided_hidden_states(how):
     """Transposed and sliced states are read where they lie, in one launch or, where D is strided, layer by layer."""
     base = torch.randn(6, 3, 64)
@@ -255,6 +349,19 @@ def test_bitwise_from_run_to_run(form):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_columns_of_a_text_in_one_program(dtype, monkeypatch):
+    """What many texts get: here with two, an odd number of columns, rows gathered and given."""
+    monkeypatch.setattr(ATTEND, "MANY_TEXTS", 1)
+    pool = multi(72, 5, INTERPRETER, num_latents=9, num_heads=3, head_dim=8, choices={"launches": "one"})
+    assert_close_to_equations(pool, make_states(5, (2, 3, 72)), make_mask(2, 3), dtype)
+    rows = torch.randn(2, 5, 72).to(dtype)
+    plain = multi(72, 5, TORCH, num_latents=9, num_heads=3, head_dim=8).to(dtype)
+    torch.testing.assert_close(
+        use_rows(pool, [rows]), use_rows(plain, [rows]), atol=3e-2 if dtype != DTYPES[0] else 1e-5, rtol=0
+    )
+
+
 @pytest.mark.parametrize("memory", cost_model.MEMORY)
 @pytest.mark.parametrize("launches", cost_model.LAUNCHES)
 @pytest.mark.parametrize("keys", cost_model.KEYS)
@@ -276,16 +383,16 @@ def attend(pool, states):
     return torch.cat([t.flatten(1) for t in both], 1)
 
 
-@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 def test_opcheck(how):
     """torch's checks of the registrations with the kernels behind them, hidden states read by the pool's own launch."""
     pool = multi(24, 3, INTERPRETER)
     mask = make_mask(2, 4)
     states = [s.requires_grad_() for s in make_states(3, (2, 4, 24))]
     t = select_tokens(states[0].shape, states[0].device, mask)
-    arguments = (states, t.starts, t.ends, t.last, t.count, t.keep, how == "mean", "triton")
+    arguments = (states, t.starts, t.ends, t.last, t.count, t.keep, how != "last", "triton", how == "unit_mean")
     torch.library.opcheck(torch.ops.mlpool.gather.default, arguments)
-    if how == "mean":
+    if how != "last":
         return
     for plan in (
         Plan(launches="one", mix="kernel"),

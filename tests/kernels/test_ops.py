@@ -1,12 +1,14 @@
 """The two ops by themselves: torch's own checks, exact gradients in float64, strides, NaN, and the cost model."""
 
+import importlib
 import itertools
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPU, make_mask, make_states
+from conftest import GPU, assert_close_to_equations, last, make_mask, make_states, multi, use
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlpool_kernels import Plan, Sizes, Weights, choose, fold_queries, fold_values, gather, pool, reference, tiles
@@ -54,9 +56,15 @@ def pool_arguments(w, states, key_mask, plan, attentions):
     return ([states], None, key_mask, *w, 2, str(plan), "torch", attentions)
 
 
-@pytest.mark.parametrize("mean", [False, True])
+# Whether it is a mean, and whether of unit tokens.
+POOLINGS = [pytest.param((False, False), id="last"), pytest.param((True, False), id="mean"),
+            pytest.param((True, True), id="unit_mean")]  # fmt: skip
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("batch", ["padded", "packed", "packed and masked"])
-def test_opcheck_gather(batch, mean):
+def test_opcheck_gather(batch, pooling):
+    mean, unit = pooling
     if batch == "padded":
         shape, where = (3, 5, 8), spans((3, 5, 8), make_mask(3, 5))
     else:
@@ -64,7 +72,7 @@ def test_opcheck_gather(batch, mean):
         mask = torch.tensor([[1, 0, 1, 0, 1, 1, 0, 1, 0]]) if "masked" in batch else None
         where = spans(shape, cu_seqlens=torch.tensor([0, 4, 9]), token_mask=mask)
     states = [s.requires_grad_() for s in make_states(3, shape)]
-    torch.library.opcheck(torch.ops.mlpool.gather.default, (states, *where, mean, "torch"))
+    torch.library.opcheck(torch.ops.mlpool.gather.default, (states, *where, mean, "torch", unit))
 
 
 @pytest.mark.parametrize("attentions", [False, True])
@@ -84,11 +92,12 @@ def test_opcheck_pool_of_one_key(memory):
     torch.library.opcheck(torch.ops.mlpool.pool.default, arguments, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("mean", [False, True])
-def test_gradcheck_gather(mean):
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_gradcheck_gather(pooling):
+    mean, unit = pooling
     states = [s.requires_grad_() for s in make_states(2, (3, 4, 3), dtype=torch.float64)]
     where = spans((3, 4, 3), make_mask(3, 4, "left"))
-    assert torch.autograd.gradcheck(lambda *s: gather(s, *where, mean, "torch"), states)
+    assert torch.autograd.gradcheck(lambda *s: gather(s, *where, mean, "torch", unit), states)
 
 
 @pytest.mark.parametrize(("keys", "values", "memory"), FORMS)
@@ -129,7 +138,8 @@ def test_gradcheck_folds():
 @settings(max_examples=40, deadline=None)
 @given(
     layers=st.integers(1, 5), batch=st.integers(1, 5), tokens=st.integers(1, 9), hidden=st.integers(1, 17),
-    how=st.sampled_from(["last", "mean"]), padding=st.sampled_from(["left", "right", "none"]), seed=st.integers(0, 99),
+    how=st.sampled_from(["last", "mean", "unit_mean"]), padding=st.sampled_from(["left", "right", "none"]),
+    seed=st.integers(0, 99),
 )  # fmt: skip
 def test_gather_of_any_size(layers, batch, tokens, hidden, how, padding, seed):
     mask = make_mask(batch, tokens, padding, seed)
@@ -144,7 +154,7 @@ def test_gather_of_any_size(layers, batch, tokens, hidden, how, padding, seed):
         assert mine.layout == torch.strided
 
 
-@pytest.mark.parametrize("how", ["last", "mean"])
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gather_of_strided_states(how, dtype, target):
     """Transposed, sliced and expanded states, layers of different strides, and one layer alone."""
@@ -160,7 +170,61 @@ def test_gather_of_strided_states(how, dtype, target):
         got = gather_states(states, mask, token_pooling=how, backend=target.backend)
         want = reference.gather([s.double() for s in states], mask, how)
         eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(got.double(), want, rtol=eps, atol=eps if how == "mean" else 0)
+        torch.testing.assert_close(got.double(), want, rtol=eps, atol=0 if how == "last" else eps)
+
+
+def unit_batch(dtype, target):
+    """Two states with zero tokens (a text of nothing else too), huge and tiny ones, and NaN where nothing is kept."""
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]])
+    states = make_states(2, (3, 5, 33))
+    for state in states:
+        state[0, 1] = state[2] = 0
+        state[1, 0] *= 1e4
+        state[1, 1] *= 1e-4
+    clean = [s.to(dtype).double().requires_grad_() for s in states]
+    soiled = [s.masked_fill(mask[:, :, None] == 0, torch.nan).to(target.device, dtype).requires_grad_() for s in states]
+    return soiled, clean, mask
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_unit_mean(dtype, target):
+    """Three ways, forward and gradients; zero tokens give nothing and get nothing, padding of NaN neither."""
+    states, clean, mask = unit_batch(dtype, target)
+    backend = "auto" if dtype == torch.float64 else target.backend
+    got = gather_states(states, mask.to(target.device), token_pooling="unit_mean", backend=backend)
+    want = reference.gather(clean, mask, "unit_mean")
+    low = [s.detach().to(dtype).requires_grad_() for s in clean]
+    eager = reference.gather(low, mask, "unit_mean")
+    grad = torch.randn(want.shape, dtype=torch.float64).to(dtype)
+    results = [(got, want, eager)]
+    results += zip(
+        torch.autograd.grad(got, states, grad.to(target.device)), torch.autograd.grad(want, clean, grad.double()),
+        torch.autograd.grad(eager, low, grad), strict=True,
+    )  # fmt: skip
+    for mine, exact, naive in results:
+        limit = max(2 * (naive.double() - exact).norm(), 4 * torch.finfo(dtype).eps * exact.norm())
+        assert (mine.cpu().double() - exact).norm() <= limit
+    gradients = [mine for mine, *_ in results[1:]]
+    assert not got[2].any()
+    assert all(not g[2].any() and not g[0, 1].any() for g in gradients)
+    assert all(not g[mask.to(target.device) == 0].any() for g in gradients)
+
+
+def test_unit_mean_of_a_text_with_nan(target):
+    """That text alone is NaN, its gradient too."""
+    states = make_states(1, (3, 4, 8), target)
+    states[0][1, 2, 3] = torch.nan
+    states[0].requires_grad_()
+    got = gather_states(states, torch.ones(3, 4).to(target.device), token_pooling="unit_mean", backend=target.backend)
+    (grad,) = torch.autograd.grad(got.sum(), states)
+    assert all(t.isnan().all() for t in (got[1], grad[1, 2]))
+    assert all(torch.isfinite(t[[0, 2]]).all() for t in (got, grad))
+
+
+def test_unit_is_for_means():
+    with pytest.raises(ValueError, match="unit=True is for a mean"):
+        gather(make_states(1, (1, 2, 3)), *spans((1, 2, 3), torch.ones(1, 2)), False, "torch", unit=True)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -216,6 +280,50 @@ def test_backends(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match='pip install "triton'):
         use_triton("triton", tensor)
     assert not use_triton("auto", tensor)
+
+
+def test_float64_is_torch_s(monkeypatch):
+    """Kernels accumulate in float32: "auto" leaves float64 to torch, whichever tensor has it; "triton" refuses it."""
+    runtime = importlib.import_module("mlpool_kernels.runtime")
+    monkeypatch.setattr(runtime, "triton", runtime.triton or object())
+    monkeypatch.setattr(runtime, "HAS_TRITON", True)
+    single, double = (SimpleNamespace(is_cuda=True, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    assert use_triton("auto", single, None)
+    assert not use_triton("auto", double)
+    assert not use_triton("auto", single, None, double)
+    with pytest.raises(ValueError, match=r'backend="triton" accumulates in float32, got float64; use backend="auto"'):
+        use_triton("triton", single, double)
+
+
+@pytest.mark.parametrize("which", ["pool", "states"])
+def test_the_pool_asks_for_float64_everywhere(which, monkeypatch):
+    """Kernels are asked for where neither states nor weights are float64, in the forward, backward and the gather."""
+    asked = []
+
+    def ask(_, *given):
+        asked.append({t.dtype for t in given if t is not None})
+        return False
+
+    for name in ("mlpool_kernels.pool", "mlpool.pooling.multi_layer"):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(
+            module, "use_triton", lambda _, *given: bool(asked.append({t.dtype for t in given if t is not None}))
+        )
+    net, states = multi(8, 3), [s.requires_grad_() for s in make_states(3, (2, 3, 8))]
+    if which == "pool":
+        net = net.double()
+    else:
+        states = [s.double() for s in states]
+    use(net, states, make_mask(2, 3)).sum().backward()
+    assert len(asked) == 3
+    assert all(torch.float64 in dtypes for dtypes in asked)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [multi, last])
+def test_float64_runs_on_a_gpu(kind):
+    pool = kind(8, target=GPU._replace(backend="auto")).double()
+    assert_close_to_equations(pool, make_states(4, (2, 3, 8), GPU), make_mask(2, 3), torch.float64)
 
 
 @pytest.mark.gpu

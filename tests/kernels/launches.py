@@ -1,0 +1,100 @@
+"""What the launchers launch, without launching it: recorders stand in place of the kernels. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from mlpool_kernels import tiles
+
+# By name: the package exports functions called as their modules.
+attend, feed_forward, gather, mix = MODULES = [
+    importlib.import_module(f"mlpool_kernels.{name}") for name in ("attend", "feed_forward", "gather", "mix")
+]
+
+
+class Launch(NamedTuple):
+    """kernel, grid, and what it is launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass
+class Recorder:
+    kernel: Any
+    launches: list[Launch]
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append(Launch(self.kernel, grid, args, options))
+
+
+class Sizes(NamedTuple):
+    dtype: torch.dtype
+    layers: int
+    hidden: int
+    latents: int
+    heads: int
+    batch: int = 2
+    tokens: int = 32
+
+
+def record(monkeypatch: Any, name: str, tile: dict[str, int] | None, sizes: Sizes, device: str = "cpu") -> list[Launch]:
+    """The launches of the kernel `name` of `tiles.TILES`, at `tile` or at its own; device "meta" needs no memory."""
+    launches: list[Launch] = []
+    for module in MODULES:
+        for attribute in [a for a in vars(module) if a.endswith("_kernel")]:
+            monkeypatch.setattr(module, attribute, Recorder(getattr(module, attribute), launches))
+    monkeypatch.setattr(gather, "use_triton", lambda *_: True)
+    if tile is not None:
+        monkeypatch.setattr(tiles, "_overrides", lambda: {name: tile})
+    with torch.device(device):
+        _launch(name, sizes)
+    assert launches
+    return launches
+
+
+def _launch(name: str, sizes: Sizes) -> None:
+    dtype, layers, hidden, latents, heads, batch, tokens = sizes
+    width, columns = hidden, heads * latents
+    if name == "attend_text":
+        batch = max(batch, attend.MANY_TEXTS)
+    states = [torch.zeros(batch, tokens, hidden, dtype=dtype) for _ in range(layers)]
+    rows = torch.arange(1, batch + 1) * tokens - 1
+    starts, ends, count = rows - tokens + 1, rows + 1, rows * 0 + tokens
+    keep = torch.ones(batch * tokens, dtype=torch.bool)
+    spans = (starts, ends, rows, count, keep)
+    vector, bias = torch.zeros(hidden), torch.zeros(2 * width)
+    x0 = torch.zeros(batch, layers, hidden, dtype=dtype)
+    scores = torch.zeros(batch, layers, columns, dtype=dtype)
+    both = torch.zeros(batch, latents, 2 * width, dtype=dtype)
+    if name in ("mean", "last"):
+        gather._forward(states, *spans, name == "mean", "triton")
+    elif name == "gather_backward":
+        gather._backward(x0, states[0].shape, *spans, True, "triton", None)
+        gather._backward(x0, states[0].shape, *spans, False, "triton", None)
+        gather._backward(x0[:, :1], states[0].shape, *spans, True, "triton", states[0])
+    elif name == "unit_mean":
+        gather._forward(states, *spans, True, "triton", True)
+        gather._backward(x0, states[0].shape, *spans, True, "triton", None, states)
+        gather._backward(x0[:, :1], states[0].shape, *spans, True, "triton", states[0], states[:1])
+    elif name in ("attend", "attend_text", "norm"):
+        queries = None if name == "norm" else torch.zeros(columns, hidden, dtype=dtype)
+        attend.attend_one_launch(states, rows, torch.zeros(layers, hidden), vector, vector, queries, dtype)
+        attend.attend_one_launch([x0], None, None, vector, vector, queries, dtype)
+    elif name == "softmax":
+        attend.softmax_(scores, torch.ones(batch, layers, dtype=torch.bool), True)
+        attend.softmax_backward_(scores, scores, True)
+    elif name == "mix":
+        values = torch.zeros(batch * layers, heads, hidden, dtype=dtype)
+        mix._mix_triton(scores, values, torch.zeros(latents, hidden), vector, vector, True)
+    elif name.startswith("feed_forward"):
+        normed, weight = (torch.zeros(*size, hidden, dtype=dtype) for size in ((batch, latents), (2 * width,)))
+        feed_forward._feed_forward_triton(normed, weight, bias, name == "feed_forward_tma")
+    else:
+        feed_forward.gate_mean(both, True)
+        feed_forward.gate_backward(both, torch.zeros(batch, width), True, True)

@@ -1,0 +1,78 @@
+"""Unit means and skipped tokens in every pool, padded and packed, saved and loaded."""
+
+import pytest
+import torch
+from conftest import assert_close_to_equations, make_mask, make_states, multi
+from torch.nn.functional import normalize, pad
+
+from mlpool import LastLayerPool, LayerWeightsPool, MeanPool, MultiLayerPool
+from mlpool.pooling import gather
+
+B, T, D, L = 3, 7, 16, 4
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_unit_mean_against_the_equations(padding, target):
+    pool = multi(D, L, target, token_pooling="unit_mean")
+    assert_close_to_equations(pool, make_states(L, (B, T, D), target), make_mask(B, T, padding))
+
+
+@pytest.mark.parametrize("how", ["mean", "unit_mean"])
+def test_skipped_tokens(how, target):
+    """The first two tokens of every text, whatever token_mask says, padded left and right, and packed."""
+    states = make_states(L, (B, T, D), target)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).to(target.device)
+    kept = torch.tensor([[0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1], [0, 0, 1, 1, 1, 1, 1]]).to(target.device)
+    options = {"token_pooling": how, "backend": target.backend}
+    token_mask = torch.ones_like(mask).index_fill_(1, torch.tensor(3, device=mask.device), 0)
+    token_mask[1:] = 1
+    for more in (None, token_mask):
+        both = kept if more is None else kept * more
+        want = gather(states, both, **options)
+        got = gather(states, mask, skip_tokens=2, token_mask=more, **options)
+        assert torch.equal(got, want)
+        packed = [s[mask.bool()] for s in states]
+        offsets = pad(mask.sum(1).cumsum(0), (1, 0))
+        got = gather(
+            packed, cu_seqlens=offsets, skip_tokens=2, token_mask=None if more is None else more[mask.bool()], **options
+        )
+        torch.testing.assert_close(got, want)
+
+
+def test_pools_skip_and_unit(tmp_path):
+    """Each pool passes both on, and keeps them when saved."""
+    states, mask = make_states(L, (B, T, D)), torch.ones(B, T)
+    kept = mask.clone()
+    kept[:, 0] = 0
+    units = [normalize(s, dim=-1) for s in states]
+    options = {"token_pooling": "unit_mean", "skip_tokens": 1}
+    plain = {**options, "token_pooling": "mean", "skip_tokens": 0}
+    for make in (
+        lambda **o: MeanPool(D, **o),
+        lambda **o: LayerWeightsPool(D, L, **o),
+        lambda **o: multi(D, L, **o),
+    ):
+        pool = make(**options)
+        more = {} if isinstance(pool, MeanPool) else {"includes_embedding": False}
+        want = make(**plain)(units, kept, **more)
+        torch.testing.assert_close(pool(states, mask, **more), want)
+        pool.save_pretrained(tmp_path)
+        torch.testing.assert_close(type(pool).from_pretrained(tmp_path)(states, mask, **more), want)
+
+
+def test_wrong_choices():
+    states, mask = make_states(L, (B, T, D)), make_mask(B, T)
+    with pytest.raises(ValueError, match=r"no token left by attention_mask and skip_tokens=1 in row\(s\) \[2\]"):
+        gather(states, mask, token_pooling="mean", skip_tokens=1)
+    with pytest.raises(ValueError, match=r"no token left by skip_tokens=2 in row\(s\) \[0\]"):
+        gather([s[0] for s in states], cu_seqlens=torch.tensor([0, 2, 7]), token_pooling="mean", skip_tokens=2)
+    for wrong in (-1, 1.0, True):
+        with pytest.raises(ValueError, match="skip_tokens must be an integer of at least 0"):
+            MultiLayerPool(D, L, token_pooling="mean", skip_tokens=wrong)
+    for make in (lambda **o: MultiLayerPool(D, L, **o), lambda **o: LayerWeightsPool(D, L, **o)):
+        with pytest.raises(ValueError, match="skip_tokens=2 leaves the first tokens out of a mean, and"):
+            make(token_pooling="last", skip_tokens=2)
+    with pytest.raises(ValueError, match='"mean" or "unit_mean", got "last"; that is EosPool'):
+        MeanPool(D, token_pooling="last")
+    with pytest.raises(ValueError, match=r"token_pooling must be one of \('last', 'mean'\), got 'unit_mean'"):
+        LastLayerPool(D, token_pooling="unit_mean")
