@@ -94,7 +94,8 @@ def studied(place: Path, out: Path) -> None:
     study(
         {
             "base": str(place / "base"), "data_dir": str(place), "output": str(out),
-            "data": {"train": "pairs.jsonl"}, "designs": [{"name": "multi-layer-causal", "pooler": POOLER}, {"name": "multi-layer-bidirectional", "pooler": POOLER}], "seeds": [0, 1],
+            "data": {"train": "pairs.jsonl"}, "seeds": [0, 1],
+            "designs": [{"name": f"multi-layer-{way}", "pooler": POOLER} for way in ("causal", "bidirectional")],
             "train": {"max_steps": 2, "per_device_train_batch_size": 8, "use_cpu": True, "learning_rate": 1e-3},
             "evaluate": {"tasks": ["sts/made"]},
         },
