@@ -151,3 +151,8 @@ SEED ?= 0
 
 hostile: $(VENV)/.dev
 	MLPOOL_HOSTILE=$(HOSTILE) MLPOOL_SEED=$(SEED) $(PYTEST) tests/hostile
+
+# kill -9 at 20 random moments each of train, encode and study; what comes of it must be what comes undisturbed.
+.PHONY: hostile-kill
+hostile-kill:
+	OMP_NUM_THREADS=1 $(HERE) $(PY) tests/hostile/kill.py $(KILL)

@@ -421,8 +421,9 @@ def _setup(ctx, inputs, output):
 
 
 def _gradient(ctx, grad):
-    *spans, keep = ctx.saved_tensors[:5]
-    states = list(ctx.saved_tensors[5:])
+    saved = ctx.saved_tensors  # asked for once: a checkpointed forward is unpacked a single time
+    *spans, keep = saved[:5]
+    states = list(saved[5:])
     grads = _gather_backward_op(grad, ctx.shape, *spans, keep, ctx.mean, ctx.backend, None, states)
     return [g.to(device) for g, device in zip(grads, ctx.devices, strict=True)], *(None,) * 8
 

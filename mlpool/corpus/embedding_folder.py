@@ -6,30 +6,40 @@
     out/progress/               until then: run.json (how it is made), a record of each complete shard, unfinished files
 
 A file appears under its name only when it is complete (written beside, flushed to the disk, renamed), and a shard
-counts only when its record, written after it, is there and agrees with the files' sizes.
+counts only when its record, written after it, is there and agrees with the files' sizes. Every shard has its SHA-256,
+which is compared when it is read. One run at a time writes to a folder, its processes together.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ..files import check_link, confined, read_json, replacing, sha256, write_json
 from .text_files import import_parquet
 
 if TYPE_CHECKING:
     import numpy as np
 
 MANIFEST, PROGRESS, RUN = "manifest.json", "progress", "run.json"
+VERSION = 1  # of the manifest
 FORMATS, DTYPES = ("npy", "parquet"), ("float32", "float16")
+_HOLDER = "holder.json"
+_PATIENCE = 1.0  # seconds before a folder counts as held
 _RECORD_FILE = re.compile(r"shard-\d{5,}\.json")
+_ADVICE = "delete the folder, or name another"
+_MEND = "run the same `mlpool encode` with --verify, which makes damaged shards anew"
 _SHARD_FILE = re.compile(r"shard-\d{5,}\.(npy|parquet|ids\.json)")
 
 Blocks = Iterable[tuple["np.ndarray", list[Any]]]  # embeddings [n, D] and their ids
@@ -49,6 +59,8 @@ class Shard:
     seconds: float
     truncated: int | None  # texts longer than the model takes; None: the model does not count them
     longest: int | None  # tokens of the longest such text
+    sha256: str | None = None  # of the file; None before there were digests
+    ids_sha256: str | None = None
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -66,6 +78,7 @@ class EmbeddingFolder:
         Raises:
             ValueError: a folder of something else, a manifest that cannot be read.
         """
+        check_link(self.path)
         if not self.path.exists():
             return None
         if not self.path.is_dir():
@@ -74,7 +87,12 @@ class EmbeddingFolder:
         # In this order: whoever finishes last deletes the first when the second is there.
         for file in (self.progress / RUN, self.path / MANIFEST):
             with suppress(FileNotFoundError):
-                plan = _read_json(file)
+                plan = read_json(file, dict, _ADVICE)
+                if plan.get("version", VERSION) != VERSION:
+                    raise ValueError(
+                        f"{file} is of version {plan['version']!r}, and this mlpool reads {VERSION}: update mlpool, or "
+                        "name another folder"
+                    )
                 return {name: value for name, value in plan.items() if name not in ("shards", "totals", "versions")}
         if names - {PROGRESS}:
             raise ValueError(
@@ -82,6 +100,59 @@ class EmbeddingFolder:
                 "name a new or empty one"
             )
         return None
+
+    @contextmanager
+    def held(self, rank: int = 0) -> Iterator[None]:
+        """The folder for one run, until the block ends: its first process holds it, the others only look who does. The
+        system lets go of what a killed process held.
+
+        Raises:
+            BlockingIOError: another run writes to it; the message says which process, where, and since when.
+        """
+        from filelock import FileLock, Timeout
+
+        confined(self.path, PROGRESS)  # no link that leads elsewhere
+        self.progress.mkdir(parents=True, exist_ok=True)
+        job = _job()
+        if rank and self._holder().get("job") == job:
+            yield
+            return
+        # Not at once: other ranks look at it, too, each for a moment.
+        lock = FileLock(self.progress / ".lock", timeout=_PATIENCE)
+        try:
+            lock.acquire()
+        except Timeout:
+            who = self._holder()
+            if not rank or who.get("job") != job:
+                by = f"process {who.get('pid')} on {who.get('host')} since {who.get('since')}" if who else "another run"
+                raise BlockingIOError(
+                    f"{self.path} is being written by {by}; wait for it, stop it, or name another folder"
+                ) from None
+            yield
+            return
+        if rank:
+            lock.release()
+            yield
+            return
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        try:
+            write_json(
+                self.progress / _HOLDER,
+                {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "since": since},
+            )
+            yield
+        finally:
+            (self.progress / _HOLDER).unlink(missing_ok=True)
+            lock.release()
+            if (self.path / MANIFEST).is_file() and not (self.progress / RUN).is_file():
+                shutil.rmtree(self.progress, ignore_errors=True)  # the lock itself was left
+
+    def _holder(self) -> dict[str, Any]:
+        """Who wrote down that it holds the folder; of use only while the lock is taken."""
+        try:
+            return read_json(self.progress / _HOLDER)
+        except (FileNotFoundError, ValueError):
+            return {}
 
     def start(self, plan: dict[str, Any]) -> None:
         self.progress.mkdir(parents=True, exist_ok=True)
@@ -91,37 +162,45 @@ class EmbeddingFolder:
         """Delete what an earlier run wrote, and nothing else."""
         self.plan()  # raises when the folder is not ours
         (self.path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self.progress, ignore_errors=True)
+        for entry in self.progress.glob("*.json"):  # the lock stays
+            if entry.name != _HOLDER:
+                entry.unlink()
         for entry in self.path.iterdir() if self.path.is_dir() else ():
             if _SHARD_FILE.fullmatch(entry.name):
                 entry.unlink()
 
-    def shards(self) -> dict[int, Shard]:
-        """The complete ones by index."""
+    def shards(self, verify: bool = False) -> dict[int, Shard]:
+        """The complete ones by index; with `verify` those alone whose content is what was written."""
         # Records first: whoever finishes last deletes them when the manifest is there.
         found = {}
         try:
             for file in list(self.progress.iterdir()):
                 if _RECORD_FILE.fullmatch(file.name):
-                    found[int(file.stem.removeprefix("shard-"))] = Shard(**_read_json(file))
+                    with suppress(ValueError):  # of no use: the shard is made again
+                        found[int(file.stem.removeprefix("shard-"))] = _shard(read_json(file), self.path, file)
         except FileNotFoundError:
             pass  # not begun, or deleted just now: then the manifest has them all
         if (self.path / MANIFEST).is_file():
-            shards = [Shard(**entry) for entry in _read_json(self.path / MANIFEST)["shards"]]
-            found = {**dict(enumerate(shards)), **found}
-        return {index: shard for index, shard in found.items() if self._is_whole(shard)}
+            entries = read_json(self.path / MANIFEST, dict, _ADVICE).get("shards")
+            for entry in entries if isinstance(entries, list) else ():
+                shard = _shard(entry, self.path, self.path / MANIFEST)
+                found.setdefault(_index(shard.file), shard)
+        return {index: shard for index, shard in found.items() if self._is_whole(index, shard, verify)}
 
-    def _is_whole(self, shard: Shard) -> bool:
+    def _is_whole(self, index: int, shard: Shard, verify: bool) -> bool:
         try:
-            files = [shard.file, *([shard.ids] if shard.ids else [])]
-            return sum((self.path / file).stat().st_size for file in files) == shard.bytes
-        except FileNotFoundError:
+            if sum((self.path / file).stat().st_size for file in shard_files(shard)) != shard.bytes:
+                return False
+            if not verify:
+                return True
+            check_shard(self.path, shard)
+            read_shard(self.path, shard)
+            return index == _index(shard.file)
+        except (FileNotFoundError, ValueError):
             return False
 
-    def write_shard(
-        self, index: int, format: str, rows: int, blocks: Blocks, keep_ids: bool
-    ) -> tuple[str, str | None, int]:
-        """Write the blocks to one file of `rows` rows; it counts once `record` is called. Names and bytes written."""
+    def write_shard(self, index: int, format: str, rows: int, blocks: Blocks, keep_ids: bool) -> dict[str, Any]:
+        """Write the blocks to one file of `rows` rows; it counts once `record` is called. What a `Shard` says of it."""
         file = f"shard-{index:05d}.{format}"
         ids_file = f"shard-{index:05d}.ids.json" if keep_ids and format == "npy" else None
         ids: list[Any] = []
@@ -130,7 +209,11 @@ class EmbeddingFolder:
         if ids_file:
             with self._replacing(self.path / ids_file) as stream:
                 stream.write(json.dumps(ids, ensure_ascii=False).encode())
-        return file, ids_file, sum((self.path / name).stat().st_size for name in (file, ids_file) if name)
+        return {
+            "file": file, "ids": ids_file, "sha256": sha256(self.path / file),
+            "ids_sha256": ids_file and sha256(self.path / ids_file),
+            "bytes": sum((self.path / name).stat().st_size for name in (file, ids_file) if name),
+        }  # fmt: skip
 
     def record(self, index: int, shard: Shard) -> None:
         self._write_json(self.progress / f"shard-{index:05d}.json", asdict(shard))
@@ -144,38 +227,31 @@ class EmbeddingFolder:
         if len(shards) < count:
             return None
         content = manifest([shards[index] for index in range(count)])
-        try:
-            self._write_json(self.path / MANIFEST, content)
-        except FileNotFoundError:  # another process finished at this moment, and dropped progress/ under our hands
-            if not (self.path / MANIFEST).is_file():
-                raise
+        self._write_json(self.path / MANIFEST, content)
         shutil.rmtree(self.progress, ignore_errors=True)
         return content
 
     @contextmanager
     def _replacing(self, path: Path) -> Iterator[IO[bytes]]:
-        """A file that takes its name only when it is complete and on the disk."""
-        # Process and host in the name: the same run started twice must not write into one file.
-        self.progress.mkdir(parents=True, exist_ok=True)
-        temporary = self.progress / f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+        """A file that takes its name when it is complete, unless another process has finished the folder meanwhile and
+        dropped progress/, where it is written."""
         try:
-            with open(temporary, "wb") as stream:
+            place = confined(self.path, path.relative_to(self.path).as_posix())
+            with replacing(place, self.progress) as new, new.open("wb") as stream:
                 yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the new name, too
-            finally:
-                os.close(folder)
+        except FileNotFoundError:
+            if not (self.path / MANIFEST).is_file():
+                raise
 
     def _write_json(self, path: Path, content: dict[str, Any]) -> None:
         with self._replacing(path) as stream:
             stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _job() -> str:
+    """What the processes of one torchrun share, and those of another do not."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    return " ".join(os.environ.get(name, "") for name in names)
 
 
 def write_npy(stream: IO[bytes], rows: int, blocks: Blocks, ids: list[Any]) -> None:
@@ -207,65 +283,133 @@ def write_parquet(stream: IO[bytes], rows: int, blocks: Blocks, ids: list[Any]) 
             writer.close()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError(f"expected an object, got {type(content).__name__}")
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be read, was it edited or cut short? Delete the folder, or name another ({error})"
-        ) from error
-    return content
-
-
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def load_embeddings(folder: str | Path, concatenate: bool = False) -> list[np.ndarray] | np.ndarray:
+def load_embeddings(
+    folder: str | Path, concatenate: bool = False, verify: bool = True
+) -> list[np.ndarray] | np.ndarray:
     """The embeddings that `encode_files` wrote, in the order of the inputs.
 
     Args:
-        concatenate: all of them in one array, in memory; otherwise nothing is read before it is used (.npy).
+        concatenate: all of them in one array, in memory; otherwise a list.
+        verify: compare every file with its SHA-256, which reads all of them (about a second a GB). Without it nothing
+            is read before it is used (.npy).
 
     Returns: a list with one array [rows, D] a shard, memory-mapped from .npy; or one array [N, D].
 
     Raises:
         FileNotFoundError: no folder of embeddings, or an unfinished one (how far it is); a missing shard.
-        ValueError: a shard of another shape than the manifest says.
+        ValueError: a shard that is damaged or not of the shape that the manifest says, a damaged manifest.
     """
     import numpy as np
 
     folder = Path(folder)
-    arrays = []
-    for shard in _complete_shards(folder):
-        if shard.file.endswith(".npy"):
-            array = np.load(folder / shard.file, mmap_mode="r")
-        else:
-            column = import_parquet().read_table(folder / shard.file, columns=["embedding"])["embedding"]
-            array = column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
-        if array.shape != (shard.rows, shard.dimension):
-            raise ValueError(f"{folder / shard.file} is {list(array.shape)}, expected {[shard.rows, shard.dimension]}")
-        arrays.append(array)
+    shards = _complete_shards(folder, verify)
+    arrays = [read_shard(folder, shard, ids=False)[0] for shard in shards]
     return np.concatenate(arrays) if concatenate else arrays
 
 
-def load_ids(folder: str | Path) -> list[str] | list[int] | range:
-    """The ids beside `load_embeddings(folder, concatenate=True)`; row numbers when no id column was named."""
+def load_ids(folder: str | Path, verify: bool = True) -> list[str] | list[int] | range:
+    """The ids beside `load_embeddings(folder, concatenate=True)`; row numbers when no id column was named.
+
+    `verify` and errors are those of `load_embeddings`; of .npy only the files with ids are looked at.
+    """
     folder = Path(folder)
-    shards = _complete_shards(folder)
+    shards = _complete_shards(folder, verify, ids=True)
     ids: list[Any] = []
     for shard in shards:
-        if shard.ids:
-            ids += json.loads((folder / shard.ids).read_text(encoding="utf-8"))
-        elif shard.file.endswith(".parquet"):
-            ids += import_parquet().read_table(folder / shard.file, columns=["id"])["id"].to_pylist()
-        else:
+        if not shard.ids and shard.file.endswith(".npy"):
             return range(sum(shard.rows for shard in shards))
+        ids += read_ids(folder, shard)
     return ids
 
 
-def _complete_shards(folder: Path) -> list[Shard]:
+def read_shard(folder: Path, shard: Shard, ids: bool = True) -> tuple[np.ndarray, list[Any] | None]:
+    """The array [rows, D] and the ids, where asked for, of a shard; ValueError where they are not as they should be."""
+    import numpy as np
+
+    path = folder / shard.file
+    try:
+        if shard.file.endswith(".npy"):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            column = import_parquet().read_table(path, columns=["embedding"])["embedding"]
+            array = column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; {_MEND}") from None
+    except Exception as error:  # of many kinds: a header that is no Python, a mmap beyond the end, pyarrow's own
+        raise ValueError(f"{path} cannot be read, is it cut short? ({error}); {_MEND}") from error
+    if array.shape != (shard.rows, shard.dimension):
+        raise ValueError(f"{path} is {list(array.shape)}, expected {[shard.rows, shard.dimension]}; {_MEND}")
+    return array, read_ids(folder, shard) if ids and (shard.ids or shard.file.endswith(".parquet")) else None
+
+
+def read_ids(folder: Path, shard: Shard) -> list[Any]:
+    """The ids of a shard, one a row; ValueError where they are not."""
+    path = folder / (shard.ids or shard.file)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {_MEND}")
+    if shard.ids:
+        ids = read_json(path, list, _MEND)
+    else:
+        try:
+            ids = import_parquet().read_table(path, columns=["id"])["id"].to_pylist()
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read, is it cut short? ({error}); {_MEND}") from error
+    if len(ids) != shard.rows or not all(isinstance(i, str | int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"{path} has {len(ids)} ids, expected {shard.rows} strings or integers; {_MEND}")
+    return ids
+
+
+def check_shard(folder: Path, shard: Shard, ids: bool = True, embeddings: bool = True) -> None:
+    """Compare the files of a shard with what was written; nothing to compare with where there are no digests."""
+    for file, digest, asked in ((shard.file, shard.sha256, embeddings), (shard.ids, shard.ids_sha256, ids)):
+        if file is None or digest is None or not asked:
+            continue
+        path = folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; {_MEND}")
+        if sha256(path) != digest:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was written; {_MEND}")
+
+
+def shard_files(shard: Shard) -> list[str]:
+    return [shard.file, *([shard.ids] if shard.ids else [])]
+
+
+def _index(file: str) -> int:
+    return int(file.removeprefix("shard-").partition(".")[0])
+
+
+def _shard(entry: Any, folder: Path, source: Path) -> Shard:
+    """A shard's record, checked; ValueError names what is missing, unknown or of a wrong type."""
+    from ..schema import check
+
+    try:
+        values = check(_shard_keys(), entry, str(source))
+    except ValueError as error:
+        raise ValueError(f"{error}; it was edited, or written by a newer mlpool") from None
+    fields = dataclasses.fields(Shard)
+    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
+        raise ValueError(f"{source} lacks {', '.join(missing)} of a shard; it was edited, or cut short: {_ADVICE}")
+    shard = Shard(**values)
+    for file in shard_files(shard):
+        confined(folder, file, source)
+        if not _SHARD_FILE.fullmatch(file):
+            raise ValueError(f"{source} names {file!r}, expected a shard such as shard-00000.npy; {_ADVICE}")
+    return shard
+
+
+@functools.cache
+def _shard_keys() -> Any:
+    from ..schema import arguments, section
+
+    return section("key", arguments(Shard))
+
+
+def _complete_shards(folder: Path, verify: bool, ids: bool = False) -> list[Shard]:
+    """The shards of a finished folder, in order; those files compared that hold what is asked for."""
     if not (folder / MANIFEST).is_file():
         done = len(EmbeddingFolder(folder).shards())
         state = (
@@ -274,4 +418,28 @@ def _complete_shards(folder: Path) -> list[Shard]:
             else "is no folder of embeddings"
         )
         raise FileNotFoundError(f"{folder} has no {MANIFEST}: it {state}")
-    return [Shard(**entry) for entry in _read_json(folder / MANIFEST)["shards"]]
+    EmbeddingFolder(folder).plan()  # its version
+    manifest = read_json(folder / MANIFEST, dict, _ADVICE)
+    entries, totals = manifest.get("shards"), manifest.get("totals")
+    if not isinstance(entries, list) or not entries or not isinstance(totals, dict):
+        raise ValueError(f"{folder / MANIFEST} lacks its shards or totals; it was edited, or cut short: {_ADVICE}")
+    shards = [_shard(entry, folder, folder / MANIFEST) for entry in entries]
+    rows = 0
+    for index, shard in enumerate(shards):
+        if _index(shard.file) != index or shard.first_row != rows:
+            raise ValueError(f"{folder / MANIFEST} lacks shard {index}, or has it at another place; {_MEND}")
+        rows += shard.rows
+    if (len(shards), rows) != (totals.get("shards"), totals.get("rows")):
+        raise ValueError(
+            f"{folder / MANIFEST} has {len(shards)} shards of {rows} rows, its totals say {totals.get('shards')} of "
+            f"{totals.get('rows')}; {_MEND}"
+        )
+    if verify:
+        if any(shard.sha256 is None for shard in shards):
+            from ..pooling.base import log_once  # not above: it imports torch, for which a command's help does not wait
+
+            log_once(f"{folder} was written without digests: only the sizes of its files are checked")
+        for shard in shards:
+            parquet = shard.file.endswith(".parquet")
+            check_shard(folder, shard, ids=ids, embeddings=parquet or not ids)
+    return shards

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..options import add_device, add_max_seq_length, check_place
-from .embedding_folder import DTYPES, FORMATS, EmbeddingFolder, Shard
+from .embedding_folder import DTYPES, FORMATS, VERSION, EmbeddingFolder, Shard
 from .text_files import ACCEPTED, Row, TextFile, check_files, find_columns, find_files, read_ranges
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def encode_files(
     format: str = "npy", dtype: str = "float32", shard_size: int = SHARD_SIZE,
     normalize: bool = False, truncate_dim: int | None = None,
     token_budget: int | None = None, batch_size: int | None = None, device: str | None = None,
-    allow_empty: bool = False, overwrite: bool = False, progress: bool = True,
+    allow_empty: bool = False, overwrite: bool = False, verify: bool = False, progress: bool = True,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Encode every text of `inputs` into the folder `output`, whose files `embedding_folder` describes.
 
@@ -66,12 +66,14 @@ def encode_files(
         device: by default the model's; with several processes the GPU of LOCAL_RANK.
         allow_empty: encode empty texts, and white space, as empty strings instead of raising.
         overwrite: delete what an earlier run left in `output`.
+        verify: compare the shards that are there with what was written, and make damaged ones anew.
 
     Returns: the manifest; None when other processes still have shards to make.
 
     Raises:
         FileNotFoundError: a missing input. ValueError: faults in the inputs (`text_files`), an unknown option, a
-            folder of something else or of another run (what differs), embeddings that are not finite.
+            folder of something else or of another run (what differs), embeddings that are not finite. BlockingIOError:
+            another run writes to `output` (who).
     """
     rank, world = _rank()
     _check_options(model, format, dtype, shard_size, truncate_dim, token_budget, batch_size)
@@ -81,7 +83,7 @@ def encode_files(
     if overwrite and world > 1:
         raise ValueError(f"overwrite would delete under the hands of {world} processes; delete {folder.path} yourself")
     plan: dict[str, Any] = {
-        "version": 1,
+        "version": VERSION,
         "model": _describe_model(model),
         "prompt": _resolve_prompt(model, prompt_name, prompt),
         "format": format, "dtype": dtype, "shard_size": shard_size,
@@ -89,33 +91,36 @@ def encode_files(
         "text_column": columns.text or None, "id_column": columns.id, "allow_empty": allow_empty,
     }  # fmt: skip
     files = _resume(folder, plan, paths) if not overwrite else None
+    new = files is None
     if files is None:
+        if overwrite:
+            folder.plan()  # raises when the folder is not ours
         with _bar(progress and rank == 0, "check", None) as bar:
             files = check_files(paths, columns, allow_empty, bar.update)
         plan["inputs"] = [{**file._asdict(), "path": str(file.path)} for file in files]
-        if overwrite:
-            folder.clear()
-        folder.start(plan)
-
-    total = sum(file.rows for file in files)
-    starts = range(0, total, shard_size)
-    done = folder.shards()
-    todo = [i for i in range(rank, len(starts), world) if i not in done]
-    ranges = [(starts[i], min(starts[i] + shard_size, total)) for i in todo]
-    rows = read_ranges(files, columns, ranges)
     call = {"prompt": plan["prompt"], "truncate_dim": truncate_dim, "normalize_embeddings": normalize,
             "device": _device(device, world), "convert_to_numpy": True, "show_progress_bar": False,
             "token_budget": token_budget, "batch_size": batch_size}  # fmt: skip
     encoder = _Encoder(model, {name: value for name, value in call.items() if value is not None}, dtype, truncate_dim)
-
-    size = sum(stop - start for start, stop in ranges)
-    with _bar(progress and rank == 0, "encode" if world == 1 else f"encode, 1 of {world}", size) as bar:
-        for index, (start, stop) in zip(todo, ranges, strict=True):
-            encoder.begin()
-            blocks = encoder.blocks(islice(rows, stop - start), start, bar)
-            file, ids, written = folder.write_shard(index, format, stop - start, blocks, columns.id is not None)
-            folder.record(index, Shard(file, ids, start, stop - start, bytes=written, **encoder.summary()))
-    return folder.finish(len(starts), lambda shards: {**plan, **_summary(shards)})
+    total = sum(file.rows for file in files)
+    starts = range(0, total, shard_size)
+    with folder.held(rank):
+        if overwrite:
+            folder.clear()
+        if new:
+            folder.start(plan)
+        done = folder.shards(verify)
+        todo = [i for i in range(rank, len(starts), world) if i not in done]
+        ranges = [(starts[i], min(starts[i] + shard_size, total)) for i in todo]
+        rows = read_ranges(files, columns, ranges)
+        size = sum(stop - start for start, stop in ranges)
+        with _bar(progress and rank == 0, "encode" if world == 1 else f"encode, 1 of {world}", size) as bar:
+            for index, (start, stop) in zip(todo, ranges, strict=True):
+                encoder.begin()
+                blocks = encoder.blocks(islice(rows, stop - start), start, bar)
+                written = folder.write_shard(index, format, stop - start, blocks, columns.id is not None)
+                folder.record(index, Shard(first_row=start, rows=stop - start, **written, **encoder.summary()))
+        return folder.finish(len(starts), lambda shards: {**plan, **_summary(shards)})
 
 
 # --- the plan: what must be the same when a run goes on --------------------------------------------------------------
@@ -358,6 +363,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_max_seq_length(parser)
     add_device(parser, "a GPU if there is one; under torchrun that of LOCAL_RANK")
     add("--allow-empty", action="store_true", help="encode empty texts as empty strings; default: an error")
+    add("--verify", action="store_true", help="compare what is there with its digests; make damaged shards anew")
     add("--overwrite", action="store_true", help="replace another run in the folder")
 
 

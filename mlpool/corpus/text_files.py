@@ -6,15 +6,17 @@ import csv
 import difflib
 import glob
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import parse_json
+
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 ACCEPTED = ".txt, .jsonl, .csv (each also as .gz) and .parquet"
+_JSON_SPACE = " \t\r\n"  # what JSON takes for space: U+2028 alone on a line is no blank line
 NAMED_ROWS = 5  # of empty texts, in an error
 
 
@@ -245,11 +247,15 @@ def _row(text: Any, id: Any, path: Path, line: int) -> Row:
         raise ValueError(f"{path}:{line}: expected a string as text, got {type(text).__name__} {text!r:.60}")
     if id is not None and (not isinstance(id, str | int) or isinstance(id, bool)):
         raise ValueError(f"{path}:{line}: expected a string or an integer as id, got {type(id).__name__} {id!r:.60}")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, and no tokenizer takes it
-            raise ValueError(f"{path}:{line}: half a surrogate pair at character {error.start} of the text") from None
+    if isinstance(id, int) and not -(2**63) <= id < 2**63:
+        raise ValueError(f"{path}:{line}: the id {str(id)[:20]}… has more than 64 bits; give it as a string")
+    for what, value in (("text", text), ("id", id)):
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, and no tokenizer takes it
+                at = f"character {error.start} of the {what}"
+                raise ValueError(f"{path}:{line}: half a surrogate pair at {at}") from None
     return Row(text, id, path, line)
 
 
@@ -278,18 +284,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, str]]:
-    return ((number, line) for number, line in _lines(path) if not line.isspace())
+    return ((number, line) for number, line in _lines(path) if line.strip(_JSON_SPACE))
 
 
 def _parse_json(path: Path, line: int, source: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(source.strip())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{line} is not valid JSON: {error.msg}, column {error.colno}") from None
-    except (RecursionError, ValueError) as error:  # an integer of more digits than Python reads
-        deep = isinstance(error, RecursionError)
-        reason = "it is nested too deep" if deep else str(error).partition(";")[0]
-        raise ValueError(f"{path}:{line} is not valid JSON: {reason}") from None
+    entry = parse_json(source.strip(_JSON_SPACE), f"{path}:{line}")
     if not isinstance(entry, dict):
         raise ValueError(f'{path}:{line}: expected an object such as {{"text": …}}, got {source.strip()!r:.60}')
     return entry

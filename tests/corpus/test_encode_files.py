@@ -409,12 +409,219 @@ def test_more_ranks_than_shards(tmp_path):
 
 
 def test_the_same_run_twice_at_once(tmp_path):
-    """A mistake that costs work, not the result."""
+    """One of two failed without a reason: its progress folder was removed under it. Now it is told who is at work."""
     path = write_jsonl(tmp_path / "in.jsonl", some_texts(100))
-    twice = [start(encode, path, tmp_path / "out", Fake(0.001)) for _ in range(2)]
-    for process in twice:
+    out = tmp_path / "out"
+    first = start(encode, path, out, Fake(0.05))
+    wait_for((out / "progress/holder.json").is_file)
+    told = rf"out is being written by process {first.pid} on .+ since 20.+; wait for it, stop it, or name another"
+    for overwrite in (False, True):
+        with pytest.raises(BlockingIOError, match=told):
+            encode(path, out, overwrite=overwrite)
+    first.join()
+    assert first.exitcode == 0
+    assert_whole(out, some_texts(100))
+
+
+def test_a_dead_holder_is_taken_over(tmp_path):
+    path = write_jsonl(tmp_path / "in.jsonl", some_texts(100))
+    out = tmp_path / "out"
+    first = start(encode, path, out, Fake(0.05))
+    wait_for((out / "progress/holder.json").is_file)
+    first.kill()
+    first.join()
+    assert (out / "progress/holder.json").is_file()
+    encode(path, out)
+    assert_whole(out, some_texts(100))
+
+
+def test_ranks_of_one_job_share_and_another_job_is_refused(tmp_path, monkeypatch):
+    path, out = write_jsonl(tmp_path / "in.jsonl", some_texts(100)), tmp_path / "out"
+    monkeypatch.setenv("MASTER_PORT", "1")
+    ranks = [start(encode, path, out, Fake(0.03), rank=0, world=2)]
+    wait_for((out / "progress/holder.json").is_file)
+    ranks.append(start(encode, path, out, Fake(0.03), rank=1, world=2))
+    monkeypatch.setenv("MASTER_PORT", "2")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BlockingIOError, match=f"is being written by process {ranks[0].pid} on"):
+        encode(path, out)
+    for process in ranks:
         process.join()
-    assert_whole(tmp_path / "out", some_texts(100))
+        assert process.exitcode == 0
+    assert_whole(out, some_texts(100))
+
+
+# --- contents ------------------------------------------------------------------------------------------------------
+
+
+def made(tmp_path: Path, format: str = "npy", **options) -> tuple[Path, Path, dict[str, bytes]]:
+    path = write_jsonl(tmp_path / "in.jsonl", some_texts(35), key=[f"k{i}" for i in range(35)])
+    encode(path, tmp_path / "out", format=format, id_column="key", **options)
+    return path, tmp_path / "out", data_of(tmp_path / "out")
+
+
+def flip(path: Path, at: int = -5) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def swap(folder: Path, format: str) -> None:
+    one, other = folder / f"shard-00000.{format}", folder / f"shard-00001.{format}"
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def drop_ids(folder: Path, count: int) -> None:
+    ids = folder / "shard-00001.ids.json"
+    ids.write_text(json.dumps(json.loads(ids.read_text())[:-count]))
+
+
+def edit(folder: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
+    change(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def strip_digests(folder: Path) -> None:
+    def strip(content: dict) -> None:
+        for shard in content["shards"]:
+            del shard["sha256"], shard["ids_sha256"]
+
+    edit(folder, strip)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+DAMAGES = {
+    "a bit": (lambda folder, format: flip(folder / f"shard-00002.{format}"), "SHA-256"),
+    "swapped": (swap, "SHA-256"),
+    "cut": (lambda folder, format: cut(folder / f"shard-00001.{format}"), "SHA-256"),
+    "lost": (lambda folder, format: (folder / f"shard-00001.{format}").unlink(), "is missing"),
+    "less": (lambda folder, _: edit(folder, lambda content: content["shards"].pop(1)), "lacks shard 1"),
+    "less at the end": (lambda folder, _: edit(folder, lambda content: content["shards"].pop()), "its totals say 4 of"),
+}
+
+
+@pytest.mark.parametrize("format", ["npy", "parquet"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_when_read_and_mended_by_verify(tmp_path, damage, format):
+    """Bit flips, swapped shards and a manifest that lacks one were all read without a word."""
+    path, out, before = made(tmp_path, format)
+    act, message = DAMAGES[damage]
+    act(out, format)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{message}.*; run the same `mlpool encode` with --ver"):
+        load_embeddings(out)
+    model = Fake()
+    encode(path, out, model, format=format, id_column="key", verify=True)
+    assert model._calls == ([10, 10] if damage == "swapped" else [5] if "end" in damage else [10])
+    assert data_of(out) == before
+    assert len(load_embeddings(out, concatenate=True)) == 35
+    encode(path, out, model, format=format, id_column="key", verify=True)  # nothing is damaged
+    assert len(model._calls) == 1 + (damage == "swapped")
+
+
+def test_damaged_ids_are_found_and_mended(tmp_path):
+    path, out, before = made(tmp_path)
+    for act in (lambda: drop_ids(out, 3), lambda: flip(out / "shard-00001.ids.json"),
+                lambda: (out / "shard-00001.ids.json").write_text("[1, 2"),
+                lambda: (out / "shard-00001.ids.json").unlink()):  # fmt: skip
+        act()
+        with pytest.raises((ValueError, FileNotFoundError), match=r"00001\.ids\.json .*--verify"):
+            load_ids(out)
+        assert len(load_embeddings(out)) == 4  # which are not touched
+        encode(path, out, id_column="key", verify=True)
+        assert data_of(out) == before
+        assert load_ids(out) == [f"k{i}" for i in range(35)]
+
+
+def test_reading_without_digests(tmp_path, caplog):
+    """What an older mlpool wrote is read, said once; what shapes and counts tell is checked all the same."""
+    path, out, _ = made(tmp_path)
+    strip_digests(out)
+    for _ in range(2):
+        assert len(load_embeddings(out, concatenate=True)) == len(load_ids(out)) == 35
+    assert [r.message for r in caplog.records if "without digests" in r.message] == [
+        f"{out} was written without digests: only the sizes of its files are checked"
+    ]
+    drop_ids(out, 3)
+    with pytest.raises(ValueError, match=r"ids\.json has 7 ids, expected 10 strings or integers"):
+        load_ids(out)
+    cut(out / "shard-00001.npy")
+    with pytest.raises(ValueError, match=r"shard-00001\.npy cannot be read, is it cut short\?"):
+        load_embeddings(out)
+    encode(path, out, id_column="key")
+    assert len(load_ids(out)) == 35
+
+
+def test_reading_unverified_reads_nothing(tmp_path):
+    _, out, _ = made(tmp_path)
+    flip(out / "shard-00001.npy")
+    assert len(load_embeddings(out, verify=False)) == 4
+    with pytest.raises(ValueError, match="SHA-256"):
+        load_embeddings(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda m: m["shards"][1].update(file="../x.npy"), "names the file '../x.npy'"),
+     (lambda m: m["shards"][1].update(file="/etc/passwd"), "names the file '/etc/passwd'"),
+     (lambda m: m["shards"][1].update(ids="a.json"), "names 'a.json', expected a shard such as"),
+     (lambda m: m["shards"][1].update(colour=1), "unknown key 'colour'.*written by a newer mlpool"),
+     (lambda m: m["shards"][1].pop("rows"), "lacks rows of a shard"),
+     (lambda m: m["shards"][1].update(rows="ten"), "rows is 'ten', expected an integer"),
+     (lambda m: m.update(shards=[1]), "is 1, expected"),
+     (lambda m: m.update(shards=None), "lacks its shards or totals"),
+     (lambda m: m.pop("totals"), "lacks its shards or totals"),
+     (lambda m: m.update(version=2), "is of version 2, and this mlpool reads 1: update mlpool")],
+)  # fmt: skip
+def test_manifests_that_do_not_fit(tmp_path, change, message):
+    _, out, _ = made(tmp_path)
+    edit(out, change)
+    for read in (load_embeddings, load_ids):
+        with pytest.raises(ValueError, match=message):
+            read(out)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 9999])
+def test_manifests_of_another_kind(tmp_path, content):
+    path, out, _ = made(tmp_path)
+    (out / "manifest.json").write_text(content)
+    for act in (lambda: load_embeddings(out), lambda: encode(path, out, id_column="key")):
+        with pytest.raises(ValueError, match=r"manifest\.json (holds|is not valid JSON).*; delete the folder"):
+            act()
+
+
+def test_an_output_that_is_a_link(tmp_path):
+    path = write_jsonl(tmp_path / "in.jsonl", ["a"])
+    (tmp_path / "out").symlink_to("nothing")
+    with pytest.raises(FileNotFoundError, match="out is a link to nothing, which is not there"):
+        encode(path, tmp_path / "out")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "real/progress").symlink_to("../elsewhere")
+    with pytest.raises(ValueError, match="names the file 'progress', which is a link out of it"):
+        encode(path, tmp_path / "real")
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('{"text": ' + "[" * 9999 + "}", r":2 is not valid JSON: it is nested too deep"),
+     ('{"text": "a", "key": ' + "1" * 5000 + "}", r":2 is not valid JSON: Exceeds the limit"),
+     ('{"text": "a", "key": ' + "1" * 30 + "}", r":2: the id 1{20}… has more than 64 bits; give it as a string"),
+     ('{"text": "a", "key": "\\ud83d"}', r":2: half a surrogate pair at character 0 of the id"),
+     ("\u2028", r":2 is not valid JSON: Expecting value")],
+)  # fmt: skip
+def test_json_that_python_stumbles_over(tmp_path, line, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a", "key": 1}\n' + line + "\n", encoding="utf8")
+    with pytest.raises(ValueError, match=message):
+        encode(path, tmp_path / "out", id_column="key")
 
 
 def test_ranks_and_devices(tmp_path, monkeypatch):
@@ -487,7 +694,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         encode(path, path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/manifest.json").write_text('{"shards": [')
-    with pytest.raises(ValueError, match=r"manifest\.json cannot be read, was it edited or cut short"):
+    with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON: .*delete the folder, or name another"):
         encode(path, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="is no folder of embeddings"):
         load_embeddings(tmp_path / "nothing")

@@ -375,3 +375,39 @@ def test_worker_processes(texts):
             embedder.encode(["a"], pool=pool, prompt="x" * 200)
     finally:
         embedder.stop_multi_process_pool(pool)
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+
+def test_nan_names_the_row_and_what_to_look_at():
+    """It was returned as an embedding."""
+    embedder = tiny.embedder("mean-causal")
+    with torch.no_grad():
+        embedder[0].model.embed_tokens.weight[embedder.tokenizer("é")["input_ids"][0]] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"^row 2: .* is NaN or infinite \(rows \[2\], 1 in all\); the weight .*embed_tok"
+    ):
+        embedder.encode(["one", "two two two", "é", "four"])
+    with torch.no_grad():
+        embedder[0].model.embed_tokens.weight.nan_to_num_(0)
+        embedder[0].model.norm.weight.fill_(3e38)
+        embedder[0].model.norm.weight[::2] = -3e38
+    with pytest.raises(
+        ValueError, match=r"^row 0: .*4 in all\); all weights are finite, so numbers left the range of to"
+    ):
+        embedder.encode(["one", "two two two", "é", "four"])
+
+
+def test_states_beyond_layer_norms_name_the_text():
+    embedder = tiny.embedder("multi-layer-causal")
+    with torch.no_grad():
+        embedder[0].model.layers[0].mlp.down_proj.weight *= 1e22
+    with pytest.raises(ValueError, match=r"^row 1: its hidden states reach \d\.\de\+2\d, and of more than 1e\+17"):
+        embedder.encode(["one", "two two two two two"])
+    for design in ("eos-causal", "mean-causal"):
+        plain = tiny.embedder(design)
+        expected = plain.encode(TEXTS)
+        with torch.no_grad():
+            plain[0].model.norm.weight *= 1e20
+        np.testing.assert_allclose(plain.encode(TEXTS), expected, atol=1e-6)

@@ -375,7 +375,8 @@ def test_plain_sentence_transformers(design, lora, tmp_path):
 # --- what must not be needed ------------------------------------------------------------------------------------------
 
 
-def test_import_needs_torch_alone():
+def test_import_needs_torch_alone(tmp_path):
+    (tmp_path / "x.txt").write_text("a text")
     code = """
 import sys
 
@@ -396,9 +397,10 @@ try:
     mlpool.lode
 except AttributeError as error:
     print(error)
-print(mlpool.cli.main(["encode", "x", "-o", "y"]))
+print(mlpool.cli.main(["encode", "x.txt", "-o", "y", "-m", "."]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    env = {**os.environ}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("mlpool.load needs ")

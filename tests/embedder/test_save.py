@@ -241,6 +241,13 @@ def test_into_a_file(tmp_path):
         tiny.embedder().save(tmp_path / "file")
 
 
+def test_into_a_link_to_nothing(tmp_path):
+    (tmp_path / "link").symlink_to("nothing")
+    with pytest.raises(FileNotFoundError, match="link is a link to nothing, which is not there; delete the"):
+        tiny.embedder().save(tmp_path / "link")
+    assert os.listdir(tmp_path) == ["link"]
+
+
 def test_adapter_into_the_folder_of_its_base(tmp_path):
     base = tmp_path / "base"
     tiny.transformer().save_pretrained(base)
