@@ -380,8 +380,8 @@ def embedding_table(trunk: nn.Module) -> nn.Embedding:
         table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(
-            f"{type(trunk).__name__} has no one table of token embeddings (CANINE hashes characters), so there are no "
-            "tokens to try its attention with"
+            f"{type(trunk).__name__} has no one table of token embeddings (CANINE hashes characters), from which the "
+            "vocabulary, the device and tokens for the self-test are known; such models are not supported"
         ) from error
     return table
 
