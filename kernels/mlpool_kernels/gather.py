@@ -294,8 +294,10 @@ def kept_rows(
     keep = None if keep is None else keep.cpu()
     for start, end, final, n in torch.stack([starts, ends, last, count], 1).tolist():
         run = slice(final - n + 1, final + 1)
-        whole = keep is None or bool(keep[run].all())
-        rows.append(run if whole else start + keep[start:end].nonzero().flatten())
+        if keep is None or bool(keep[run].all()):
+            rows.append(run)
+        else:
+            rows.append(start + keep[start:end].nonzero().flatten())
     return rows
 
 

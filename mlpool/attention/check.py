@@ -133,14 +133,22 @@ def claims_bidirectional(trunk: nn.Module, layers: nn.Module) -> bool:
 
 
 def is_encoder(trunk: nn.Module, layers: nn.Module) -> bool:
-    """Bidirectional from the start: nothing says causal, and it was measured (CLIP's text model flags nothing)."""
+    """Bidirectional from the start: nothing says causal, and it was measured, since CLIP's text model flags nothing.
+
+    Where it cannot be measured (padding removed inside, weights on meta), the modules' own flags count.
+    """
     flags = [module.is_causal for module in attentions(layers)]
     config: Any = trunk.config
     if getattr(config, "is_decoder", False) or any(flags) or getattr(config, "is_causal", None) is False:
         return False
     if getattr(config, "use_bidirectional_attention", None):
         return False
-    return measure(trunk, layers).bidirectional
+    try:
+        return measure(trunk, layers).bidirectional
+    except (AttentionCheckError, ValueError):
+        if not flags:
+            raise
+        return True
 
 
 def measure(trunk: nn.Module, layers: nn.Module, give_positions: bool = False) -> AttentionReport:
@@ -372,8 +380,8 @@ def embedding_table(trunk: nn.Module) -> nn.Embedding:
         table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(
-            f"{type(trunk).__name__} has no one table of token embeddings (CANINE hashes characters), so there are no "
-            "tokens to try its attention with"
+            f"{type(trunk).__name__} has no one table of token embeddings (CANINE hashes characters), from which the "
+            "vocabulary, the device and tokens for the self-test are known; such models are not supported"
         ) from error
     return table
 

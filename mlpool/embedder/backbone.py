@@ -15,7 +15,7 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
 from ..attention import bidirectional, causal
-from ..attention.check import AttentionCheckError, claims_bidirectional, is_encoder, text_positions
+from ..attention.check import AttentionCheckError, claims_bidirectional, embedding_table, is_encoder, text_positions
 from ..attention.families import backend_of, family_of, require_transformers
 from ..attention.packed import _position_offset, is_packed, pack, unpack
 from ..files import read_json
@@ -215,7 +215,7 @@ class Backbone(InputModule):
         self.texts = self._text_tokenizer(tokenizer, self.include_prompt, self.include_bos)
 
     def _text_tokenizer(self, tokenizer: Any, include_prompt: bool, include_bos: bool) -> TextTokenizer:
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        vocabulary = embedding_table(self.model).weight.shape[0]
         return TextTokenizer(tokenizer, self.append_eos, include_prompt, include_bos, vocabulary)
 
     @property

@@ -72,7 +72,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
             found = f"the loss is {values[wrong][0].item()}"
         elif wrong[-1]:
             found = f"the norm of the gradient is {norm.item()}{_first_wrong(model)}"
-        last = last_checkpoint(self.args.output_dir)
+        last = last_checkpoint(str(self.args.output_dir))
         kept = f"the last good weights are in {last}" if last else "no checkpoint was written before (save_steps)"
         raise ValueError(
             f"training diverged at step {self.state.global_step + 1}: {found}. The step was not made, and {kept}. "

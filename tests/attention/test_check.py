@@ -240,6 +240,28 @@ def test_saturated_attention_is_no_causal_attention(backend, seed):
     assert check_attention(model).bidirectional
 
 
+def test_flags_that_say_nothing_are_measured():
+    """CLIP's text model is causal, hands is_causal=True to its layers, and none of its modules says so."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.CLIPTextConfig(**sizes, num_attention_heads=2, max_position_embeddings=64)
+    model = transformers.CLIPTextModel(config).eval()
+    assert not is_bidirectional(model)
+    assert causal(model) is model
+    with pytest.raises(AttentionCheckError, match=r"as a bidirectional model: in layers 0, 1 the first .*\(unpadded"):
+        bidirectional(model)
+    assert "forward" not in vars(find_layers(model)[0])
+
+
+def test_encoders_that_cannot_be_measured_are_believed():
+    model = build("BERT")
+    layer = find_layers(model)[1][1]
+    layer._compiled_call_impl = layer.forward
+    bidirectional(model, check=False)
+    assert "forward" not in vars(find_layers(model)[0])
+    with pytest.raises(ValueError, match="bert is an encoder"):
+        causal(model)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named(bad):
     model = build("Llama")

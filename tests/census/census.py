@@ -26,6 +26,7 @@ import contextlib
 import csv
 import importlib.metadata
 import inspect
+import os
 import signal
 import sys
 import tempfile
@@ -330,7 +331,10 @@ def _states(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     """The last hidden state of each text, [n, D]."""
     with torch.no_grad():
         output = model(**_call(model, batch))
-    hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        if not hasattr(output, "last_hidden_state"):  # a model that returns its pooled state (DPR)
+            trunk, _ = find_layers(model)
+            output = trunk(**_call(trunk, batch))
+    hidden = output.last_hidden_state
     return [hidden[i][mask.bool()] for i, mask in enumerate(batch["attention_mask"])]
 
 
@@ -434,6 +438,7 @@ def main() -> int:
 
         write_tables(read(arguments.csv))
         return 0
+    os.nice(10)  # a long run beside other work
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

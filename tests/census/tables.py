@@ -32,11 +32,11 @@ def write_tables(rows: Sequence[Any], readme: Path = README, page: Path = PAGE) 
     _between_marks(readme, _table(families, [name for name in COMMON if name in families]))
     version = rows[-1].transformers
     page.write_text(
-        f"# Attention, family by family\n\n{len(families)} text families of transformers {version} as tiny random models, by "
-        "`make census`: `bidirectional` on each backend, `pack`, `Taps` against `hidden_states[1:]`, and `causal` "
-        "after save, reload and `bidirectional`. *ok*: both ways in every layer, by a probe that is not the package's "
-        "own. *by itself*: an encoder. *refused*: with the reason. –: the library has no such backend, or no such "
-        f"model can be built here.\n\n{_table(families, list(families), reasons=True)}\n",
+        f"# Attention, family by family\n\n{len(families)} text families of transformers {version} as tiny random "
+        "models, by `make census`: `bidirectional` on each backend, `pack`, `Taps` against `hidden_states[1:]`, and "
+        "`causal` after save, reload and `bidirectional`. *ok*: both ways in every layer, by a probe that is not the "
+        "package's own. *by itself*: an encoder. *refused*: with the reason. –: the library has no such backend, or no "
+        f"such model can be built here.\n\n{_table(families, list(families), reasons=True)}\n",
         encoding="utf8",
     )
 
