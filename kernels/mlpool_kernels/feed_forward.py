@@ -242,6 +242,9 @@ def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor, descripto
     tiles = ceil_div(batch, t["BLOCK_R"] // rows) * ceil_div(width, t["BLOCK_F"])
     x, w = normed.contiguous(), weight.contiguous()
     if descriptors:
+        if num_latents % 64:
+            # Rows of several texts in a tile are told apart by more registers than two programs leave each other.
+            t["maxnreg"] = min(255, 65_536 // (32 * t["num_warps"]))
         x = TensorDescriptor.from_tensor(x.flatten(0, 1), [t["BLOCK_R"], t["BLOCK_D"]])
         w = TensorDescriptor.from_tensor(w, [t["BLOCK_F"], t["BLOCK_D"]])
     with torch.cuda.device_of(normed):

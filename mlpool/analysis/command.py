@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int | None:
     paths, texts = [str(path) for path in find_files(args.pairs)] if args.pairs else [], None
     from .layers import (
         Pairs,
+        _check_count,
         _checked,
         _holds_pairs,
         _name_sets,
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> int | None:
         rows = _sample(list(zip(*pairs, strict=True)), args.limit, args.seed)
         sets[name] = Pairs(*zip(*rows, strict=True)) if rows else pairs
     _checked(sets)  # before a model is loaded
+    if texts is not None:
+        _check_count(len(texts), "texts")
     model = load_model(args.model, args.attention, args.device, args.dtype, args.max_seq_length)
     used = {"prompt": args.prompt, "token_budget": args.token_budget}
     every = [*(texts or []), *(text for first, second, _ in sets.values() for text in (*first, *second))]

@@ -134,7 +134,7 @@ def _batches(
 
     if isinstance(model, Embedder):
         tokens = model[0].token_ids(texts, prompt)  # type: ignore[operator]
-        budget = token_budget or (4096 if model.device.type == "cpu" else 16384)
+        budget = token_budget or model.default_budget(model.device)
         yield from model._batches(tokens, budget, len(texts), model.device)
         return
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))

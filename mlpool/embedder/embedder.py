@@ -63,8 +63,8 @@ class Embedder(SentenceTransformer):
         Args:
             inputs: a string, or strings in any order-keeping collection (list, array, column, generator).
             batch_size: texts a forward at most. None is no limit, nor is 32, sentence-transformers' own default.
-            token_budget: tokens a forward, padding counted; None is 16384 on an accelerator, 4096 on a CPU. Halved, and
-                kept so for the call, where memory runs out.
+            token_budget: tokens a forward, padding counted; None is 16384 on an accelerator, on a CPU 4096 packed
+                and 512 padded. Halved, and kept so for the call, where memory runs out.
             args, kwargs: as of `SentenceTransformer.encode`.
 
         Returns: by default float32 numpy [N, D], rows in the order of the inputs.
@@ -117,7 +117,7 @@ class Embedder(SentenceTransformer):
             self.eval()
         backbone: Any = self[0]
         backbone.arrange()
-        budget = token_budget or (4096 if device.type == "cpu" else 16384)
+        budget = token_budget or self.default_budget(device)
         rows: list[Tensor | None] = [None] * len(inputs)
         before = backbone.truncated.count
         with tqdm(total=len(inputs), desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
@@ -142,6 +142,12 @@ class Embedder(SentenceTransformer):
         made = torch.stack(rows)  # type: ignore[arg-type]
         _check_finite(made, self)
         return made
+
+    def default_budget(self, device: torch.device) -> int:
+        """Tokens a forward. Padded on a CPU, few: the states of many short texts at once do not stay in its caches."""
+        if device.type != "cpu":
+            return 16384
+        return 4096 if self[0].packed else 512
 
     def _batches(
         self, tokens: TokenIds, budget: int, batch_size: int, device: torch.device

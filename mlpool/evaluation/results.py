@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..files import confined
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
@@ -66,8 +68,9 @@ class Score:
 
     @property
     def items_path(self) -> Path | None:
-        """The per-item file, or None if the row names none."""
-        return ((self.path.parent if self.path else Path()) / self.items) if self.items else None
+        """The per-item file, or None if the row names none; ValueError where it is not in the table's folder."""
+        folder = self.path.parent if self.path else Path()
+        return confined(folder, self.items, self.place) if self.items else None
 
 
 COLUMNS = tuple(f.name for f in fields(Score) if f.name not in ("path", "line"))

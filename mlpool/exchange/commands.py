@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import options
 from ..files import new_place
@@ -93,9 +93,10 @@ def _run_export(args: argparse.Namespace) -> None:
     error = export(embedder, args.output, args.format)
     print(f"{args.output}: {embedder[0].design}, loaded again; embeddings agree to {max(error, merged):.1e}")
     if Path(args.output).suffix == ".pt2":
+        texts: Any = embedder[0].texts
         print(
             "torch.export.load(path).module()(input_ids, attention_mask), every text between the tokens of its "
-            f"frame, {embedder[0].texts.prefix} … {embedder[0].texts.suffix}; or mlpool.exchange.export.load_exported"
+            f"frame, {texts.prefix} … {texts.suffix}; or mlpool.exchange.export.load_exported"
         )
     else:
         print("SentenceTransformer(path), text-embeddings-inference, vLLM and infinity read it")

@@ -288,7 +288,8 @@ class _Program(nn.Module):
 
     def _check_frame(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """An assertion on the device that every row begins and ends as the embedder's texts do."""
-        mask, texts = attention_mask.bool(), self.backbone.texts
+        texts: Any = self.backbone.texts
+        mask = attention_mask.bool()
         place = torch.arange(mask.shape[1], device=mask.device)
         ends = torch.where(mask, place, 0).amax(1)[:, None] - torch.arange(len(texts.suffix)).flip(0).to(mask.device)
         starts = mask.int().argmax(1)[:, None] + torch.arange(len(texts.prefix), device=mask.device)
@@ -334,13 +335,15 @@ def _trace(embedder: Embedder) -> torch.export.ExportedProgram:
 # which depend on the size of the batch.
 
 
-def _plain_gather(states, starts, ends, last, count, keep, mean, backend) -> Tensor:
+def _plain_gather(states, starts, ends, last, count, keep, mean, backend, unit=False) -> Tensor:
     if not mean:
         return torch.stack([state.flatten(0, 1)[last] for state in states], 1)
     kept = keep.view(states[0].shape[:2])[:, :, None]
-    wide = torch.promote_types(states[0].dtype, torch.float32)
+    dtype, wide = states[0].dtype, torch.promote_types(states[0].dtype, torch.float32)
+    if unit:  # a token of zeros stays zero
+        states = [F.normalize(state.to(wide), dim=-1, eps=torch.finfo(wide).tiny) for state in states]
     sums = torch.stack([torch.where(kept, state, 0).sum(1, dtype=wide) for state in states], 1)
-    return (sums / count[:, None, None]).to(states[0].dtype)
+    return (sums / count[:, None, None]).to(dtype)
 
 
 def _plain_pool(states, rows, key_mask, *rest) -> list[Tensor]:

@@ -67,7 +67,7 @@ def import_released(
     pool = read()  # what is wrong with the file shows before the base model is loaded
     embedder = load(base, chosen.name, **options)
     backbone: Any = embedder[0]
-    if pool is not None:
+    if pool is not None and path is not None:
         if getattr(pool, "num_layers", 0) > backbone.num_layers:
             logger.warning(
                 "%s has rows for %d layers and the base model has %d: the first are read, as in theirs", path,
@@ -129,6 +129,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
+    if wrong := [n for n, t in tensors.items() if t.layout != torch.strided or not t.is_floating_point()]:
+        raise ValueError(f"{path} must hold dense tensors of floating-point numbers; others are {', '.join(wrong[:3])}")
     return tensors
 
 

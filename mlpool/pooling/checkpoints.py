@@ -68,6 +68,8 @@ def read_released(path: str | Path, multi_layer: bool) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
     if not isinstance(released, dict) or not all(isinstance(t, Tensor) for t in released.values()):
         raise ValueError(f"{path} must hold a dict of tensors, got {type(released).__name__}")
+    if wrong := [n for n, t in released.items() if t.layout != torch.strided or not t.is_floating_point()]:
+        raise ValueError(f"{path} must hold dense tensors of floating-point numbers; others are {', '.join(wrong[:3])}")
     expected = {*RELEASED.values(), KEY_VALUE}
     if not multi_layer:
         expected.discard(RELEASED["layer_weights"])

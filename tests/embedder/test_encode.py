@@ -70,7 +70,7 @@ def test_rows_keep_their_order_and_forwards_their_budget(embedder, texts, alone,
     close(got, alone)
     whole = sorted(n for lengths in forwards for n in lengths)
     assert whole == sorted(embedder[0].token_ids(texts).lengths)
-    budget = budget or 4096  # of a CPU
+    budget = budget or (4096 if embedder[0].packed else 512)  # of a CPU
     assert all(cost(embedder, lengths) <= budget or len(lengths) == 1 for lengths in forwards)
     # No two neighbours would have fitted together: the budget is used.
     assert all(cost(embedder, a + b[:1]) > budget for a, b in pairwise(forwards))
@@ -172,18 +172,20 @@ def test_what_is_no_list(embedder, wrong):
 def test_long_text_is_cut_counted_and_reported(embedder, caplog):
     long = "x " * 100_000
     embedder[0].reset_truncated()
+    embedder._said_cut.clear()
     whole = len(embedder[0].texts([long]).ids[0])
     assert whole > 100_000
     with caplog.at_level(logging.WARNING, "mlpool"):
         got = embedder.encode(["a", long, "x " * 300])
     assert [r.getMessage() for r in caplog.records] == [
-        f"2 of 3 texts were longer than 128 tokens and cut there (the longest ever had {whole}); raise max_seq_length "
-        "to read more"
+        f"2 of 3 texts were longer than 128 tokens and cut there (the longest had {whole}); raise max_seq_length to "
+        "read more. Said once; model[0].truncated counts on"
     ]
     assert embedder[0].truncated.count == 2
     close(got[1], embedder.encode("x " * 300))  # the same first 127 tokens
     caplog.clear()
-    embedder.encode("a")
+    embedder.encode(["a", long])  # counted, and not said at every call
+    assert embedder[0].truncated.count == 4
     assert not caplog.records
 
 

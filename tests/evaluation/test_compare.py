@@ -412,3 +412,14 @@ def test_senseless_options():
     for options in ({"alpha": 0}, {"alpha": 1.5}, {"permutations": 0}):
         with pytest.raises(ValueError, match="expected 0 < alpha < 1"):
             compare(pair([0.1] * 6), **options)
+
+
+@pytest.mark.parametrize("name", ["../outside.npz", "/etc/passwd", "a/../../outside.npz"])
+def test_items_outside_the_folder_of_their_table_are_not_opened(tmp_path, name):
+    write_items(tmp_path / "outside.npz", range(9), value=range(9))
+    (tmp_path / "inside").mkdir()
+    for model in "ab":
+        rows = [Score(model, task, "Retrieval", 0.5, metric="ndcg_at_10", items=name) for task in "stu"]
+        write(tmp_path / f"inside/{model}.csv", rows)
+    with pytest.raises(ValueError, match="expected a name inside"):
+        compare([tmp_path / "inside/a.csv", tmp_path / "inside/b.csv"])
