@@ -28,6 +28,7 @@ NEEDED = {
     "torch": "every step", "triton": "every step", "numpy": "every step", "pytest": "gpu-test",
     "hypothesis": "gpu-test", "transformers": "gpu-encode, gpu-train, gpu-attention",
     "sentence-transformers": "gpu-encode, gpu-train", "safetensors": "gpu-test", "peft": "gpu-train",
+    "pydantic": "gpu-test",
 }  # fmt: skip
 LIMIT = 1e-2  # of a bfloat16 mean over 96 rows to the same in float32
 
