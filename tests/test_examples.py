@@ -38,11 +38,11 @@ def test_untrained_pool_is_mean_pooling_on_sts_benchmark(examples, data_dir):
     from mlpool import MultiLayerPool
 
     encoder = Encoder()
-    split = sts_states(encoder, data_dir / "sts/stsb/test.jsonl")
+    splits = [sts_states(encoder, data_dir / "sts/stsb/test.jsonl")]
     pool = MultiLayerPool(encoder.hidden_size, encoder.num_layers, token_pooling="mean").eval()
-    mean = sts_score(lambda x: F.normalize(x[:, -1], dim=-1), split)
+    mean = sts_score(lambda x: F.normalize(x[:, -1], dim=-1), splits)
     assert mean == pytest.approx(0.8203, abs=1e-3)
-    assert sts_score(as_function(pool), split) == pytest.approx(mean, abs=1e-6)
+    assert sts_score(as_function(pool), splits) == pytest.approx(mean, abs=1e-6)
 
 
 def test_missing_data_says_what_to_pass(examples, tmp_path):
