@@ -206,9 +206,10 @@ def _taps(model: nn.Module) -> str:
         return "no hidden states"
     last = batch["attention_mask"].sum(1) - 1
     rows = [state[torch.arange(2), last] for state in states if state.dim() == 3]
-    final = output.last_hidden_state[torch.arange(2), last]
-    ways = {"ok": rows[1:], "ok: hidden_states[:-2] and [-1]": rows[:-2] + rows[-1:],
-            "ok: hidden_states[1:-1] and last_hidden_state": [*rows[1:-1], final]}  # fmt: skip
+    ways = {"ok": rows[1:], "ok: hidden_states[:-2] and [-1]": rows[:-2] + rows[-1:]}
+    if "last_hidden_state" in output:  # DPR returns its pooled state
+        final = output.last_hidden_state[torch.arange(2), last]
+        ways["ok: hidden_states[1:-1] and last_hidden_state"] = [*rows[1:-1], final]
     for said, expected in ways.items():
         if len(expected) == got.shape[1] and all(map(torch.equal, got.unbind(1), expected)):
             return said
