@@ -107,7 +107,7 @@ def test_what_to_install_is_said(tmp_path):
     """With torch alone every command ends with the line that mends it, and nothing is written."""
     (tmp_path / "x.txt").write_text("a text")
     (tmp_path / "x.yaml").write_text("model: .\n")
-    (tmp_path / "x.csv").write_text("model,task,task_type,score\n")
+    (tmp_path / "x.csv").write_text("model,task,task_type,score\na,b,STS,0.5\nc,b,STS,0.6\n")
     there = {
         "encode": ["x.txt", "-m", ".", "-o", "out"],
         "train": ["x.yaml"],
