@@ -98,7 +98,7 @@ class Journey:
     def config(self, design: str, steps: int) -> Path:
         path = self.output / f"{design}.json"  # JSON is YAML
         path.write_text(json.dumps({
-            "model": str(self.base), "design": design, "output_dir": "", "max_seq_length": 64, "max_steps": steps,
+            "model": str(self.base), "design": design, "output_dir": "", "max_seq_length": 32, "max_steps": steps,
             "per_device_train_batch_size": 4, "learning_rate": 1e-4, "save_strategy": "no", "seed": 1,
             "lora": {"rank": 8, "alpha": 16}, "data": {"train": str(self.data / "pairs/squad_sentences/train.jsonl")},
             "loss": {"temperature": 0.05},
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="with pairs/ and sts/stsb/")
     parser.add_argument("-o", "--output", type=Path, default=Path("journey"), help="a new folder")
     parser.add_argument("--steps", type=int, default=24, help="of training")
-    parser.add_argument("--limit", type=int, default=100, help="pairs that are scored")
+    parser.add_argument("--limit", type=int, default=50, help="pairs that are scored, and whose layers are looked at")
     args = parser.parse_args()
     if not (args.base / "config.json").is_file():
         raise SystemExit(f"no model in {args.base}; make one: python examples/bases.py smollm2")

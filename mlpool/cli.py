@@ -9,16 +9,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+# Where it is, what its help says, and the extra that brings what it imports.
 COMMANDS = {
-    "encode": ("mlpool.corpus.encode", "embed a file of texts, in shards, resumable"),
-    "train": ("mlpool.training.command", "fine-tune an embedder from a YAML config"),
-    "merge": ("mlpool.exchange.commands:merge", "fold a LoRA adapter into the weights"),
-    "export": ("mlpool.exchange.commands:export", "write a folder or file that serving tools read"),
-    "import-released": ("mlpool.exchange.commands:import_released", "turn the paper's released folder into ours"),
-    "eval": ("mlpool.evaluation.command", "evaluate a model on MTEB tasks or local data"),
-    "compare": ("mlpool.evaluation.compare", "compare results with statistics"),
-    "layers": ("mlpool.analysis.command", "look inside the layers of a model"),
-    "study": ("mlpool.study", "train, evaluate and compare designs, with a report"),
+    "encode": ("mlpool.corpus.encode", "embed a file of texts, in shards, resumable", "st"),
+    "train": ("mlpool.training.command", "fine-tune an embedder from a YAML config", "train"),
+    "merge": ("mlpool.exchange.commands:merge", "fold a LoRA adapter into the weights", "train"),
+    "export": ("mlpool.exchange.commands:export", "write a folder or file that serving tools read", "st"),
+    "import-released": ("mlpool.exchange.commands:import_released", "make the paper's released folder ours", "train"),
+    "eval": ("mlpool.evaluation.command", "evaluate a model on MTEB tasks or local data", "eval"),
+    "compare": ("mlpool.evaluation.compare", "compare results with statistics", "eval"),
+    "layers": ("mlpool.analysis.command", "look inside the layers of a model", "eval"),
+    "study": ("mlpool.study", "train, evaluate and compare designs, with a report", "train,eval"),
 }
 # What a user can mend; anything else is a fault and keeps its traceback.
 _EXPECTED = (ValueError, OSError, ModuleNotFoundError)
@@ -30,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mlpool", description="Turn a language model into a text-embedding model.")
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (_, summary) in COMMANDS.items():
+    for name, (_, summary, _) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     command = parser.parse_args(given[:1]).command
-    module, summary = COMMANDS[command]
+    module, summary, extra = COMMANDS[command]
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("mlpool").setLevel(logging.INFO)
     try:
@@ -42,11 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target.add_arguments(own)
         return int(target.run(own.parse_args(given[1:])) or 0)
     except _EXPECTED as error:
-        print(f"mlpool: error: {error}", file=sys.stderr)
+        print(f"mlpool: error: {error}{_lacks(error, command, extra)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mlpool: stopped", file=sys.stderr)
         return 130
+
+
+def _lacks(error: Exception, command: str, extra: str) -> str:
+    """What to install, where the error is Python's own of a package that is not here. Ours say so themselves."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package in ("", "mlpool", "mlpool_kernels") or "install" in str(error):
+        return ""
+    return f"; mlpool {command} needs more than torch: pip install 'mlpool[{extra}]'"
 
 
 def _find(place: str) -> Any:

@@ -1,6 +1,7 @@
 """The command: help and what a user mistyped are answered at once, without importing what embeds."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,11 @@ import pytest
 from mlpool import cli, options
 
 HEAVY = ("transformers", "sentence_transformers", "mteb", "datasets", "peft", "torch")
+# What the extras bring.
+ABSENT = (
+    "transformers", "sentence_transformers", "tokenizers", "safetensors", "numpy", "tqdm", "pydantic", "yaml",
+    "filelock", "peft", "accelerate", "datasets", "pyarrow", "mteb", "scipy", "matplotlib", "jinja2",
+)  # fmt: skip
 # Each command with a path that is not there, and what the error says of it.
 MISSING = {
     "encode": ["none.txt", "-m", ".", "-o", "out"],
@@ -24,6 +30,8 @@ MISSING = {
 RUN = """
 import contextlib, io, json, sys
 from mlpool import cli
+for name in json.loads(sys.argv[3]):
+    sys.modules[name] = None  # importing it is an error, as where it is not installed
 said = {}
 for words in json.loads(sys.argv[1]):
     out = io.StringIO()
@@ -37,9 +45,9 @@ print(json.dumps(said))
 """
 
 
-def said(*commands: list[str], cwd) -> dict[str, list]:
+def said(*commands: list[str], cwd, without: tuple[str, ...] = ()) -> dict[str, list]:
     """In one fresh process: exit code, what was printed, and what had been imported by then."""
-    arguments = [sys.executable, "-c", RUN, json.dumps(commands), json.dumps(HEAVY)]
+    arguments = [sys.executable, "-c", RUN, *map(json.dumps, (commands, HEAVY, without))]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=cwd)
     return json.loads(done.stdout)
 
@@ -93,3 +101,28 @@ def test_check_place(tmp_path):
     for name in ("", "a\0b"):
         with pytest.raises(ValueError, match="is no name of a model"):
             options.check_place(name)
+
+
+def test_what_to_install_is_said(tmp_path):
+    """With torch alone every command ends with the line that mends it, and nothing is written."""
+    (tmp_path / "x.txt").write_text("a text")
+    (tmp_path / "x.yaml").write_text("model: .\n")
+    (tmp_path / "x.csv").write_text("model,task,task_type,score\na,b,STS,0.5\nc,b,STS,0.6\n")
+    there = {
+        "encode": ["x.txt", "-m", ".", "-o", "out"],
+        "train": ["x.yaml"],
+        "merge": [".", "-o", "out"],
+        "export": [".", "-o", "out"],
+        "import-released": [".", "-o", "out", "--base", "."],
+        "eval": [".", "--tasks", "STSBenchmark", "-o", "out"],
+        "compare": ["x.csv"],
+        "layers": [".", "--texts", "x.txt"],
+        "study": ["x.yaml", "-o", "out"],
+    }
+    assert there.keys() == cli.COMMANDS.keys()
+    before = sorted(tmp_path.iterdir())
+    for words, (code, text, _) in said(*([k, *v] for k, v in there.items()), cwd=tmp_path, without=ABSENT).items():
+        assert code == 2, (words, text)
+        last = text.splitlines()[-1]  # torch itself warns of numpy before
+        assert re.fullmatch(r"mlpool: error: .*: pip install 'mlpool\[\w+(,\w+)?\]'", last), (words, text)
+    assert sorted(tmp_path.iterdir()) == before

@@ -6,9 +6,9 @@ adapter's names start where the causal LM's do (`model.layers.0…`); an embedde
 Source: the released code and checkpoints of arXiv 2409.02727, designs 1 to 5. Its trainer writes `OUTattn_pool.pt`
 beside the folder OUT; its layer table has 32 rows, of which the base's layers are read; design 1 has no pooler.
 
-Two things are otherwise here. Padding is masked in design 4, where theirs pools it as text. In designs 3 and 5 theirs
-leaves out every token whose id is the pad token's, so a text that spells it out (say `<unk>`) loses it, and the mean
-moves by some 1e-2; here a token of the text is text. `tokenizer.pad_token` set to one that no text holds, before
+Two things are otherwise here. Padding is masked in design 4, where theirs pools it as text. In design 5 theirs leaves
+out of the mean every token whose id is the pad token's, so a text that spells it out (say `<unk>`) loses it, and the
+mean moves by some 1e-2; here a token of the text is text. `tokenizer.pad_token` set to one that no text holds, before
 anything is embedded with their code, makes both the same.
 """
 

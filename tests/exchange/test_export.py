@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny import BOS, EOS, GATED, PAD, SMALL, TEXTS, D, embedder, shake, tokeniz
 from torch.nn.functional import normalize
 
 from mlpool.embedder import DESIGNS, add_lora, load, merge
+from mlpool.embedder.designs import Design
 from mlpool.exchange import export
 from mlpool.exchange.export import export_folder, export_program, load_exported
 
@@ -276,6 +278,23 @@ def test_program_with_tokens_that_are_not_pooled(tmp_path):
     assert difference(exported(*inputs), made.encode_query(TEXTS)) < 1e-5
     assert difference(made.encode(TEXTS), before) == 0
     assert made[0].packed == packed
+
+
+def test_program_of_unit_means(tmp_path, monkeypatch):
+    """A design of a user's own, whose rows are means of unit vectors: the file's are too."""
+    monkeypatch.setitem(
+        DESIGNS,
+        "unit-means",
+        Design("unit-means", None, "bidirectional", DESIGNS["multi-layer-causal"].pool, "unit_mean"),
+    )
+    made = embedder("unit-means", "llama", frame="bos", include_bos=False, max_seq_length=LIMIT)
+    export_program(made, tmp_path / "out.pt2")
+    exported = load_exported(tmp_path / "out.pt2")
+    found = exported(*exported.tokenize(TEXTS))
+    assert difference(found, made.encode(TEXTS)) < 1e-5
+    monkeypatch.setitem(DESIGNS, "unit-means", replace(DESIGNS["unit-means"], token_pooling="mean"))
+    plain = embedder("unit-means", "llama", frame="bos", include_bos=False, max_seq_length=LIMIT)
+    assert difference(found, plain.encode(TEXTS)) > 1e-3  # so that the two can be told apart
 
 
 def test_program_refuses(programs, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mlpool_kernels import reference
 from safetensors.torch import load_file, save_file
-from tiny import EOS, GATED, TEXTS, D, L, shake, tokenizer, transformers
+from tiny import EOS, GATED, PAD, TEXTS, UNK, D, L, shake, tokenizer, transformers
 
 from mlpool import MultiLayerPool
 from mlpool.embedder import DESIGNS, load
@@ -71,14 +71,17 @@ def folders(tmp_path_factory):
     return made
 
 
-def by_hand(model, design: int, released: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Text by text without padding, EOS appended; bidirectional by an additive mask that hides nothing."""
+def by_hand(model, design: int, released: dict[str, torch.Tensor], texts=TEXTS, pad: int = -1) -> torch.Tensor:
+    """Text by text without padding, EOS appended; bidirectional by an additive mask that hides nothing.
+
+    Tokens `pad` are read and not pooled, as in their design 5.
+    """
     own, rows = tokenizer(), []
     parameters = {name: tensor.double() for name, tensor in from_released(released).items()}
-    for text in TEXTS:
+    for text in texts:
         ids = torch.tensor([[*own(text, add_special_tokens=False).input_ids, EOS]])
-        mask = torch.ones_like(ids)
-        visible = torch.zeros(1, 1, ids.shape[1], ids.shape[1]) if design in (4, 5) else mask
+        mask = (ids != pad).long()
+        visible = torch.zeros(1, 1, ids.shape[1], ids.shape[1]) if design in (4, 5) else torch.ones_like(ids)
         with torch.no_grad():
             states = model(input_ids=ids, attention_mask=visible, output_hidden_states=True).hidden_states[1:]
         states = [state.double() for state in states]
@@ -101,6 +104,21 @@ def test_embeddings_are_the_released_models(design, folders, tmp_path):
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
     again = load(tmp_path / "out", device="cpu")
     torch.testing.assert_close(torch.from_numpy(again.encode(TEXTS)).double(), expected, atol=2e-5, rtol=0)
+
+
+def test_a_pad_token_in_a_text_is_text(folders, tmp_path):
+    """Theirs leaves it out of design 5's mean, unless it is one that the text does not hold."""
+    folder, model = folders[5]
+    shutil.copytree(folder / "base", tmp_path / "base")
+    tokenizer(pad_token="<unk>").save_pretrained(tmp_path / "base")
+    made = import_released(folder / "released", tmp_path / "base", 5, HEADS, device="cpu")
+    assert made.tokenizer.pad_token_id == UNK
+    texts, released = ["how many <unk> layers", "all of them<unk>"], torch.load(folder / "released/attn_pool.pt")
+    assert all(UNK in ids for ids in made[0].token_ids(texts).ids)
+    found = torch.from_numpy(made.encode(texts)).double()
+    theirs = by_hand(model, 5, released, texts, pad=UNK)
+    assert ((found - theirs).abs().amax(1) > 1e-3).all()
+    torch.testing.assert_close(found, by_hand(model, 5, released, texts, pad=PAD), atol=2e-5, rtol=0)
 
 
 def copied(folder, tmp_path):
