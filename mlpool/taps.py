@@ -5,7 +5,8 @@ that row as the layer ends: in evaluation B·L·D numbers are kept in place of B
 is added to the layer's own gradient and no zero-filled [B, T, D] is made. The rows are those of hidden_states[1:],
 as the library returns them: raw layer outputs, and the final norm's output in place of the last. So they are too
 where the library returns others: Mamba, Mamba2 and FalconMamba leave out the embedding and add the normed last state
-(taps are hidden_states[:-2] and [-1]); CLIP and TIPSv2 text keep the last state un-normed (it is `last_hidden_state`).
+(taps are hidden_states[:-2] and [-1]); CLIP and TIPSv2 text keep the last state un-normed (it is `last_hidden_state`);
+Mllama leaves out its cross-attention layers, which have taps like all.
 
 How it is attached, and why:
 - A tapped layer gets, as an instance, a subclass of its own class whose `__call__` taps the output. It is no
@@ -209,7 +210,7 @@ class Taps:
     def _tap_output(self, index: int, output: Any) -> Any:
         if self._tokens is None:  # the layer was called alone
             return output
-        if isinstance(output, tuple):
+        if type(output) is tuple:
             return (self._tap(index, output[0]), *output[1:])
         return self._tap(index, output)
 

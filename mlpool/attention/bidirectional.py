@@ -298,7 +298,8 @@ def _clear_flags(model: nn.Module, trunk: nn.Module, layers: nn.ModuleList) -> N
         if getattr(config, "is_causal", None) is False:
             config.is_causal = True
         if getattr(config, "use_bidirectional_attention", None):
-            config.use_bidirectional_attention = False
+            # Gemma 4 knows None, "all" and "vision", and takes no False; a family that declares nothing takes it.
+            config.use_bidirectional_attention = getattr(type(config), "use_bidirectional_attention", False) and None
             _double_window(config, own)
     for module in attentions(layers):
         module.is_causal = True  # type: ignore[assignment]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -376,14 +377,15 @@ def embedding_table(trunk: nn.Module) -> nn.Embedding:
     Raises:
         ValueError: there is no one table of them.
     """
-    try:
+    with suppress(NotImplementedError, AttributeError):
         table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
-    except (NotImplementedError, AttributeError) as error:
-        raise ValueError(
-            f"{type(trunk).__name__} has no one table of token embeddings (CANINE hashes characters), from which the "
-            "vocabulary, the device and tokens for the self-test are known; such models are not supported"
-        ) from error
-    return table
+        if isinstance(getattr(table, "weight", None), Tensor):
+            return table
+    raise ValueError(
+        f"{type(trunk).__name__} has no one table of token embeddings (CANINE hashes characters, a speech model adds "
+        "up several), from which the vocabulary, the device and tokens for the self-test are known; such models are not "
+        "supported"
+    )
 
 
 def require_weights(trunk: nn.Module) -> None:

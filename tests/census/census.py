@@ -207,6 +207,11 @@ def _taps(model: nn.Module) -> str:
     last = batch["attention_mask"].sum(1) - 1
     rows = [state[torch.arange(2), last] for state in states if state.dim() == 3]
     ways = {"ok": rows[1:], "ok: hidden_states[:-2] and [-1]": rows[:-2] + rows[-1:]}
+    taken = list(got.unbind(1))
+    if len(taken) > len(rows) - 1:  # the library keeps no state of some layers (Mllama's cross-attention)
+        places = [next((i for i, tap in enumerate(taken) if torch.equal(tap, row)), -1) for row in rows[1:]]
+        if -1 not in places and places == sorted(set(places)):
+            return "ok: hidden_states[1:] and layers that it leaves out"
     if "last_hidden_state" in output:  # DPR returns its pooled state
         final = output.last_hidden_state[torch.arange(2), last]
         ways["ok: hidden_states[1:-1] and last_hidden_state"] = [*rows[1:-1], final]

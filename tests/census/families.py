@@ -152,7 +152,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # With few heads the scores of many tokens are 0 alike, and which of them is read hangs on the padding.
     "deepseek_v32+index_topk=4": ("deepseek_v32", {"index_topk": 4, "index_n_heads": 16}),
     "glm_moe_dsa+index_topk=4": ("glm_moe_dsa", {"index_topk": 4, "index_n_heads": 16}),
-    "mistral+sliding_window=4": ("mistral", {"sliding_window": 4}),
+    # as far as from one end of the probe's longest text to the other
+    "mistral+sliding_window=7": ("mistral", {"sliding_window": 7}),
 }
 # model_type → arguments that the rules would set inconsistently
 EXCEPTIONS: dict[str, dict[str, Any]] = {

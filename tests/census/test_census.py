@@ -11,7 +11,18 @@ import families
 import tables
 from census import Row, examine
 
-WORKS = ["llama", "gemma4_text", "deepseek_v32+index_topk=4", "glm_moe_dsa+index_topk=4", "stablelm"]
+WORKS = [
+    "llama", "gemma4_text", "gemma4_unified_text", "higgs_audio_v2", "deepseek_v32+index_topk=4",
+    "glm_moe_dsa+index_topk=4", "stablelm",
+]  # fmt: skip
+    "llama",
+    "gemma4_text",
+    "gemma4_unified_text",
+    "higgs_audio_v2",
+    "deepseek_v32+index_topk=4",
+    "glm_moe_dsa+index_topk=4",
+    "stablelm",
+]
 
 
 @pytest.mark.parametrize("family", WORKS)
@@ -35,6 +46,7 @@ def test_an_encoder_whose_windows_differ_by_layer():
         ("phi4_multimodal", "several lists of layers"),
         ("bart", "encoder-decoder"),
         ("canine", "CanineModel has no one table of token embeddings"),
+        ("kyutai_speech_to_text", "KyutaiSpeechToTextModel has no one table of token embeddings"),
     ],
 )
 def test_what_is_refused_says_why(family, reason):
