@@ -128,9 +128,12 @@ class TextTokenizer:
             prompt: put before each text as it is. max_length: tokens, the frame counted; None is no limit.
 
         Raises:
-            ValueError: a row that is no string, a prompt that leaves no room, a text without any token.
+            ValueError: a row that is no string, half a surrogate pair, a prompt that leaves no room, a text without any
+                token.
         """
         check_texts(texts)
+        if prompt and not _is_whole(prompt):
+            raise ValueError(f"the prompt {prompt!r} holds half a surrogate pair, which is no character")
         ids: list[np.ndarray] = []
         skipped: list[int] = []
         for start in range(0, len(texts), _BLOCK):
@@ -231,8 +234,22 @@ class TextTokenizer:
 
 
 def check_texts(texts: Sequence[Any]) -> None:
-    """Raises ValueError, with the rows named, where a text is no string."""
+    """Raises ValueError, with the rows named, where a text is no string, or holds half a surrogate pair."""
     wrong = [(i, text) for i, text in enumerate(texts) if not isinstance(text, str)]
     if wrong:
         rows = ", ".join(f"row {i} is {type(text).__name__} ({str(text)[:40]!r})" for i, text in wrong[:5])
         raise ValueError(f"texts must be strings, but {len(wrong)} of {len(texts)} are not: {rows}")
+    if halves := [i for i, text in enumerate(texts) if not _is_whole(text)]:
+        rows = ", ".join(f"row {i} ({texts[i][:40]!r})" for i in halves[:5])
+        raise ValueError(
+            f"{len(halves)} of {len(texts)} texts hold half a surrogate pair, which is no character: {rows}; decode "
+            'them from their bytes again, or text.encode("utf-8", "replace").decode()'
+        )
+
+
+def _is_whole(text: str) -> bool:
+    """Whether tokenizers take it: only half a surrogate pair cannot be written in UTF-8."""
+    try:
+        return text.isascii() or text.encode() is not None
+    except UnicodeEncodeError:
+        return False

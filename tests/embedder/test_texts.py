@@ -268,6 +268,16 @@ def test_no_room_for_a_text(include):
         tokenizer(["a"], max_length=2)
 
 
+def test_half_a_surrogate_pair():
+    """Tokenizers say "TextEncodeInput must be Union[…]" of it."""
+    texts = TextTokenizer(tiny.tokenizer())
+    with pytest.raises(ValueError, match=r"1 of 3 texts hold half a surrogate pair.*row 1 \('a\\ud83d'\); decode"):
+        texts(["🙂", "a\ud83d", "b"])
+    with pytest.raises(ValueError, match=r"the prompt '\\ud83d' holds half a surrogate pair"):
+        texts(["a"], prompt="\ud83d")
+    assert len(texts(["a\ud83d".encode("utf-8", "replace").decode()]).ids) == 1
+
+
 def test_rows_that_are_no_strings():
     with pytest.raises(ValueError, match=r"2 of 4 are not: row 1 is NoneType \('None'\), row 3 is float \('nan'\)"):
         TextTokenizer(tiny.tokenizer())(["a", None, "b", float("nan")])
