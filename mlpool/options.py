@@ -55,8 +55,9 @@ def check_place(name: str) -> None:
         FileNotFoundError: no such folder (the nearest names). NotADirectoryError: a file.
     """
     path = Path(name)
-    if "\0" in name or not name.strip():
-        raise ValueError(f"{name!r} is no name of a model; pass a folder or a Hub name")
+    too_long = len(name) > 4096 or max(map(len, name.encode(errors="replace").split(b"/"))) > 255
+    if "\0" in name or not name.strip() or too_long:
+        raise ValueError(f"{name[:80]!r} is no name of a model; pass a folder or a Hub name")
     if path.is_dir():
         return
     if path.is_file():

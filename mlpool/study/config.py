@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -340,7 +341,7 @@ def _find(source: Any, data_dir: Path) -> Any:
         return [_find(part, data_dir) for part in source]
     if isinstance(source, Mapping):
         return {**source, "source": _find(source.get("source"), data_dir)}
-    return str(data_dir / source) if isinstance(source, str) and (data_dir / source).exists() else source
+    return str(data_dir / source) if isinstance(source, str) and os.path.exists(data_dir / source) else source
 
 
 def _inputs(base: str, source: Any) -> dict[str, str]:
@@ -355,7 +356,7 @@ def _inputs(base: str, source: Any) -> dict[str, str]:
             waiting.append(part.get("source"))
         else:
             names.append(part)
-    return {str(name): _digest(Path(name)) for name in names if isinstance(name, str) and Path(name).exists()}
+    return {str(name): _digest(Path(name)) for name in names if isinstance(name, str) and os.path.exists(name)}
 
 
 def _digest(path: Path) -> str:

@@ -449,7 +449,6 @@ def test_bad_input_is_said(decoder, data, capsys):
         (["--texts", str(data / "empty.txt")], "no texts in"),
         (["--texts", str(data / "three.txt")], "3 texts: unbiased CKA is defined from 4 on"),
         (["--texts", str(data / "texts.txt"), "--limit", "3"], "--limit must be at least 4"),
-        (["--texts", str(data / "texts.txt"), "--window", "0"], "window must be at least 1"),
         (["--pairs", str(data / "unscored.jsonl")], 'unscored.jsonl, line 1: "score" is missing'),
         (["--texts", str(data / "unscored.jsonl")], 'unscored.jsonl, line 1: "score" is missing'),
         (["--pairs", str(data / "alike.jsonl")], "every score is 2"),
@@ -458,6 +457,9 @@ def test_bad_input_is_said(decoder, data, capsys):
     ]:
         assert main(["layers", str(decoder), *arguments]) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["layers", str(decoder), "--texts", str(data / "texts.txt"), "--window", "0"])
+    assert "--window: expected an integer of at least 1, got '0'" in capsys.readouterr().err
     assert main(["layers", str(data), "--texts", str(data / "texts.txt")]) == 2
     assert "holds no model" in capsys.readouterr().err
 

@@ -15,14 +15,6 @@ WORKS = [
     "llama", "gemma4_text", "gemma4_unified_text", "higgs_audio_v2", "deepseek_v32+index_topk=4",
     "glm_moe_dsa+index_topk=4", "stablelm",
 ]  # fmt: skip
-    "llama",
-    "gemma4_text",
-    "gemma4_unified_text",
-    "higgs_audio_v2",
-    "deepseek_v32+index_topk=4",
-    "glm_moe_dsa+index_topk=4",
-    "stablelm",
-]
 
 
 @pytest.mark.parametrize("family", WORKS)

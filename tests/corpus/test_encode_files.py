@@ -344,7 +344,7 @@ def test_signals_drop_the_shard_at_hand(tmp_path, monkeypatch, number):
     texts = some_texts(100)
     path = write_jsonl(tmp_path / "in.jsonl", texts)
     out = tmp_path / "out"
-    monkeypatch.setattr("mlpool.embedder.loading.open_model", lambda *_: Fake(delay=0.02))
+    monkeypatch.setattr("mlpool.embedder.loading.open_model", lambda *_, **__: Fake(delay=0.02))
     args = parsed(str(path), "-o", str(out), "-m", "fake", "--shard-size", "10")
 
     def interrupted() -> None:

@@ -312,7 +312,7 @@ def test_broken_lines(tmp_path, file, line, content, message):
     lines[line - 1] = content
     (tmp_path / file).write_text("\n".join(lines) + "\n")
     kind = file.split("/")[0]
-    with pytest.raises(ValueError, match=rf"{file}, line {line}: .*{message}"):
+    with pytest.raises(ValueError, match=rf"{file}, line {line}:? .*{message}"):
         local_tasks(tmp_path, [f"{kind}/x"])[0].load_data()
 
 

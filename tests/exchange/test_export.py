@@ -350,7 +350,7 @@ def test_program_that_differs_is_not_left_behind(programs, tmp_path, monkeypatch
     class Foreign(torch.nn.Module):
         def forward(self, x):
             rows = torch.arange(x.shape[0])
-            return torch.ops.mlpool.gather([x], rows, rows + 1, rows, rows + 1, None, False, "torch")
+            return torch.ops.mlpool.gather([x], rows, rows + 1, rows, rows + 1, None, False, "torch", False)
 
     other = torch.export.load(folder / "multi-layer-bidirectional.pt2")
     foreign = torch.export.export(Foreign(), (torch.ones(3, 4),))
