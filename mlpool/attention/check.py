@@ -383,8 +383,8 @@ def embedding_table(trunk: nn.Module) -> nn.Embedding:
             return table
     raise ValueError(
         f"{type(trunk).__name__} has no one table of token embeddings (CANINE hashes characters, a speech model adds "
-        "up several), from which the vocabulary, the device and tokens for the self-test are known; such models are not "
-        "supported"
+        "up several), from which the vocabulary, the device and tokens for the self-test are known; such models are "
+        "not supported"
     )
 
 

@@ -25,7 +25,8 @@ _CHUNK = 1 << 24  # bytes hashed at once by one thread
 _NOT_COUNTED = {
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "torch_dtype", "dtype",
     "use_cache", "gradient_checkpointing", "output_hidden_states", "output_attentions", "return_dict", "id2label",
-    "label2id", "attn_implementation", "_attn_implementation", "training", "max_seq_len_cached", "layer_idx", "base_name",
+    "label2id", "attn_implementation", "_attn_implementation", "training", "max_seq_len_cached", "layer_idx",
+    "base_name",
 }  # fmt: skip
 
 
