@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..corpus.text_files import find_columns, find_files, kind_of, read_file
 from ..evaluation.local import _sts_fault, read_jsonl
+from ..files import replacing
 from ..options import check_place
 from .correlation import Correlations
 from .profiles import PoolProfile, reader_of
@@ -214,10 +215,9 @@ class LayerScores:
         from .plots import layer_curves
 
         path = Path(directory) / "layers_score.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
         several = len(self.sets) > 1
         names = [*self.sets, "mean"] if several else self.sets
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["data_set", "token_pooling", "layer", "score", "best"])
             for pooling, values in self.values.items():
@@ -266,8 +266,7 @@ class LayerReport:
         from .plots import heat_maps
 
         path = Path(directory) / "layers_correlation.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["kind", "token_pooling", "layer_i", "layer_j", "value"])
             for (kind, pooling), values in self.correlation.items():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..files import replacing
 from ..pooling import LayerWeightsPool, MultiLayerPool
 from ..pooling.layers import read_layer_states
 
@@ -76,9 +77,8 @@ class PoolProfile:
         from .plots import pool_profile as plot
 
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "pool_profile.csv", folder / "pool_profile.png"]
-        with paths[0].open("w", newline="", encoding="utf-8") as file:
+        with replacing(paths[0]) as new, new.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["measure", "axis", "index", "layer", "value", "spread"])
             for measure, axis, values in self._tables():

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from .results import Items, Score, read, read_items
 
 Row = dict[str, Any]
@@ -65,7 +66,7 @@ class Comparison:
         writer.writeheader()
         writer.writerows(rows)
         if path is not None:
-            Path(path).write_text(text.getvalue(), encoding="utf-8")
+            write_text(path, text.getvalue())
         return text.getvalue()
 
     def save(self, directory: str | Path) -> list[Path]:
@@ -75,7 +76,7 @@ class Comparison:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / name for name in ("comparison.md", "comparison.csv", "per_dataset.csv", "forest.png")]
-        paths[0].write_text(self.markdown(), encoding="utf-8")
+        write_text(paths[0], self.markdown())
         self.to_csv(paths[1])
         self.to_csv(paths[2], self.datasets)
         forest(self, paths[3])

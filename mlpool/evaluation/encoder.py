@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import inspect
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..embedder.identity import identity, with_settings
+from ..files import replacing
 from ..pooling.base import log_once
 from .tasks import BARE, PAPER, import_mteb
 
@@ -223,11 +223,9 @@ class EmbeddingCache:
 
     def _write(self, keys: NDArray[np.uint64], values: NDArray[Any]) -> None:
         name = hashlib.sha256(keys.tobytes()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
         for suffix, array in (("npy", values), ("keys.npy", keys)):
-            new = self.folder / f".{name}.{os.getpid()}.{suffix}"
-            np.save(new, array)
-            os.replace(new, self.folder / f"{name}.{suffix}")
+            with replacing(self.folder / f"{name}.{suffix}") as new:
+                np.save(new, array)
 
 
 # --- the encoder ---------------------------------------------------------------------------------------------------

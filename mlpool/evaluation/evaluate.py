@@ -28,6 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_json
 from . import results
 from .encoder import Prompts, make_encoder, name_of
 from .local import local_tasks
@@ -374,10 +375,7 @@ def _read_marker(path: Path, inputs: dict[str, Any]) -> Score | None:
 
 
 def _write_marker(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(content))
-    os.replace(new, path)
+    write_json(path, content, indent=None)
 
 
 def _share(tasks: Sequence[AbsTask], rank: int, world: int) -> list[AbsTask]:

@@ -20,14 +20,12 @@ from __future__ import annotations
 import csv
 import difflib
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..files import confined
+from ..files import confined, replacing
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -133,13 +131,10 @@ def append(path: str | Path, rows: Iterable[Score]) -> None:
 
 def write(path: str | Path, rows: Iterable[Score]) -> None:
     """Write the rows as the whole file, at once: the old file stays until the new one is complete."""
-    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".writing-") as folder:
-        new = Path(folder) / "rows.csv"
-        with new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-        os.replace(new, path)
+    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
 
 
 def _check_header(header: list[str], path: Path) -> None:
@@ -201,11 +196,8 @@ def write_items(
         if given is not None:
             arrays[name] = np.asarray(given, dtype=np.float64)
     _check_items(arrays, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-        new = Path(folder) / "items.npz"
+    with replacing(path) as new:
         np.savez_compressed(new, **arrays)
-        os.replace(new, path)
 
 
 def read_items(path: str | Path) -> Items:

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from ..files import write_text
+
 TRAIN, TASKS = "pairs/made/train.jsonl", ["sts/made", "retrieval/made"]
 LAST = "retrieval/made/qrels.tsv"  # to be written: where it is, all is
 _PEOPLE = (
@@ -63,7 +65,7 @@ def write_data(folder: str | Path, seed: int = 0) -> Path:
     _write(place / "corpus.jsonl", ({"_id": str(i), "text": _sentence(f, rng)} for i, f in enumerate(corpus)))
     _write(place / "queries.jsonl", ({"_id": f"q{i}", "text": _question(corpus[i], rng)} for i in asked))
     lines = [f"q{i}\t{j}\t1\n" for i in asked for j, fact in enumerate(corpus) if fact[:3] == corpus[i][:3]]
-    (folder / LAST).write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    write_text(folder / LAST, "query-id\tcorpus-id\tscore\n" + "".join(lines))
     return folder
 
 
@@ -106,8 +108,7 @@ def _story(facts: list[_Fact], rng: random.Random) -> str:
 
 
 def _write(path: Path, rows: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
