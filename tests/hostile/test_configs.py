@@ -16,7 +16,7 @@ pytest.importorskip("mteb")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hostile.given import ROOT, hostile, ours
+from given import ROOT, hostile, ours
 
 from mlpool.study import read_study
 from mlpool.training.config import _keys, read_config
