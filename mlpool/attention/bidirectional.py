@@ -298,8 +298,9 @@ def _clear_flags(model: nn.Module, trunk: nn.Module, layers: nn.ModuleList) -> N
         if getattr(config, "is_causal", None) is False:
             config.is_causal = True
         if getattr(config, "use_bidirectional_attention", None):
-            # Gemma 4 knows None, "all" and "vision", and takes no False; a family that declares nothing takes it.
-            config.use_bidirectional_attention = getattr(type(config), "use_bidirectional_attention", False) and None
+            # False where that is the family's default or it declares none; Gemma 4 takes None, "all" or "vision".
+            default = getattr(type(config), "use_bidirectional_attention", False)
+            config.use_bidirectional_attention = False if default is False else None
             _double_window(config, own)
     for module in attentions(layers):
         module.is_causal = True  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from ..attention.check import AttentionCheckError, claims_bidirectional, embeddi
 from ..attention.families import backend_of, family_of, require_transformers
 from ..attention.packed import _position_offset, is_packed, pack, unpack
 from ..files import read_json
-from ..pooling.base import broken_weights, check_choice, check_positive, log_once
+from ..pooling.base import broken_weights, check_choice, check_positive, check_token_pooling, log_once
 from ..schema import arguments, check, section
 from ..taps import Taps, find_layers
 from .adapters import check_base, fingerprint, has_adapter, load_adapter
@@ -45,6 +45,7 @@ class Backbone(InputModule):
         packing: run without padding. "auto" where it is at least as fast (a CPU; a GPU in half precision) and the model
             can; "always" or an error; "never".
         sliding_window: of bidirectional designs, see `mlpool.bidirectional`.
+        skip_tokens: first tokens of a text that are left out of the mean of each layer, as the pool is told too.
 
     Raises:
         ValueError: a causal design on an encoder, and what `bidirectional`, `TextTokenizer`, `find_layers` raise.
@@ -53,7 +54,7 @@ class Backbone(InputModule):
     config_file_name = CONFIG_NAME
     config_keys: list[str] = [  # noqa: RUF012  (declared so by sentence-transformers)
         "design", "layers", "max_seq_length", "append_eos", "include_prompt", "include_bos", "packing",
-        "sliding_window",
+        "sliding_window", "skip_tokens",
     ]  # fmt: skip
     save_in_root = True
 
@@ -69,6 +70,7 @@ class Backbone(InputModule):
         include_bos: bool = True,
         packing: str = "auto",
         sliding_window: str = "keep",
+        skip_tokens: int = 0,
     ) -> None:
         super().__init__()
         check_choice("packing", packing, PACKING)
@@ -78,6 +80,9 @@ class Backbone(InputModule):
         self._design = find_design(design)
         self.design, self.append_eos, self.packing = self._design.name, append_eos, packing
         self.sliding_window, self.layers = sliding_window, None if layers is None else list(layers)
+        if skip_tokens:
+            check_token_pooling(self._design.token_pooling, skip_tokens)
+        self.skip_tokens = skip_tokens
         self.texts = self._text_tokenizer(tokenizer, include_prompt, include_bos)
         self.max_seq_length = self._limit() if max_seq_length is None else max_seq_length
         self.attn_implementation = backend_of(find_layers(model)[0].config)
@@ -141,7 +146,7 @@ class Backbone(InputModule):
         # Only while the model runs: a tapped model cannot be pickled, and multi-process encoding pickles it.
         if not self._design.reads_all_layers:
             return nullcontext()
-        return Taps(self.model, self._design.token_pooling, self.layers)
+        return Taps(self.model, self._design.token_pooling, self.layers, self.skip_tokens)
 
     # --- attention ----------------------------------------------------------------------------------------------------
 

@@ -131,7 +131,7 @@ def load(
         ) from error
     backbone = Backbone(
         transformer, tokenizer, chosen.name, layers, max_seq_length, append_eos, include_prompt, include_bos, packing,
-        sliding_window,
+        sliding_window, pooler.get("skip_tokens", 0) if isinstance(pooler, Mapping) else 0,
     )  # fmt: skip
     pool = build_pool(chosen, backbone.hidden_size, backbone.num_layers, pooler, layers)
     embedder = Embedder(

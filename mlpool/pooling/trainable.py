@@ -122,12 +122,15 @@ class TrainablePool(Pool):
             self.ff_mult * self.hidden_size,
         )  # fmt: skip
 
+    def _masked(self, keys: int) -> bool:
+        """Whether the keys are tokens, which come with a padding mask."""
+        return self.layer_weights is None and keys != 1
+
     def _choose(self, batch: int, keys: int, *, training: bool, cached: bool) -> Plan:
         plan = choose(
             self._sizes(batch, keys), training=training, cached=cached, triton=use_triton(self.backend, self.latents),
             itemsize=self._compute_dtype().itemsize, memory_bytes=self._device_memory,
-            # Tokens as keys come with a padding mask.
-            masked=self.layer_weights is None and keys != 1, rates=self._rates.get(self._compute_dtype()),
+            masked=self._masked(keys), rates=self._rates.get(self._compute_dtype()),
         )  # fmt: skip
         if not self.folded:
             return plan.override(self.choices)
@@ -275,7 +278,7 @@ class TrainablePool(Pool):
         return report.PlanReport.of(
             type(self).__name__, self._sizes(batch_size, keys), plan,
             self._rates.get(dtype) or default_rates(device.type, dtype.itemsize), device, dtype,
-            triton=use_triton(self.backend, self.latents), masked=self.layer_weights is None and keys != 1,
+            triton=use_triton(self.backend, self.latents), masked=self._masked(keys),
             tokens=tokens, training=training,
         )  # fmt: skip
 

@@ -172,3 +172,22 @@ def test_no_design():
 def test_options_that_do_not_fit(design, options, message):
     with pytest.raises(ValueError, match=message):
         load(tiny.base(), design, **options)
+
+
+def test_first_tokens_are_left_out_of_every_layer(tmp_path):
+    """skip_tokens of the pool reaches the taps, which gather for it; saved and loaded, packed and padded."""
+    options = {"pooler": {**SMALL, "skip_tokens": 2}}
+    whole, short = tiny.embedder("multi-layer-bidirectional"), tiny.embedder("multi-layer-bidirectional", **options)
+    text = ["all of them, and the last one twice over if it is asked to"]
+    expected = short.encode(text)
+    assert abs(whole.encode(text) - expected).max() > 1e-3
+    tokens = short[0].preprocess(text)
+    with torch.no_grad():
+        states = short[0].model(**tokens, output_hidden_states=True, use_cache=False).hidden_states
+        by_hand = short[1].pool(states, tokens["attention_mask"])
+    torch.testing.assert_close(torch.tensor(expected), by_hand, atol=1e-5, rtol=0)
+    short.save(str(tmp_path / "out"))
+    again = load(tmp_path / "out", packing="never")
+    torch.testing.assert_close(torch.tensor(again.encode(text)), torch.tensor(expected), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="leaves the first tokens out of a mean"):
+        tiny.embedder("multi-layer-causal", **options)

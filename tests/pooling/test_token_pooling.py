@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import assert_close_to_equations, make_mask, make_states, multi
 from torch.nn.functional import normalize, pad
+from torch.utils.checkpoint import checkpoint
 
 from mlpool import LastLayerPool, LayerWeightsPool, MeanPool, MultiLayerPool
 from mlpool.pooling import gather
@@ -76,3 +77,14 @@ def test_wrong_choices():
         MeanPool(D, token_pooling="last")
     with pytest.raises(ValueError, match=r"token_pooling must be one of \('last', 'mean'\), got 'unit_mean'"):
         LastLayerPool(D, token_pooling="unit_mean")
+
+
+@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
+def test_gradients_behind_a_checkpoint(how, target):
+    """A checkpointed forward hands out what it saved a single time."""
+    states = [s.requires_grad_() for s in make_states(L, (B, T, D), target)]
+    mask, options = make_mask(B, T).to(target.device), {"token_pooling": how, "backend": target.backend}
+    want = torch.autograd.grad(gather(states, mask, **options).square().sum(), states)
+    pooled = checkpoint(lambda *layers: gather(layers, mask, **options), *states, use_reentrant=False)
+    for got, right in zip(torch.autograd.grad(pooled.square().sum(), states), want, strict=True):
+        torch.testing.assert_close(got, right)
