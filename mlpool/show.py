@@ -18,8 +18,8 @@ MARKERS = "osD^vP*"
 DPI = 150
 
 
-def progress(what: str, unit: str, total: int | None = None, shown: bool | None = None, **options: Any) -> tqdm:
-    """A bar on stderr, as a context: `with progress("encoding", "text", 10_000) as bar: bar.update(3)`.
+def progress(what: str, unit: str, total: int | None = None, shown: bool | None = True, **options: Any) -> tqdm:
+    """A bar on stderr, as a context or around an iterable: `with progress("encode", "text", 9) as bar: bar.update(3)`.
 
     Args:
         total: None where it is not known. shown: None for only where stderr is a terminal. options: of tqdm.
@@ -27,7 +27,7 @@ def progress(what: str, unit: str, total: int | None = None, shown: bool | None 
     from tqdm.auto import tqdm
 
     return tqdm(
-        total=total, desc=what, unit=f" {unit}", unit_scale=True, file=sys.stderr,
+        total=total, desc=what, unit=f" {unit}", file=sys.stderr,
         disable=None if shown is None else not shown, **options,
     )  # fmt: skip
 

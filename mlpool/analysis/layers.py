@@ -21,6 +21,7 @@ from ..corpus.text_files import find_columns, find_files, kind_of, read_file
 from ..evaluation.local import _sts_fault, read_jsonl
 from ..files import replacing
 from ..options import check_place
+from ..show import aligned
 from .correlation import Correlations
 from .profiles import PoolProfile, reader_of
 from .states import FEWEST, Window, poolings_of, windows
@@ -291,9 +292,7 @@ class LayerReport:
                 weights = dict(zip(self.profile.layers, self.profile.mean, strict=True))
                 cells.append(f"{weights[layer]:.4f}" if layer in weights else "–")
             lines.append(cells)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([*table, "", *self._reading()])
+        return "\n".join([aligned(lines[0], lines[1:], left=0), "", *self._reading()])
 
     def _heads(self, pooling: str) -> list[str]:
         heads = ["r to next", "CKA to last", *(["score"] if self.scores else [])]

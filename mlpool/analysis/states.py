@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import show
 from ..pooling.base import TOKEN_POOLINGS, gather_tokens
 from ..pooling.tokens import Tokens, select_tokens
 from ..taps import find_layers
@@ -84,8 +85,6 @@ def windows(
         ValueError: a model whose layers are not found, a window or token_budget below 1, texts that are no strings.
         RuntimeError: a layer that ran more or less than once in a forward, or gave something else than [B, T, D].
     """
-    from tqdm.auto import tqdm
-
     for name, size in (("window", window), ("token_budget", token_budget)):
         if size is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
@@ -100,7 +99,7 @@ def windows(
         backbone.arrange()
     with (
         _Recorder(model, token_poolings) as recorder,
-        tqdm(total=len(groups) * arity, desc="layers", unit="text", disable=not progress) as bar,
+        show.progress("layers", "text", len(groups) * arity, progress) as bar,
     ):
         for rows in parts:
             texts = [groups[row][i] for i in range(arity) for row in rows]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..options import add_device, add_max_seq_length, check_place
+from ..show import progress
 from .embedding_folder import DTYPES, FORMATS, VERSION, EmbeddingFolder, Shard
 from .text_files import ACCEPTED, Row, TextFile, check_files, find_columns, find_files, read_ranges
 
@@ -309,9 +310,7 @@ def _counting(model: SentenceTransformer, bar: Any, texts: int) -> Iterator[None
 
 
 def _bar(show: bool, name: str, total: int | None) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=name, unit=" texts", unit_scale=True, disable=not show, file=sys.stderr)
+    return progress(name, "texts", total, show, unit_scale=True)
 
 
 def _summary(shards: list[Shard]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from sentence_transformers.util.decorators import deprecated_kwargs
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..files import write_text
 from ..pooling.base import StatesTooLarge, broken_weights, check_range
+from ..show import progress
 from .adapters import has_adapter
 from .folder import staged, write_manifest
 from .texts import TokenIds, check_texts
@@ -120,7 +120,7 @@ class Embedder(SentenceTransformer):
         budget = token_budget or self.default_budget(device)
         rows: list[Tensor | None] = [None] * len(inputs)
         before = backbone.truncated.count
-        with tqdm(total=len(inputs), desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
+        with progress("Encoding", "text", len(inputs), bool(show_progress_bar)) as bar:
             tokens = backbone.token_ids(inputs, prompt)
             for part, embeddings in self._batches(tokens, budget, batch_size, device):
                 if truncate_dim is not None:

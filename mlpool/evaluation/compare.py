@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from ..show import progress
 from .results import Items, Score, read, read_items
 
 Row = dict[str, Any]
@@ -297,9 +298,7 @@ def _verdict(row: Row, alpha: float) -> str:
 
 def _test_items(datasets: list[Row], models: dict[str, Runs], permutations: int, seed: int) -> None:
     """Fill in the randomisation test of every data set whose per-item results are there; say why of the others."""
-    from tqdm import tqdm
-
-    bar = tqdm(datasets, desc="randomisation tests", unit="data set", disable=None, leave=False)
+    bar = progress("randomisation tests", "data set", shown=None, iterable=datasets, leave=False)
     for row in bar:
         mine, theirs = models[row["model"]][row["task"]], models[row["baseline"]][row["task"]]
         row["verdict"] = _test_dataset(row, mine, theirs, permutations, [seed, zlib.crc32(row["task"].encode())])

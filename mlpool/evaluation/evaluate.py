@@ -28,6 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import show
 from ..files import write_json
 from . import results
 from .encoder import Prompts, make_encoder, name_of
@@ -115,8 +116,6 @@ def _run(
     shard: bool = False,
     progress: bool = True,
 ) -> list[Score]:
-    from tqdm.auto import tqdm
-
     if not label.strip():
         raise ValueError("label is empty; it names the model in tables")
     prompts.check(tasks)
@@ -132,7 +131,7 @@ def _run(
     design = str(getattr(next(iter(model.children()), None), "design", ""))
     rows: dict[str, Score] = {}
     missing: dict[str, str] = {}
-    with tqdm(mine, desc=f"evaluating {label}", unit="task", disable=not progress) as bar:
+    with show.progress(f"evaluating {label}", "task", shown=progress, iterable=mine) as bar:
         for task in bar:
             bar.set_postfix_str(name_of(task))
             try:
@@ -447,9 +446,4 @@ def table(rows: Sequence[Score]) -> str:
         scores = [row.score for row in rows if row.task_type == kind]
         if len(scores) > 1:
             lines.append([f"mean of {len(scores)}", kind, "", f"{sum(scores) / len(scores):.4f}", "", "", ""])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = (
-        [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    )
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+    return show.aligned(lines[0], lines[1:], left=3)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from ..embedder.adapters import _peft, fingerprint
 from ..embedder.designs import DESIGNS, Design, find_design
 from ..embedder.embedder import Embedder
 from ..embedder.loading import load
-from ..pooling.base import Pool, _safetensors
-from ..pooling.checkpoints import RELEASED
+from ..pooling.base import Pool
+from ..pooling.checkpoints import RELEASED, read_tensors
 from ..taps import find_layers
 
 logger = logging.getLogger("mlpool")
@@ -112,26 +111,7 @@ def _read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
     if not isinstance(config, peft.LoraConfig):
         raise ValueError(f"{folder / CONFIG} is a {type(config).__name__}, expected LoRA's")
-    return config, _read_tensors(found[0])
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return _safetensors().load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Torch's own message advises to load it all the same; that advice is not passed on.
-        raise ValueError(f"{path} is damaged or holds more than plain tensors, and is not loaded") from error
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
-    if wrong := [n for n, t in tensors.items() if t.layout != torch.strided or not t.is_floating_point()]:
-        raise ValueError(f"{path} must hold dense tensors of floating-point numbers; others are {', '.join(wrong[:3])}")
-    return tensors
+    return config, read_tensors(found[0])
 
 
 def _design(path: Path, design: str | int | None) -> Design:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .base import Pool, load_checked
+from .base import Pool, _safetensors, load_checked
 
 P = TypeVar("P", bound=Pool)
 ATTENTION, FEED_FORWARD = "cross_attend_blocks.0", "cross_attend_blocks.1"
@@ -49,6 +49,31 @@ def from_released(released: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A torch or safetensors file of dense floating-point tensors by name, and nothing else.
+
+    Raises: ValueError for a broken file, and for anything but such tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _safetensors().load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Torch's own message advises to load it all the same; that advice is not passed on.
+        raise ValueError(
+            f"{path} is damaged or holds more than plain tensors, and is not loaded; expected a dict of tensors"
+        ) from error
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
+    if wrong := [n for n, t in tensors.items() if t.layout != torch.strided or not t.is_floating_point()]:
+        raise ValueError(f"{path} must hold dense tensors of floating-point numbers; others are {', '.join(wrong[:3])}")
+    return tensors
+
+
 def read_released(path: str | Path, multi_layer: bool) -> dict[str, Tensor]:
     """The file's tensors under the authors' names, complete and nothing else.
 
@@ -57,19 +82,7 @@ def read_released(path: str | Path, multi_layer: bool) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no released checkpoint at {path}; expected the authors' attn_pool.pt")
-    try:
-        released = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Torch's own message advises to load it all the same; that advice is not passed on.
-        raise ValueError(
-            f"{path} is damaged or holds more than plain tensors, and is not loaded; expected a dict of tensors"
-        ) from error
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
-    if not isinstance(released, dict) or not all(isinstance(t, Tensor) for t in released.values()):
-        raise ValueError(f"{path} must hold a dict of tensors, got {type(released).__name__}")
-    if wrong := [n for n, t in released.items() if t.layout != torch.strided or not t.is_floating_point()]:
-        raise ValueError(f"{path} must hold dense tensors of floating-point numbers; others are {', '.join(wrong[:3])}")
+    released = read_tensors(path)
     expected = {*RELEASED.values(), KEY_VALUE}
     if not multi_layer:
         expected.discard(RELEASED["layer_weights"])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..files import read_json, write_json
+from ..show import aligned, progress
 from .config import Run, Study
 from .runs import context, count_parameters, finished, own_device, threads, untrained, world
 
@@ -49,7 +50,7 @@ def plan(study: Study, jobs: int, probe: bool = True) -> str:
         if timed else "time      not estimated",
         f"output    {study.output}",
     ]  # fmt: skip
-    return "\n".join([_aligned(lines), "", *summary])
+    return "\n".join([aligned(lines[0], lines[1:]), "", *summary])
 
 
 def _search_line(study: Study, search: Sequence[Run]) -> str:
@@ -67,16 +68,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else (
         f"{seconds / 3600:.1f} h"
     )  # fmt: skip
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 # --- the estimate -----------------------------------------------------------------------------------------------------
@@ -143,13 +134,12 @@ def _bytes(data_dir: str, tasks: Sequence[str] | None, split: str) -> int:
 
 def _probe_process(runs: Sequence[Run], jobs: int, sender: Any) -> None:  # pragma: no cover (in a process of its own)
     import torch
-    from tqdm.auto import tqdm
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     own_device(0, jobs)
     torch.set_num_threads(threads(jobs))
-    for run in tqdm(runs, desc="timing a step of each design", unit="design", leave=False):
+    for run in progress("timing a step of each design", "design", iterable=runs, leave=False):
         try:
             sender.send(probe(run))
         except (ValueError, OSError) as error:

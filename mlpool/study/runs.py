@@ -25,6 +25,7 @@ from typing import Any
 from ..evaluation import results
 from ..evaluation.results import Score
 from ..files import read_json, write_json
+from ..show import progress
 from .config import Run, changes
 
 CONFIG, DONE, LOG = "config.json", "run.json", "log.txt"
@@ -262,14 +263,12 @@ def run_all(runs: Sequence[Run], output: Path, jobs: int, keep_models: bool, wha
     Raises:
         RuntimeError: some runs failed (named, with the end of what they said); the others are done.
     """
-    from tqdm.auto import tqdm
-
     check_unchanged(output, runs)
     missing = [run for run in runs if not finished(output, run)]
     # By place in the whole list: processes do not look at the same time, and must not both take a run.
     mine = [run for run in runs[rank() :: world()] if run in missing]
     failed: dict[str, str] = {}
-    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=what, unit="run", disable=rank() > 0) as bar:
+    with progress(what, "run", len(runs), rank() == 0, initial=len(runs) - len(missing)) as bar:
         for run, code in _processes(mine, output, jobs, keep_models, bar):
             if code:
                 failed[str(run.folder)] = _last_words(output / run.folder / LOG) or f"exit status {code}"

@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"training data needs {error.name}: pip install 'mlpool[train]'") from error
 
 from ..pooling.base import check_choice, check_positive
+from ..show import aligned, progress
 from .columns import BadRow, Columns, count, find_columns, missing_column, shorten, texts_of
 from .sources import BATCH, Part, open_source
 
@@ -167,7 +168,7 @@ def load_pairs(
         with (
             pa.OSFile(str(staged), "wb") as file,
             pa.ipc.new_stream(file, _STAGED) as writer,
-            _progress("checking pairs", " rows", None if None in sizes else sum(n or 0 for n in sizes)) as bar,
+            _progress("checking pairs", "rows", None if None in sizes else sum(n or 0 for n in sizes)) as bar,
         ):
             checker = _Checker(random.Random(seed), num_negatives, positives == "sample", bad)
             for s, some in zip(sources, parts, strict=True):
@@ -208,7 +209,7 @@ def describe(dataset: datasets.Dataset, tokenizer: Any = None, max_length: int |
     if tokenizer is not None:
         head += [f"tokens {w}" for w in words] + (["truncated"] if max_length else [])
     table = [head]
-    with _progress("describing", " texts", dataset.num_columns * len(dataset)) as bar:
+    with _progress("describing", "texts", dataset.num_columns * len(dataset)) as bar:
         for name in dataset.column_names:
             hashes, lengths, tokens = array("q"), array("q"), array("q")  # 8 bytes a text, whatever its length
             for batch in dataset.select_columns(name).with_format(None).iter(BATCH):
@@ -224,15 +225,12 @@ def describe(dataset: datasets.Dataset, tokenizer: Any = None, max_length: int |
                 row += _spread(tokens)
                 row += [f"{sum(n > max_length for n in tokens):,}"] if max_length else []
             table.append(row)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-             for row in table]  # fmt: skip
-    return "\n".join(lines)
+    return aligned(table[0], table[1:])
 
 
 def _progress(what: str, unit: str, total: int | None) -> tqdm:
     """A bar on stderr, once the work has taken a second."""
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, delay=1, leave=False)
+    return progress(what, unit, total, unit_scale=True, delay=1, leave=False)
 
 
 def _spread(lengths: Sequence[int]) -> list[str]:
@@ -431,7 +429,7 @@ def _write(staged: Path, total: int, number: int, generator: np.random.Generator
         tempfile.NamedTemporaryFile(dir=folder, prefix="pairs-", suffix=".arrow", delete=False) as file,
         pa.ipc.new_stream(file, schema) as writer,
         pa.memory_map(str(staged)) as source,
-        _progress("writing pairs", " rows", total) as bar,
+        _progress("writing pairs", "rows", total) as bar,
     ):
         for batch in pa.ipc.open_stream(source):
             negatives = batch["negatives"]

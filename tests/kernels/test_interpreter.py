@@ -170,6 +170,22 @@ def test_feed_forward_by_pointers_and_by_descriptors(batch, latents, hidden, wid
 # --- gather --------------------------------------------------------------------------------------------------------
 
 
+def rounding(dtype):
+    eps = torch.finfo(dtype).eps
+    return {"rtol": 4 * eps, "atol": 8 * eps} if dtype == torch.float32 else {"rtol": eps, "atol": eps}
+
+
+def assert_same(got, states, want, wide):
+    """Values, and gradients by the states, to the precision of `got`; want and wide are their float64 counterparts."""
+    close = rounding(got.dtype)
+    torch.testing.assert_close(got.double(), want, **close)
+    grad = torch.randn(want.shape).to(got.dtype)
+    for mine, exact in zip(
+        torch.autograd.grad(got, states, grad), torch.autograd.grad(want, wide, grad.double()), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), exact, **close)
+
+
 @pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("layers", "hidden"), [(1, 7), (3, 300), (80, 16)])
@@ -180,20 +196,13 @@ def test_gather(layers, hidden, how, dtype):
     states = [s.requires_grad_() for s in make_states(layers, (batch, tokens, hidden), dtype=dtype)]
     wide = [s.detach().double().requires_grad_() for s in states]
     got, want = gather(states, mask, token_pooling=how, backend="triton"), reference.gather(wide, mask, how)
-    eps = torch.finfo(dtype).eps
-    close = {"rtol": 4 * eps, "atol": 8 * eps} if dtype == torch.float32 else {"rtol": eps, "atol": eps}
-    torch.testing.assert_close(got.double(), want, **close)
-    grad = torch.randn(want.shape).to(dtype)
-    for mine, exact in zip(
-        torch.autograd.grad(got, states, grad), torch.autograd.grad(want, wide, grad.double()), strict=True
-    ):
-        torch.testing.assert_close(mine.double(), exact, **close)
+    assert_same(got, states, want, wide)
 
     packed = [s.detach()[mask.bool()] for s in states]
     offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     for view in (packed, [p[None] for p in packed]):
         again = gather(view, cu_seqlens=offsets, token_pooling=how, backend="triton")
-        torch.testing.assert_close(again.double(), want, **close)
+        torch.testing.assert_close(again.double(), want, **rounding(dtype))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -223,14 +232,7 @@ def test_long_texts_are_summed_in_parts(packed, how, dtype, monkeypatch):
     want = gather(wide, token_pooling=how, backend="torch", **where)
     assert len(grids) == 2  # the parts, and their sum
     assert grids[0][0] > 3
-    eps = torch.finfo(dtype).eps
-    close = {"rtol": 4 * eps, "atol": 8 * eps} if dtype == torch.float32 else {"rtol": eps, "atol": eps}
-    torch.testing.assert_close(got.double(), want, **close)
-    grad = torch.randn(want.shape).to(dtype)
-    for mine, exact in zip(
-        torch.autograd.grad(got, states, grad), torch.autograd.grad(want, wide, grad.double()), strict=True
-    ):
-        torch.testing.assert_close(mine.double(), exact, **close)
+    assert_same(got, states, want, wide)
 
 
 class _Counted:
