@@ -63,6 +63,12 @@ def _scale(x, mean, rstd, column, norm_weight, norm_bias, HIDDEN: tl.constexpr):
 
 
 @jit
+def _inverse_deviation(variance, eps):
+    """NaN where the squares have left the range of float32: the rows would come out as zeros, and in silence."""
+    return tl.where(variance < float("inf"), 1.0 / tl.sqrt(variance + eps), float("nan"))
+
+
+@jit
 def _norm_kernel(
     states, rows, layer_weights, norm_weight, norm_bias, x0, keys, tokens, stride_text, stride_token, eps,
     LAYERS: tl.constexpr, NUM_KEYS: tl.constexpr, HIDDEN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -82,7 +88,7 @@ def _norm_kernel(
     x = _shift(raw, column, layer_weights, layer, mask, HIDDEN)
     mean = tl.sum(x, 1) / HIDDEN
     centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / HIDDEN + eps)
+    rstd = _inverse_deviation(tl.sum(centred * centred, 1) / HIDDEN, eps)
     x = _scale(x, mean, rstd, column, norm_weight, norm_bias, HIDDEN)
     tl.store(keys + out, x.to(keys.dtype.element_ty), mask=mask)
 
@@ -115,7 +121,7 @@ def _attend_kernel(
         delta = block_mean - mean
         mean += delta * width / (first + width)
         spread += tl.sum(centred * centred, 1) + delta * delta * (first * width / (first + width))
-    rstd = 1.0 / tl.sqrt(spread / HIDDEN + eps)
+    rstd = _inverse_deviation(spread / HIDDEN, eps)
 
     # Every block of columns needs X; the first one writes it.
     writer = valid & (block == 0)

@@ -17,7 +17,7 @@ from sentence_transformers.util.decorators import deprecated_kwargs
 from torch import Tensor
 
 from ..files import write_text
-from ..pooling.base import StatesTooLarge, broken_weights, check_range
+from ..pooling.base import StatesTooLarge, broken_weights
 from ..show import progress
 from .adapters import has_adapter
 from .folder import staged, write_manifest
@@ -183,13 +183,9 @@ class Embedder(SentenceTransformer):
         backbone: Any = self[0]
         features = tokens.packed(part) if backbone.packed else tokens.padded(part, backbone.texts.pad)
         try:
-            features = self(batch_to_device(features, device))
-            # Elsewhere than on a CPU the pool does not look, so as not to wait.
-            if device.type != "cpu" and "layer_states" in features and getattr(self[1], "pool", None) is not None:
-                check_range(features["layer_states"], wait=True)
+            return self(batch_to_device(features, device))["sentence_embedding"]
         except StatesTooLarge as error:
             raise StatesTooLarge(part[error.row], error.largest) from None
-        return features["sentence_embedding"]
 
     # --- save ---------------------------------------------------------------------------------------------------------
 

@@ -58,16 +58,15 @@ class StatesTooLarge(ValueError):
         self.row, self.largest = row, largest
 
 
-def check_range(states: Tensor, wait: bool = False) -> None:
+def check_range(states: Tensor) -> None:
     """Whether layer norms can take rows [B, n, D]: their squares, summed, are numbers of float32.
 
-    Args:
-        wait: also look where that means waiting for the device; on a CPU it costs next to nothing.
+    On a CPU, where looking costs next to nothing; elsewhere it would mean to wait, and the kernels give NaN instead.
 
     Raises:
         StatesTooLarge: a finite value beyond `LARGEST`; the first such row is named.
     """
-    if (states.device.type != "cpu" and not wait) or states.dtype == torch.float64 or torch.compiler.is_compiling():
+    if states.device.type != "cpu" or states.dtype == torch.float64 or torch.compiler.is_compiling():
         return
     largest = torch.linalg.vector_norm(states.detach(), torch.inf, dim=(1, 2))
     rows = ((largest > LARGEST) & largest.isfinite()).nonzero().flatten().tolist()

@@ -343,6 +343,18 @@ def test_nan_in_padding_and_in_one_text(kind, how):
         assert torch.isfinite(result[key][others]).all(), key
 
 
+@pytest.mark.parametrize("launches", ["one", "two"])
+def test_states_out_of_range_are_nan_and_not_zeros(launches, monkeypatch):
+    """Where nobody looks beforehand, as on a GPU, their text alone has no number; its squares are none of float32."""
+    monkeypatch.setattr("mlpool.pooling.trainable.check_range", lambda *_: None)
+    pool, (rows,) = multi(target=INTERPRETER, choices={"launches": launches}), make_states(1, (3, 4, 16))
+    want = use_rows(pool, [rows])
+    rows[1, 2] *= 1e20
+    got = use_rows(pool, [rows])
+    assert got[1].isnan().all()
+    assert torch.equal(got[::2], want[::2])
+
+
 @pytest.mark.parametrize("form", FORMS[::5], ids=name)
 def test_bitwise_from_run_to_run(form):
     pool = multi(40, 3, INTERPRETER, num_latents=20, choices=forms(form))
