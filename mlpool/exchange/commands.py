@@ -45,7 +45,7 @@ def _merge(embedder: Embedder) -> float:
     import torch
 
     from ..embedder.adapters import merge
-    from .export import agreement
+    from .checked import agreement
 
     with torch.no_grad():
         before = embedder._probe()

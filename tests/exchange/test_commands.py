@@ -11,7 +11,8 @@ from tiny import TEXTS, base, embedder, shake
 from mlpool import cli
 from mlpool.embedder import add_lora, load, merge
 from mlpool.exchange import commands
-from mlpool.exchange.export import agreement, load_exported
+from mlpool.exchange.checked import agreement
+from mlpool.exchange.export import load_exported
 
 pytest.importorskip("peft")
 COARSE = 1e4  # added to every token embedding

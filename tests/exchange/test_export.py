@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from mlpool.embedder import DESIGNS, add_lora, load, merge
 from mlpool.embedder.designs import Design
 from mlpool.exchange import export
+from mlpool.exchange import folder as plain_folder
 from mlpool.exchange.export import export_folder, export_program, load_exported
 
 PLAIN = [name for name, design in DESIGNS.items() if not design.trainable]
@@ -148,11 +149,13 @@ def test_folder_of_a_family_that_needs_its_patch(tmp_path):
 def test_folder_that_differs_is_not_left_behind(tmp_path, monkeypatch):
     made = embedder("mean-causal")
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_self_contained", lambda texts: tokenizer(pad_token="<pad>"))
+        patch.setattr(plain_folder, "_self_contained", lambda texts: tokenizer(pad_token="<pad>"))
         with pytest.raises(RuntimeError, match="the saved tokenizer gives other tokens for"):
             export_folder(made, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_MODES", {**export._MODES, "mean_tokens": None, "lasttoken": export.MeanPool})
+        patch.setattr(
+            plain_folder, "_MODES", {**plain_folder._MODES, "mean_tokens": None, "lasttoken": plain_folder.MeanPool}
+        )
         with pytest.raises(RuntimeError, match="not exported: loaded by sentence-transformers, embeddings with"):
             export_folder(made, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -358,7 +361,7 @@ def test_program_that_differs_is_not_left_behind(programs, tmp_path, monkeypatch
         (other, "not exported: the embeddings of the file differ by"),
         (foreign, r"still calls mlpool\.gather\.default"),
     ):
-        monkeypatch.setattr(export, "_trace", lambda embedder, program=program: program)
+        monkeypatch.setattr("mlpool.exchange.program._trace", lambda embedder, program=program: program)
         with pytest.raises(RuntimeError, match=match):
             export_program(made["last-layer-bidirectional"], tmp_path / "out.pt2")
     assert not list(tmp_path.iterdir())

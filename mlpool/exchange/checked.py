@@ -1,0 +1,48 @@
+"""What every export shares: the model as it was, what is made compared with it, and what cannot be exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..embedder.adapters import has_adapter
+from ..embedder.embedder import Embedder
+
+
+@contextmanager
+def undisturbed(embedder: Embedder) -> Iterator[None]:
+    """Afterwards training modes and the count of cut texts are as before."""
+    backbone: Any = embedder[0]
+    training, cut = [module for module in embedder.modules() if module.training], backbone.truncated
+    try:
+        yield
+    finally:
+        backbone.texts.truncated = cut
+        for module in training:
+            module.training = True
+
+
+def agreement(embedder: Embedder, theirs: Tensor, embed: Callable[[], Tensor], failure: str) -> float:
+    """The largest difference of a coordinate; RuntimeError (`failure`) where it is more than rounding.
+
+    Args:
+        theirs: embeddings [B, D] to be judged. embed: those of the embedder, see `Embedder.disagreement`.
+    """
+    error, limit = embedder.disagreement(embed(), theirs, embed)
+    if not error <= limit:
+        raise RuntimeError(f"{failure} by {error:.1e} (at most {limit:.1e} is rounding in {embedder.dtype})")
+    return error
+
+
+def check_mergeable(embedder: Embedder, what: str) -> None:
+    if has_adapter(embedder[0].model):  # type: ignore[arg-type]
+        raise ValueError(f"the {what} holds full weights, and this embedder has an adapter; call merge(embedder) first")
+
+
+def write_settings(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")
