@@ -322,6 +322,7 @@ def softmax_(s: Tensor, key_mask: Tensor | None, triton: bool) -> Tensor:
         if key_mask is not None:
             s = s.masked_fill_(~key_mask[:, :, None], float("-inf"))
         return s.softmax(1)
+    s = s.contiguous()
     batch, keys, columns = s.shape
     t = tile("softmax")
     with torch.cuda.device_of(s):
@@ -334,6 +335,7 @@ def softmax_backward_(attention: Tensor, grad: Tensor, triton: bool) -> Tensor:
     """dS [B, n, H·R] from A and dA; may overwrite dA."""
     if not triton:
         return torch._softmax_backward_data(grad, attention, 1, attention.dtype)
+    grad = grad.contiguous()  # a batched product gives what it likes where a size is 1
     batch, keys, columns = attention.shape
     t = tile("softmax")
     with torch.cuda.device_of(attention):
@@ -343,16 +345,16 @@ def softmax_backward_(attention: Tensor, grad: Tensor, triton: bool) -> Tensor:
 
 
 def scores_backward(
-    grad: Tensor, keys: Tensor, queries: Tensor, key_weight: Tensor | None, k: Tensor | None
+    grad: Tensor, keys: Tensor, queries: Tensor, key_weight: Tensor | None, k: Tensor | None, added: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dS [B,n,H·R] -> dX [B·n, D], dQ̃ or dQ, dWk."""
+    """dS [B,n,H·R] -> dX [B·n, D] on top of `added`, dQ̃ or dQ, dWk."""
     x = keys.flatten(0, 1)
     grad = grad.flatten(0, 1)
     if key_weight is None:
-        return grad @ queries, grad.T @ x, None
+        return torch.addmm(added, grad, queries), grad.T @ x, None
     assert k is not None
     heads, latents, _ = queries.shape
     by_head = grad.view(-1, heads, latents)
     dk = product_by_head(by_head, queries).flatten(1)
     dqueries = torch.bmm(by_head.permute(1, 2, 0), k.transpose(0, 1))
-    return dk @ key_weight, dqueries, dk.T @ x
+    return torch.addmm(added, dk, key_weight), dqueries, dk.T @ x

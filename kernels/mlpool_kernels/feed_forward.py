@@ -30,7 +30,7 @@ if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[no-redef]
 
 # The chunk of [a|g] that is alive at once; large enough for products at full speed.
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 # On a CPU without saving: units of F in a block, and numbers of its product.
 CPU_UNITS, CACHED_NUMBERS = 1024, 1 << 20
 
@@ -259,9 +259,14 @@ def feed_forward_backward(
     grad: Tensor, normed: Tensor, weight: Tensor, bias: Tensor, both: Tensor | None, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dū [B,F] -> dN [B,R,D], dW1 [2F,D], db1 [2F]; `both` is the saved [a|g] or None to compute it again."""
-    dnormed = torch.empty_like(normed)
-    dweight, dbias = torch.zeros_like(weight), bias.new_zeros(bias.shape, dtype=_wide(bias))
     step = _texts_per_chunk(normed, weight)
+    if step >= len(normed):
+        both, overwrite = (_expand(normed, weight, bias), True) if both is None else (both, False)
+        dboth, dbias = gate_backward(both, grad, triton, overwrite)
+        dboth = dboth.flatten(0, 1)
+        return (dboth @ weight).view_as(normed), dboth.T @ normed.flatten(0, 1), dbias
+    dnormed = torch.empty_like(normed, memory_format=torch.contiguous_format)
+    dweight, dbias = torch.zeros_like(weight), bias.new_zeros(bias.shape, dtype=_wide(bias))
     for first in range(0, len(normed), step):
         part = slice(first, first + step)
         chunk = _expand(normed[part], weight, bias) if both is None else both[part]

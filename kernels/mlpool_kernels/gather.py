@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .runtime import ceil_div, direct, jit, tl, use_triton
+from .runtime import ceil_div, direct, jit, tl, untraced, use_triton
 from .tiles import tile, whole_rows
 
 # Programs that fill a large GPU several times over (132 multiprocessors), the fewest rows worth one, and the tile that
@@ -197,7 +197,8 @@ def _forward(
             pooled = [_unit_mean(s, kept) for s in states]
         else:
             text = text_of_row(first.shape[:-1].numel(), starts, ends, keep) if mean else None
-            pooled = [_pool_torch(s, last, count, text) for s in states]
+            where = (last,) if first.dim() == 2 else (last // first.shape[-2], last % first.shape[-2])
+            pooled = [_pool_torch(s, where, count, text) for s in states]
         return torch.stack([p.to(states[-1].device) for p in pooled], 1)
     if mean:
         return _mean_triton(states, starts, ends, count, keep, unit)
@@ -245,12 +246,11 @@ def _parts(programs: int, longest: int) -> int:
     return max(1, min(ceil_div(longest, PART_ROWS), ceil_div(PROGRAMS, programs)))
 
 
-def _pool_torch(state: Tensor, last: Tensor, count: Tensor, text: Tensor | None) -> Tensor:
-    """One layer: [B, D]; the mean where `text` [rows] says what each row counts for, else the last token."""
-    device, tokens = state.device, state.shape[-2]
+def _pool_torch(state: Tensor, last: tuple[Tensor, ...], count: Tensor, text: Tensor | None) -> Tensor:
+    """One layer: [B, D]; the mean where `text` [rows] says what each row counts for, else the token at index `last`."""
+    device = state.device
     if text is None:
-        last = last.to(device)
-        return state[last] if state.dim() == 2 else state[last // tokens, last % tokens]
+        return state[tuple(i.to(device) for i in last)]
     flat = state.flatten(0, -2)
     # Rows left out are summed apart: a product with a mask would let NaN in the padding through.
     sums = flat.new_zeros(len(count) + 1, flat.shape[1], dtype=torch.promote_types(flat.dtype, torch.float32))
@@ -422,15 +422,29 @@ def _setup(ctx, inputs, output):
     ctx.shape, ctx.devices = list(states[0].shape), [s.device for s in states]
 
 
-def _gradient(ctx, grad):
+def _gradient(ctx, grad, backward=_gather_backward_op):
     saved = ctx.saved_tensors  # asked for once: a checkpointed forward is unpacked a single time
     *spans, keep = saved[:5]
-    states = list(saved[5:])
-    grads = _gather_backward_op(grad, ctx.shape, *spans, keep, ctx.mean, ctx.backend, None, states)
+    grads = backward(grad, ctx.shape, *spans, keep, ctx.mean, ctx.backend, None, list(saved[5:]))
     return [g.to(device) for g, device in zip(grads, ctx.devices, strict=True)], *(None,) * 8
 
 
 _gather_op.register_autograd(_gradient, setup_context=_setup)
+
+
+class _GatherFunction(torch.autograd.Function):
+    """`_gather_op` where nothing traces it."""
+
+    @staticmethod
+    def forward(ctx, arguments, *states):
+        output = _forward(states, *arguments)
+        _setup(ctx, (states, *arguments), output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, *_gradient(ctx, grad, _backward)[0]
 
 
 def gather(
@@ -450,8 +464,12 @@ def gather(
     """
     if unit and not mean:
         raise ValueError("unit=True is for a mean; the last token alone is brought to unit length by whoever reads it")
-    arguments = (list(states), starts, ends, last, count, keep, mean, backend, unit)
-    return (_forward if direct(states) else _gather_op)(*arguments)
+    arguments = (starts, ends, last, count, keep, mean, backend, unit)
+    if direct(states):
+        return _forward(states, *arguments)
+    if untraced(states):
+        return _GatherFunction.apply(arguments, *states)
+    return _gather_op(list(states), *arguments)
 
 
 def gather_backward(

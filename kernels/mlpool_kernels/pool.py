@@ -3,16 +3,15 @@
     X0 -> X, A        attend.py       gather, layer weights, norm, scores, softmax
     A, X -> N, ȳ      mix.py          values, mixing, residual latents, norm, mean over latents
     N -> ū            feed_forward.py W1, gate, mean over latents
-    p = W2 ū + b2 + ȳ                 the mean over latents commutes with W2 and the residual
+    W2 ū, ȳ -> p      embed.py        the mean over latents commutes with W2 and the residual: p = W2 ū + b2 + ȳ
 
 p [B,D] equals the mean over latents of the reference's Y' (`reference.py`). What depends on the weights alone, the
 queries Q or Q̃ and the absorbed values, is computed outside (`fold_queries`, `fold_values`), once per weight update.
 `plan.py` picks among the exact forms. Texts are taken in chunks, so that what lies between X0 and ū never exists for
 the whole batch unless the backward is to keep it.
 
-The op is registered with torch (`mlpool::pool`), so torch.compile sees one node. Without gradients and outside
-torch.compile it is called directly. On a CPU at B=1 the dispatcher made no measurable difference
-(`benchmarks/throughput.py`, default-pool B=1); on a GPU it stands before every launch.
+The op is registered with torch (`mlpool::pool`), so torch.compile sees one node. Where nothing traces it is called
+directly, with gradients as an autograd function: a registered op costs more than a small pool's launches.
 
 Source: arXiv 2409.02727, section 3.3.
 """
@@ -28,12 +27,14 @@ from torch import Tensor
 
 from . import attend, feed_forward, mix
 from .attend import NORM_EPS
+from .embed import embed
+from .gather import _backward as gather_backward
 from .gather import _gather_backward_op
 from .plan import Plan, Sizes
-from .runtime import direct, use_triton
+from .runtime import direct, untraced, use_triton
 
 # Intermediates alive at once where nothing is kept for the backward.
-WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 768 << 20}
 
 
 class Weights(NamedTuple):
@@ -80,7 +81,9 @@ def fold_queries(
     Returns: Q̃ [H·R, D] with `key_weight`, Q [H, R, d] without; of query_weight's dtype. Differentiable.
     """
     dtype, hidden = query_weight.dtype, latents.shape[-1]
-    wide = torch.promote_types(latents.dtype, torch.float32)
+    # Of one dtype throughout the norm's own float32 inside is as good, and spares a small pool's training the casts.
+    one = latents.dtype == norm_weight.dtype == norm_bias.dtype == dtype
+    wide = dtype if one else torch.promote_types(latents.dtype, torch.float32)
     z = F.layer_norm(latents.to(wide), (hidden,), norm_weight.to(wide), norm_bias.to(wide), NORM_EPS)
     q = (z.to(dtype) @ query_weight.T).unflatten(1, (heads, -1)).transpose(0, 1)
     q = q * q.shape[-1] ** -0.5
@@ -214,7 +217,7 @@ def _backward_chunk(
     dy, g["ff_norm_weight"], g["ff_norm_bias"] = torch.ops.aten.native_layer_norm_backward(
         dnormed, y, y.shape[-1:], mean, rstd, norm_weight, norm_bias, [True, True, True]
     )
-    dy = dy.add_((dy_mean / y.shape[1]).to(dy.dtype)[:, None])
+    dy = dy.add_(dy_mean[:, None], alpha=1 / y.shape[1])
     g["latents"] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
 
     da, dmixed, g["output_weight"] = mix.mix_backward(dy, saved.attention, saved.mixed, w.output_weight, plan.values)
@@ -226,8 +229,7 @@ def _backward_chunk(
         if dattention is not None:
             da = da + dattention
         ds = attend.softmax_backward_(saved.attention, da, triton)
-        dkeys, g["queries"], g["key_weight"] = attend.scores_backward(ds, saved.keys, w.queries, w.key_weight, saved.k)
-        dx = dx + dkeys
+        dx, g["queries"], g["key_weight"] = attend.scores_backward(ds, saved.keys, w.queries, w.key_weight, saved.k, dx)
     dx0, g["layer_weights"], g["key_norm_weight"], g["key_norm_bias"] = attend.norm_keys_backward(
         dx.view_as(saved.keys), x0, w.layer_weights, w.key_norm_weight, w.key_norm_bias
     )
@@ -240,7 +242,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """[dX0, the gradient of every weight in the order of `Weights`]; empty for a weight that is absent."""
     triton = use_triton(backend, x0, *w)
-    dx0 = torch.empty_like(x0)
+    dx0: list[Tensor] = []
     total: dict[str, Tensor] = {}
     with torch.autocast(x0.device.type, enabled=False):
         for part in _chunks(sizes([x0], None, w, heads), w, plan):
@@ -252,10 +254,11 @@ def _backward(
             else:
                 saved = _unpack(kept, attention, w, plan)
             da = None if dattention is None else dattention[part]
-            dx0[part], grads = _backward_chunk(du[part], dy_mean[part], da, x0[part], w, heads, plan, saved, triton)
+            dx, grads = _backward_chunk(du[part], dy_mean[part], da, x0[part], w, heads, plan, saved, triton)
+            dx0.append(dx)
             for name, grad in grads.items():
                 total[name] = grad if name not in total else total[name].add_(grad)
-    out = [dx0]
+    out = [dx0[0] if len(dx0) == 1 else torch.cat(dx0)]
     for name, weight in w._asdict().items():
         if weight is None:
             out.append(x0.new_empty(0))
@@ -338,17 +341,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.heads, ctx.plan, ctx.backend, ctx.output_attentions = inputs[15:]
     ctx.shape, ctx.num_states = list(states[0].shape), len(states)
     x0 = states[0] if rows is None else output[3]
-    ctx.present = [t is not None for t in weights]
     ctx.save_for_backward(rows, key_mask, x0, *weights, output[2], *output[4:])
     # What is kept for the backward is no output to differentiate; without gradients it must not look like one.
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, grads: Sequence[Tensor | None], of_states: bool
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The gradients of the states, where they are wanted, and of the weights; None of a weight that is absent."""
     rows, key_mask, x0, *rest = ctx.saved_tensors
-    weights, attention, kept = rest[:12], rest[12], rest[13:]
+    w, attention, kept = Weights(*rest[:12]), rest[12], rest[13:]
     du, dy_mean, dattention, dx0_direct = grads[:4]
-    w = Weights(*weights)
     batch = x0.shape[0]
     wide = torch.promote_types(w.ff_in_weight.dtype, torch.float32)
     if du is None:
@@ -357,52 +361,87 @@ def _gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         dy_mean = x0.new_zeros(batch, x0.shape[-1], dtype=wide)
     if not ctx.output_attentions:
         dattention = None
-    dx0, *dweights = _pool_backward_op(
-        du.contiguous(), dy_mean, dattention, x0, key_mask, *weights, ctx.heads, ctx.plan, ctx.backend, attention, kept
-    )
-    dstates: list[Tensor | None]
-    if not ctx.needs_input_grad[0] or not any(_flat(ctx.needs_input_grad[0])):
-        dstates = [None] * ctx.num_states
-    elif rows is None:
-        dstates = [dx0]
+    given, plain = (du.contiguous(), dy_mean, dattention, x0, key_mask), untraced((du, x0, *w))
+    if plain:
+        dx0, *dweights = _backward(*given, w, ctx.heads, Plan.parse(ctx.plan), ctx.backend, attention, kept)
     else:
-        if dx0_direct is not None:
-            dx0 = dx0 + dx0_direct
-        dstates = list(_gather_backward_op(dx0, ctx.shape, rows, rows, rows, rows, None, False, ctx.backend, None, []))
-    present = [g if there else None for g, there in zip(dweights, ctx.present, strict=True)]
-    return dstates, None, None, *present, None, None, None, None
+        dx0, *dweights = _pool_backward_op(*given, *w, ctx.heads, ctx.plan, ctx.backend, attention, kept)
+    present = [grad if weight is not None else None for grad, weight in zip(dweights, w, strict=True)]
+    if not of_states:
+        return [None] * ctx.num_states, present
+    if rows is None:
+        return [dx0], present
+    dx0 = dx0 if dx0_direct is None else dx0 + dx0_direct
+    scatter = gather_backward if plain else _gather_backward_op
+    return list(scatter(dx0, ctx.shape, rows, rows, rows, rows, None, False, ctx.backend, None, [])), present
 
 
-def _flat(needs: Any) -> Sequence[bool]:
-    return needs if isinstance(needs, list | tuple) else [needs]
+def _op_gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    needed = ctx.needs_input_grad[0]
+    of_states, of_weights = _gradients(ctx, grads, any(needed) if isinstance(needed, list | tuple) else bool(needed))
+    return of_states, None, None, *of_weights, None, None, None, None
 
 
-_pool_op.register_autograd(_gradient, setup_context=_setup)
+_pool_op.register_autograd(_op_gradient, setup_context=_setup)
 
 
-def pool(
+class _PoolFunction(torch.autograd.Function):
+    """`_pool_op` where nothing traces it. tensors: the states, then the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, num_states: int, rows: Tensor | None, key_mask: Tensor | None, options: tuple[Any, ...],
+        *tensors: Tensor,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        states, weights, (heads, plan, backend, output_attentions) = tensors[:num_states], tensors[num_states:], options
+        out = _forward(states, rows, key_mask, Weights(*weights), heads, plan, backend, output_attentions)
+        _setup(ctx, (states, rows, key_mask, *weights, heads, str(plan), backend, output_attentions), out)
+        return out[0], out[1], out[2] if output_attentions else None, out[3] if rows is not None else None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        of_states, of_weights = _gradients(ctx, grads, any(ctx.needs_input_grad[4 : 4 + ctx.num_states]))
+        return None, None, None, None, *of_states, *of_weights
+
+
+def cross_attend(
     states: Sequence[Tensor], rows: Tensor | None, key_mask: Tensor | None, w: Weights, ff_out_weight: Tensor,
-    ff_out_bias: Tensor, heads: int, plan: Plan, backend: str = "auto", output_attentions: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """The trainable pooler over n keys per text.
+    heads: int, plan: Plan, backend: str = "auto", output_attentions: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The trainable pooler over n keys per text, up to its last product; `embed.py` adds up what it returns.
 
     Args:
         states: [X0] of shape [B, n, D], or with `rows` the L hidden states [B, T, D] (packed [total, D]) of one device,
             dtype and stride, read by the kernels themselves (Triton only).
         rows: int64 [B], the flat row of each text's last token, increasing; or None.
         key_mask: bool [B, n], False for padding; or None.
-        w, ff_out_weight W2 [D,F], ff_out_bias b2 [D]: the weights, in the forms that `plan` names.
+        w, ff_out_weight W2 [D,F]: the weights, in the forms that `plan` names.
         heads: H. backend: "auto", "triton" or "torch".
 
-    Returns: p [B, D], float32 or wider; A [B, n, H·R] of the compute dtype where `output_attentions`; X0 where `rows`
-    were gathered. Differentiable in states and every weight.
+    Returns: W2 ū [B, D] of W2's dtype; ȳ [B, D], float32 or wider; A [B, n, H·R] of the compute dtype where
+    `output_attentions`; X0 where `rows` were gathered. Differentiable in states and every weight.
     """
+    out: Sequence[Any]
     if direct([*states, *w]):
         out = _forward(states, rows, key_mask, w, heads, plan, backend, output_attentions)
+    elif untraced([*states, *w]):
+        options = (heads, plan, backend, output_attentions)
+        out = _PoolFunction.apply(len(states), rows, key_mask, options, *states, *w)
     else:
         out = _pool_op(list(states), rows, key_mask, *w, heads, str(plan), backend, output_attentions)
     u_mean, y_mean, attention, x0 = out[:4]
     with torch.autocast(u_mean.device.type, enabled=False):
-        pooled = F.linear(u_mean.to(ff_out_weight.dtype), ff_out_weight).to(y_mean.dtype)
-        pooled = pooled + ff_out_bias.to(y_mean.dtype) + y_mean
-    return pooled, attention if output_attentions else None, x0 if rows is not None else None
+        product = F.linear(u_mean.to(ff_out_weight.dtype), ff_out_weight)
+    return product, y_mean, attention if output_attentions else None, x0 if rows is not None else None
+
+
+def pool(
+    states: Sequence[Tensor], rows: Tensor | None, key_mask: Tensor | None, w: Weights, ff_out_weight: Tensor,
+    ff_out_bias: Tensor, heads: int, plan: Plan, backend: str = "auto", output_attentions: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The mean over latents p [B, D] = W2 ū + b2 + ȳ, float32 or wider; A and X0 as `cross_attend` gives them."""
+    product, y_mean, attention, x0 = cross_attend(
+        states, rows, key_mask, w, ff_out_weight, heads, plan, backend, output_attentions
+    )
+    return embed(product, ff_out_bias, y_mean, None, None, False, y_mean.dtype, backend), attention, x0

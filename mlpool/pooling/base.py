@@ -5,15 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from mlpool_kernels import gather as gather_rows
+from mlpool_kernels.embed import unit
 from torch import Tensor, nn
 
 from ..files import read_json, replacing, write_json
@@ -72,17 +71,6 @@ def check_range(states: Tensor) -> None:
     rows = ((largest > LARGEST) & largest.isfinite()).nonzero().flatten().tolist()
     if rows:
         raise StatesTooLarge(rows[0], float(largest[rows[0]]))
-
-
-def unit(embedding: Tensor) -> Tensor:
-    """To length 1, along the last dimension. Of any finite size: by a power of two its squares are brought within range
-    first, which changes no digit of an ordinary vector. Zero stays zero; NaN and infinity give NaN."""
-    wide = torch.promote_types(embedding.dtype, torch.float32)
-    largest = torch.linalg.vector_norm(embedding.detach().to(wide), torch.inf, dim=-1, keepdim=True)
-    tiny = torch.finfo(embedding.dtype).tiny
-    bound = -math.log2(tiny)
-    exponent = largest.log2().floor().clamp(-bound, bound)
-    return F.normalize(embedding * torch.exp2(-exponent).to(embedding.dtype), dim=-1, eps=tiny)
 
 
 def check_token_pooling(token_pooling: str, skip_tokens: int) -> None:

@@ -94,8 +94,8 @@ class LastLayerPool(TrainablePool):
             keys, key_mask = base, None
         else:
             keys, key_mask = (t.to(home) for t in _padded_keys(state, tokens))
-        pooled, attention, _ = self._cross_attend([keys], None, key_mask, output_attentions)
-        embedding = self._embed(pooled, keys[:, 0] if base is None else base[:, 0])
+        product, y_mean, attention, _ = self._cross_attend([keys], None, key_mask, output_attentions)
+        embedding = self._embed(product, y_mean, keys[:, 0] if base is None else base[:, 0])
         return embedding if attention is None else (embedding, attention)
 
     def _plan_keys(self, tokens: int | None) -> int:

@@ -121,8 +121,8 @@ class MultiLayerPool(TrainablePool):
         else:
             layers = read_layers(self, hidden_states, includes_embedding)
             states, rows = self._gather(layers, attention_mask, cu_seqlens, token_mask)
-        pooled, attention, x0 = self._cross_attend(states, rows, None, output_attentions)
-        embedding = self._embed(pooled, (states[0] if x0 is None else x0)[:, -1])
+        product, y_mean, attention, x0 = self._cross_attend(states, rows, None, output_attentions)
+        embedding = self._embed(product, y_mean, (states[0] if x0 is None else x0)[:, -1])
         return embedding if attention is None else (embedding, attention)
 
     def _gather(

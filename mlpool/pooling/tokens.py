@@ -134,7 +134,7 @@ def require(checks: Sequence[Check]) -> None:
     if not _may_sync(checks[0].fine):
         for check in checks:
             torch._assert_async(check.fine, check.message)
-    elif not bool(torch.stack([check.fine for check in checks]).all()):
+    elif not bool(checks[0].fine if len(checks) == 1 else torch.stack([check.fine for check in checks]).all()):
         raise next(check.error() for check in checks if not bool(check.fine))
 
 
@@ -162,12 +162,12 @@ def _padded(shape, attention_mask: Tensor, token_mask: Tensor | None, skip_token
         keep = keep & (keep.cumsum(1) > skip_tokens)
     if token_mask is not None:
         keep = keep & _as_bool("token_mask", token_mask, (batch, length), checks)
-    position = torch.arange(length, device=keep.device)
-    last = torch.where(keep, position, -1).amax(1)
-    starts = torch.arange(batch, device=keep.device) * length
-    checks.append(_any_token(last >= 0, _source(token_mask, skip_tokens, "attention_mask")))
+    # Each of these is a launch on a GPU: as few as can be. Behind a text's last token is a row's number, or 0 for none.
+    behind = (keep * torch.arange(1, batch * length + 1, device=keep.device).view(batch, length)).amax(1)
+    starts = torch.arange(0, batch * length, length, device=keep.device)
+    checks.append(_any_token(behind > 0, _source(token_mask, skip_tokens, "attention_mask")))
     flat = (keep.sum(1), keep.reshape(-1))
-    return Tokens(starts, starts + length, starts + last, *flat, (batch, length), False, length, tuple(checks))
+    return Tokens(starts, starts + length, behind - 1, *flat, (batch, length), False, length, tuple(checks))
 
 
 def _packed(shape, cu_seqlens: Tensor, token_mask: Tensor | None, skip_tokens: int) -> Tokens:
@@ -219,7 +219,7 @@ def _as_bool(name: str, mask: Tensor, shape: tuple[int, int], checks: list[Check
             "cannot be used here, pass 1 for text and 0 for padding"
         )
         checks.append(Check(((mask == 0) | (mask == 1)).all(), message, lambda: ValueError(message)))
-    return mask != 0
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def _may_sync(tensor: Tensor) -> bool:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from mlpool_kernels import Plan, Sizes, Weights, choose, fold_queries, fold_values
-from mlpool_kernels import pool as run_pool
+from mlpool_kernels import Plan, Sizes, Weights, choose, cross_attend, embed, fold_queries, fold_values
 from mlpool_kernels.plan import default_rates
 from mlpool_kernels.runtime import BACKENDS, use_triton
 from mlpool_kernels.tiles import fitted_rates
@@ -225,8 +224,8 @@ class TrainablePool(Pool):
 
     def _cross_attend(
         self, states: Sequence[Tensor], rows: Tensor | None, key_mask: Tensor | None, output_attentions: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The mean over latents [B, D], A [B, H, R, n] where asked, X0 where `rows` were gathered."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """W2 ū and ȳ [B, D], of which `_embed` makes the embedding; A [B, H, R, n] where asked; X0 where gathered."""
         batch, keys = (rows.shape[0], len(states)) if rows is not None else states[0].shape[:2]
         if rows is None:
             check_range(states[0])
@@ -243,22 +242,22 @@ class TrainablePool(Pool):
         )  # fmt: skip
         if keys == 1 and training and not self.folded:
             states = [_zero_gradients(states[0], self._query_parameters())]
-        pooled, attention, x0 = run_pool(
-            states, rows, key_mask, weights, self.ff_out_weight.to(dtype), self.ff_out_bias, self.num_heads, plan,
-            self.backend, output_attentions,
+        product, y_mean, attention, x0 = cross_attend(
+            states, rows, key_mask, weights, self.ff_out_weight.to(dtype), self.num_heads, plan, self.backend,
+            output_attentions,
         )  # fmt: skip
         if attention is not None:
             attention = attention.unflatten(2, (self.num_heads, self.num_latents)).permute(0, 2, 3, 1)
-        return pooled, attention, x0
+        return product, y_mean, attention, x0
 
     def _query_parameters(self) -> list[Tensor]:
         return [self.query_weight, self.key_weight, self.latent_norm_weight, self.latent_norm_bias]
 
-    def _embed(self, pooled: Tensor, base: Tensor) -> Tensor:
-        """The residual around the pooler, and unit length."""
-        if self.gate is not None:
-            pooled = torch.addcmul(base.to(pooled.dtype), self.gate.to(pooled.dtype), pooled)
-        return self._finish(pooled.to(torch.promote_types(base.dtype, self._compute_dtype())))
+    def _embed(self, product: Tensor, y_mean: Tensor, base: Tensor) -> Tensor:
+        """The sum over W2 ū, the residual around the pooler, and unit length."""
+        dtype = torch.promote_types(base.dtype, self._compute_dtype())
+        base_or_none = None if self.gate is None else base
+        return embed(product, self.ff_out_bias, y_mean, base_or_none, self.gate, self.normalize, dtype, self.backend)
 
     def _plan_keys(self, tokens: int | None) -> int:
         raise NotImplementedError

@@ -10,8 +10,8 @@ import torch
 from mlpool_kernels import tiles
 
 # By name: the package exports functions called as their modules.
-attend, feed_forward, gather, mix = MODULES = [
-    importlib.import_module(f"mlpool_kernels.{name}") for name in ("attend", "feed_forward", "gather", "mix")
+attend, embed, feed_forward, gather, mix = MODULES = [
+    importlib.import_module(f"mlpool_kernels.{name}") for name in ("attend", "embed", "feed_forward", "gather", "mix")
 ]
 
 
@@ -49,7 +49,8 @@ def record(monkeypatch: Any, name: str, tile: dict[str, int] | None, sizes: Size
     for module in MODULES:
         for attribute in [a for a in vars(module) if a.endswith("_kernel")]:
             monkeypatch.setattr(module, attribute, Recorder(getattr(module, attribute), launches))
-    monkeypatch.setattr(gather, "use_triton", lambda *_: True)
+    for module in (embed, gather):
+        monkeypatch.setattr(module, "use_triton", lambda *_: True)
     if tile is not None:
         monkeypatch.setattr(tiles, "_overrides", lambda: {name: tile})
     with torch.device(device):
@@ -89,6 +90,11 @@ def _launch(name: str, sizes: Sizes) -> None:
     elif name == "softmax":
         attend.softmax_(scores, torch.ones(batch, layers, dtype=torch.bool), True)
         attend.softmax_backward_(scores, scores, True)
+    elif name == "embed":
+        product, gate = torch.zeros(batch, hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype, requires_grad=True)
+        arguments = (product, vector, torch.zeros(batch, hidden))
+        embed.embed(*arguments, x0[:, -1], gate, True, dtype).backward(product)
+        embed.embed(*arguments, None, None, False, torch.float32)
     elif name == "mix":
         values = torch.zeros(batch * layers, heads, hidden, dtype=dtype)
         mix._mix_triton(scores, values, torch.zeros(latents, hidden), vector, vector, True)

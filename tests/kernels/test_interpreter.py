@@ -36,12 +36,14 @@ from hypothesis import strategies as st
 from mlpool_kernels import Plan, reference
 from mlpool_kernels import plan as cost_model
 from mlpool_kernels.gather import gather_backward
-from test_ops import unit_batch
+from test_ops import check_embed, unit_batch
 
 from mlpool import LastLayerPool, MultiLayerPool
 from mlpool.pooling import gather, select_tokens
 
-feed_forward = importlib.import_module("mlpool_kernels.feed_forward")
+attend_module, embed, feed_forward = (
+    importlib.import_module(f"mlpool_kernels.{name}") for name in ("attend", "embed", "feed_forward")
+)
 
 # NumPy warns: lanes past the end of a softmax row, never stored, divide zero by zero; some tests feed Inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -443,3 +445,32 @@ def test_gradients_for_the_upper_layers_alone():
         torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
     with pytest.raises(RuntimeError, match="a folded pool is for inference"):
         use(multi(24, 3, INTERPRETER).fold(), states, mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("base", "gate", "normalize"), [(True, True, True), (True, False, False), (False, False, True)]
+)
+def test_embed(base, gate, normalize, dtype):
+    check_embed(base, gate, normalize, dtype, INTERPRETER, hidden=72)
+
+
+def test_embed_of_zeros_of_huge_numbers_and_of_nan():
+    rows = torch.tensor([[0.0, 0, 0], [3e30, 4e30, 0], [3e-38, 4e-38, 0], [torch.nan, 1, 0]])
+    zeros = torch.zeros(3)
+    e = embed.embed(rows, zeros, torch.zeros(4, 3), None, None, True, torch.float32, "triton")
+    torch.testing.assert_close(e[:3], torch.tensor([[0, 0, 0], [0.6, 0.8, 0], [0.6, 0.8, 0]]), rtol=1e-6, atol=1e-6)
+    assert e[3].isnan().all()
+
+
+@pytest.mark.parametrize("latents", [1, 2])
+def test_gradients_of_the_scores_whatever_a_product_left_them_in(latents, monkeypatch):
+    """A batched product of a GPU leaves dA in memory as it likes where a size is 1; the kernel reads rows."""
+    original = attend_module.softmax_backward_
+
+    def scattered(attention, grad, triton):
+        return original(attention, grad.transpose(1, 2).contiguous().transpose(1, 2), triton)
+
+    monkeypatch.setattr(attend_module, "softmax_backward_", scattered)
+    pool = multi(16, 6, INTERPRETER, num_latents=latents, num_heads=2)
+    assert_close_to_equations(pool, make_states(6, (2, 3, 16), INTERPRETER), make_mask(2, 3))

@@ -8,10 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPU, assert_close_to_equations, last, make_mask, make_states, multi, use
+from conftest import GPU, Target, assert_close_to_equations, last, make_mask, make_states, multi, use
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlpool_kernels import Plan, Sizes, Weights, choose, fold_queries, fold_values, gather, pool, reference, tiles
+from mlpool_kernels import (
+    Plan,
+    Sizes,
+    Weights,
+    choose,
+    embed,
+    fold_queries,
+    fold_values,
+    gather,
+    pool,
+    reference,
+    tiles,
+)
 from mlpool_kernels import plan as cost_model
 from mlpool_kernels.runtime import use_triton
 
@@ -545,3 +557,58 @@ def test_index_arithmetic_is_64_bit():
         assert tensor.dtype == torch.int64
     for tensor in spans((1, 5, 4), cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32))[:4]:
         assert tensor.dtype == torch.int64
+
+
+# --- embed ----------------------------------------------------------------------------------------------------------
+
+Parts = dict[str, torch.Tensor]
+
+
+def embed_parts(dtype: torch.dtype, base: bool, gate: bool, device: str = "cpu", hidden: int = 40) -> Parts:
+    """What an embedding of three texts is made of; the base is a row of X0, so that its rows lie apart."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"product": (3, hidden), "bias": (hidden,), "y_mean": (3, hidden)}
+    shapes |= {"x0": (3, 4, hidden)} if base else {}
+    shapes |= {"gate": (hidden,)} if gate else {}
+    parts = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+    return parts | {"y_mean": parts["y_mean"].to(torch.promote_types(dtype, torch.float32))}
+
+
+def embedded(parts: Parts, normalize: bool, call) -> Parts:
+    """e and the gradient of a projection of it by every part; call(product, bias, y_mean, base, gate)."""
+    leaves = {name: t.detach().requires_grad_() for name, t in parts.items()}
+    base = leaves["x0"][:, -1] if "x0" in leaves else None
+    e = call(leaves["product"], leaves["bias"], leaves["y_mean"], base, leaves.get("gate"))
+    weights = torch.linspace(-1, 2, e.numel(), device=e.device).view_as(e)
+    return {
+        "e": e.detach(),
+        **dict(zip(leaves, torch.autograd.grad((e * weights).sum(), leaves.values()), strict=True)),
+    }
+
+
+def check_embed(base: bool, gate: bool, normalize: bool, dtype: torch.dtype, target: Target, hidden: int = 40) -> None:
+    def equation(product, bias, y_mean, base, gate):
+        v = product + bias + y_mean
+        v = v if gate is None else v * gate
+        v = v if base is None else v + base
+        return v / v.norm(dim=1, keepdim=True) if normalize else v
+
+    def by(backend):
+        return lambda *tensors: embed(*tensors, normalize, dtype, backend)
+
+    parts = embed_parts(dtype, base, gate, target.device, hidden)
+    exact = embedded({name: t.double() for name, t in parts.items()}, normalize, equation)
+    plain = embedded(parts, normalize, by("torch"))
+    for name, got in embedded(parts, normalize, by(target.backend)).items():
+        assert got.dtype == plain[name].dtype
+        scale = exact[name].norm()
+        error, eager = ((x[name].double() - exact[name]).norm() / scale for x in ({name: got}, plain))
+        assert error <= max(2 * eager, torch.finfo(dtype).eps), (name, error, eager)
+        assert eager < 40 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("base", "gate"), [(True, True), (True, False), (False, True), (False, False)])
+def test_embed(base, gate, normalize, dtype, target):
+    check_embed(base, gate, normalize, dtype, target)

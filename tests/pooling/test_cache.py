@@ -72,6 +72,8 @@ OPTIMISERS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_optimiser_step(kind, optimiser, target):
     """Fused optimisers do not raise a weight's version; also where the pool stays in eval mode all the while."""
+    if optimiser == "Adagrad fused" and target.device == "cuda":
+        return  # torch has none for CUDA
     filled = Fixture(kind, target)
     optimiser = OPTIMISERS[optimiser](filled.pool.parameters())
 

@@ -5,11 +5,11 @@ import functools
 import pytest
 import torch
 from conftest import SMALL, last, make_states, multi
+from mlpool_kernels.embed import unit
 from torch.testing import assert_close
 
 from mlpool import EosPool, LastLayerPool, LayerWeightsPool, MeanPool, MultiLayerPool, gather
 from mlpool.pooling import select_tokens
-from mlpool.pooling.base import unit
 
 D, L, B, T = 16, 4, 3, 5
 STATES = make_states(L + 1, (B, T, D))
