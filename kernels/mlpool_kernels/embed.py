@@ -104,8 +104,8 @@ def _stride(base: Tensor | None) -> int:
 class _EmbedFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, product: Tensor, bias: Tensor, y_mean: Tensor, base: Tensor | None, gate: Tensor | None,
-        normalize: bool, dtype: torch.dtype,
+        ctx: Any, product: Tensor, bias: Tensor | None, y_mean: Tensor | None, base: Tensor | None,
+        gate: Tensor | None, normalize: bool, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         batch, hidden = product.shape
         out = product.new_empty(batch, hidden, dtype=dtype)
@@ -130,8 +130,9 @@ class _EmbedFunction(torch.autograd.Function):
                 product, bias, y_mean, base, gate, grad.contiguous(), dp, dproduct, dbase, dgate, _stride(base), hidden,
                 ctx.normalize, **_options(hidden),
             )  # fmt: skip
+        of_bias = None if bias is None else dp.sum(0).to(bias.dtype)
         of_gate = None if dgate is None or gate is None else dgate.sum(0).to(gate.dtype)
-        return dproduct, dp.sum(0).to(bias.dtype), dp.to(y_mean.dtype), dbase, of_gate, None, None
+        return dproduct, of_bias, None if y_mean is None else dp.to(y_mean.dtype), dbase, of_gate, None, None
 
 
 def embed(
@@ -148,8 +149,7 @@ def embed(
     Returns: e [B, D] of `dtype`. Differentiable in all tensors.
     """
     tensors = (product, bias, y_mean, base, gate)
-    rows = base is None or base.stride(-1) == 1
-    if use_triton(backend, *tensors) and untraced(tensors) and rows and product.shape[-1] <= LARGEST_HIDDEN:
+    if _one_launch(backend, *tensors) and (base is None or base.stride(-1) == 1):
         return _EmbedFunction.apply(product.contiguous(), bias, y_mean.contiguous(), base, gate, normalize, dtype)
     with torch.autocast(product.device.type, enabled=False):
         v = product.to(y_mean.dtype) + bias.to(y_mean.dtype) + y_mean
@@ -158,12 +158,21 @@ def embed(
         elif base is not None:
             v = base.to(v.dtype) + v
         v = v.to(dtype)
-        return unit(v) if normalize else v
+        return unit(v, "torch") if normalize else v
 
 
-def unit(embedding: Tensor) -> Tensor:
+def _one_launch(backend: str, *tensors: Tensor | None) -> bool:
+    first = tensors[0]
+    assert first is not None
+    small = first.dim() == 2 and first.shape[-1] <= LARGEST_HIDDEN
+    return small and use_triton(backend, *tensors) and untraced(tensors)
+
+
+def unit(embedding: Tensor, backend: str = "auto") -> Tensor:
     """To length 1, along the last dimension. Of any finite size: by a power of two its squares are brought within range
     first, which changes no digit of an ordinary vector. Zero stays zero; NaN and infinity give NaN."""
+    if _one_launch(backend, embedding):
+        return _EmbedFunction.apply(embedding.contiguous(), None, None, None, None, True, embedding.dtype)
     wide = torch.promote_types(embedding.dtype, torch.float32)
     largest = torch.linalg.vector_norm(embedding.detach().to(wide), torch.inf, dim=-1, keepdim=True)
     tiny = torch.finfo(embedding.dtype).tiny

@@ -180,9 +180,8 @@ def token_strides(state: Tensor) -> tuple[int, int, int]:
 def one_launch(states: Sequence[Tensor]) -> bool:
     """Whether the layers can be read by one launch: same device, dtype and strides, D contiguous."""
     first = states[0]
-    return first.stride(-1) == 1 and all(
-        s.device == first.device and s.dtype == first.dtype and s.stride() == first.stride() for s in states
-    )
+    device, dtype, strides = first.device, first.dtype, first.stride()
+    return strides[-1] == 1 and all(s.device == device and s.dtype == dtype and s.stride() == strides for s in states)
 
 
 def _forward(

@@ -93,16 +93,15 @@ def check_hidden_states(states: Sequence[Tensor]) -> None:
     """
     if not states:
         raise ValueError("hidden_states is empty; pass the tuple that output_hidden_states=True returns")
-    first = states[0]
     for i, state in enumerate(states):
         if not isinstance(state, Tensor):
             raise TypeError(f"hidden_states[{i}] must be a tensor, got {type(state).__name__}")
-        if state.shape != first.shape:
-            raise ValueError(
-                f"hidden_states must have one shape: [0] is {list(first.shape)}, [{i}] is {list(state.shape)}"
-            )
-        if state.dtype != first.dtype or not state.dtype.is_floating_point:
-            raise TypeError(f"hidden_states must have one floating dtype: [0] is {first.dtype}, [{i}] is {state.dtype}")
+        if i == 0:
+            shape, dtype = state.shape, state.dtype
+        if state.shape != shape:
+            raise ValueError(f"hidden_states must have one shape: [0] is {list(shape)}, [{i}] is {list(state.shape)}")
+        if state.dtype != dtype or not dtype.is_floating_point:
+            raise TypeError(f"hidden_states must have one floating dtype: [0] is {dtype}, [{i}] is {state.dtype}")
 
 
 def gather(
@@ -226,7 +225,7 @@ class Pool(nn.Module):
         return pool
 
     def _finish(self, embedding: Tensor) -> Tensor:
-        return unit(embedding) if self.normalize else embedding
+        return unit(embedding, getattr(self, "backend", "auto")) if self.normalize else embedding
 
 
 def load_checked(pool: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -29,6 +31,9 @@ def _count_step(*_: Any) -> None:
 
 # Fused optimisers change weights without raising their version; torch's own hook tells of every step.
 register_optimizer_step_post_hook(_count_step)
+
+
+_chosen = lru_cache(maxsize=1024)(choose)
 
 
 class TrainablePool(Pool):
@@ -126,7 +131,9 @@ class TrainablePool(Pool):
         return self.layer_weights is None and keys != 1
 
     def _choose(self, batch: int, keys: int, *, training: bool, cached: bool) -> Plan:
-        plan = choose(
+        # Choosing takes longer than a small pool's launches; torch.compile does it once and traces no cache.
+        pick = choose if torch.compiler.is_compiling() else _chosen
+        plan = pick(
             self._sizes(batch, keys), training=training, cached=cached, triton=use_triton(self.backend, self.latents),
             itemsize=self._compute_dtype().itemsize, memory_bytes=self._device_memory,
             masked=self._masked(keys), rates=self._rates.get(self._compute_dtype()),
@@ -229,7 +236,7 @@ class TrainablePool(Pool):
         batch, keys = (rows.shape[0], len(states)) if rows is not None else states[0].shape[:2]
         if rows is None:
             check_range(states[0])
-        training = torch.is_grad_enabled() and any(t.requires_grad for t in (*states, *self.parameters()))
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in chain(states, self.parameters()))
         if self.folded and training:
             raise RuntimeError("a folded pool is for inference; use the pool it was folded from to train")
         plan = self._choose(batch, keys, training=training, cached=self._may_cache() or self.folded)
