@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("paths", nargs="*", help="files or folders; default: tests")
     parser.add_argument("--mark", default="gpu", help="pytest's -m")
     parser.add_argument(
-        "--jobs", type=int, default=min(6, max(1, cores() // 2)), help="processes; default: %(default)s"
+        "--jobs", type=int, default=min(16, max(1, cores() - 2)), help="processes; default: %(default)s"
     )
     parser.add_argument("--share", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)

@@ -97,6 +97,16 @@ def gather_jobs(new: Maker, batch: int, length: int, layers: int, hidden: int) -
     def backward(backend: str) -> Callable[[], list[Tensor]]:
         return lambda: gather._backward(grad, list(states[0].shape), *spans, True, backend)
 
+    shape, place = states[0].shape, new.device
+
+    def select(backend: str) -> Callable[[], list[Tensor]]:
+        def run() -> list[Tensor]:
+            t = select_tokens(shape, place, mask, check=False, backend=backend)
+            return [t.starts, t.ends, t.last, t.count, t.keep]
+
+        return run
+
+    yield Job("select", sizes, select("triton"), select("torch"))
     yield Job("mean", sizes, forward(True, "triton"), forward(True, "torch"))
     yield Job("unit_mean", sizes, forward(True, "triton", True), forward(True, "torch", True))
     yield Job("last", sizes, forward(False, "triton"), forward(False, "torch"))

@@ -71,6 +71,7 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
         {"BLOCK_R": 64, "BLOCK_F": 128, "BLOCK_D": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3, "maxnreg": 255},
     ],
+    "select": [{"NUMBERS": 512, "num_warps": 4}],
     "embed": [{"num_warps": 4}, {"num_warps": 8}],
     "gate": [{"BLOCK_R": 16, "BLOCK_F": 128, "num_warps": 4}, {"BLOCK_R": 16, "BLOCK_F": 256, "num_warps": 8}],
 }

@@ -138,8 +138,9 @@ def gather(
     states = list(hidden_states)
     check_hidden_states(states)
     tokens = select_tokens(
-        states[0].shape, states[-1].device, attention_mask, cu_seqlens, token_mask, skip_tokens=skip_tokens
-    )
+        states[0].shape, states[-1].device, attention_mask, cu_seqlens, token_mask, skip_tokens=skip_tokens,
+        backend=backend,
+    )  # fmt: skip
     return gather_tokens(states, tokens, token_pooling, backend)
 
 

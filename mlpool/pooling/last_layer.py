@@ -83,7 +83,9 @@ class LastLayerPool(TrainablePool):
         Returns: embedding [B, D].
         """
         state = last_state(hidden_states, self.hidden_size)
-        tokens = select_tokens(state.shape, state.device, attention_mask, cu_seqlens, token_mask)
+        tokens = select_tokens(
+            state.shape, state.device, attention_mask, cu_seqlens, token_mask, backend=self.backend
+        )  # fmt: skip
         home = self.latents.device
         one_key = self.token_pooling == "last"
         base = None

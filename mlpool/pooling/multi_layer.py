@@ -130,8 +130,9 @@ class MultiLayerPool(TrainablePool):
     ) -> tuple[list[Tensor], Tensor | None]:
         """X0, or the layers and their rows where the pool's own kernel is to gather them."""
         tokens = select_tokens(
-            layers[0].shape, layers[-1].device, attention_mask, cu_seqlens, token_mask, skip_tokens=self.skip_tokens
-        )
+            layers[0].shape, layers[-1].device, attention_mask, cu_seqlens, token_mask, skip_tokens=self.skip_tokens,
+            backend=self.backend,
+        )  # fmt: skip
         home = self.latents.device
         fused = self.token_pooling == "last" and use_triton(self.backend, self.latents, layers[0]) and len(layers) > 1
         if fused and layers[0].device == home and one_launch(layers):

@@ -15,6 +15,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from mlpool_kernels.runtime import INTERPRETED, untraced, use_triton
+from mlpool_kernels.select import select_padded
 from torch import Tensor
 
 
@@ -79,6 +81,7 @@ def select_tokens(
     token_mask: Tensor | None = None,
     check: bool = True,
     skip_tokens: int = 0,
+    backend: str = "auto",
 ) -> Tokens:
     """Read a batch's mask or packed offsets.
 
@@ -92,6 +95,7 @@ def select_tokens(
         check: False of a padded batch leaves the values unchecked, for a caller that waits for the device anyway: it
             reads `checks` together with what it wants and calls `require` where one does not hold.
         skip_tokens: so many of each text's first tokens, counted by attention_mask or cu_seqlens, are left out too.
+        backend: "auto", "triton" or "torch"; Triton reads a padded batch's masks on a GPU in one launch.
 
     Raises:
         ValueError: both or neither of attention_mask and cu_seqlens, a wrong shape, offsets that do not
@@ -114,7 +118,7 @@ def select_tokens(
             "padded), or cu_seqlens [B+1] for packed hidden states"
         )
     attention_mask, token_mask = _together(device, attention_mask, token_mask)
-    tokens = _padded(shape, attention_mask, token_mask, skip_tokens)
+    tokens = _padded(shape, attention_mask, token_mask, skip_tokens, backend)
     if check:
         require(tokens.checks)
         tokens = replace(tokens, checks=())
@@ -147,7 +151,9 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _padded(shape, attention_mask: Tensor, token_mask: Tensor | None, skip_tokens: int) -> Tokens:
+def _padded(
+    shape, attention_mask: Tensor, token_mask: Tensor | None, skip_tokens: int, backend: str
+) -> Tokens:  # fmt: skip
     """On the mask's own device: what lies on the CPU is checked there."""
     if len(shape) != 3:
         raise ValueError(f"hidden states must be [B, T, D] with attention_mask, got shape {list(shape)}")
@@ -157,15 +163,23 @@ def _padded(shape, attention_mask: Tensor, token_mask: Tensor | None, skip_token
     if length == 0:
         raise ValueError(f"got texts of no tokens (hidden states {list(shape)}); T must be at least 1")
     checks: list[Check] = []
-    keep = _as_bool("attention_mask", attention_mask, (batch, length), checks)
+    _check_mask("attention_mask", attention_mask, (batch, length), checks)
+    if token_mask is not None:
+        _check_mask("token_mask", token_mask, (batch, length), checks)
+    source = _source(token_mask, skip_tokens, "attention_mask")
+    if _one_launch(backend, attention_mask, token_mask):
+        starts, ends, last, count, keep = select_padded(attention_mask, token_mask, skip_tokens)
+        checks.append(_any_token(count, source))
+        return Tokens(starts, ends, last, count, keep, (batch, length), False, length, tuple(checks))
+    keep = _as_bool(attention_mask)
     if skip_tokens:
         keep = keep & (keep.cumsum(1) > skip_tokens)
     if token_mask is not None:
-        keep = keep & _as_bool("token_mask", token_mask, (batch, length), checks)
+        keep = keep & _as_bool(token_mask)
     # Each of these is a launch on a GPU: as few as can be. Behind a text's last token is a row's number, or 0 for none.
     behind = (keep * torch.arange(1, batch * length + 1, device=keep.device).view(batch, length)).amax(1)
     starts = torch.arange(0, batch * length, length, device=keep.device)
-    checks.append(_any_token(behind > 0, _source(token_mask, skip_tokens, "attention_mask")))
+    checks.append(_any_token(behind, source))
     flat = (keep.sum(1), keep.reshape(-1))
     return Tokens(starts, starts + length, behind - 1, *flat, (batch, length), False, length, tuple(checks))
 
@@ -197,15 +211,27 @@ def _leave_out(tokens: Tokens, token_mask: Tensor | None, skip_tokens: int) -> T
     text = torch.searchsorted(ends, row, right=True).clamp(max=starts.shape[0] - 1)
     keep = (row >= starts[text] + skip_tokens) & (row < ends[-1])
     if token_mask is not None:
-        keep = keep & _as_bool("token_mask", token_mask.reshape(1, -1), (1, total), checks).reshape(-1)
+        flat = token_mask.reshape(1, -1)
+        _check_mask("token_mask", flat, (1, total), checks)
+        keep = keep & _as_bool(flat[0])
     last = torch.full_like(starts, -1).scatter_reduce(0, text, torch.where(keep, row, -1), "amax")
     count = torch.zeros_like(starts).index_add(0, text, keep.to(torch.int64))
-    checks.append(_any_token(last >= 0, _source(token_mask, skip_tokens)))
+    checks.append(_any_token(last + 1, _source(token_mask, skip_tokens)))
     return replace(tokens, last=last, count=count, keep=keep, checks=tuple(checks))
 
 
-def _as_bool(name: str, mask: Tensor, shape: tuple[int, int], checks: list[Check]) -> Tensor:
-    """The mask as bool where it lies; what must hold of a floating one's values is added to `checks`."""
+def _as_bool(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _one_launch(backend: str, mask: Tensor, token_mask: Tensor | None) -> bool:
+    """Masks that lie on the CPU are read there, whatever reads the states."""
+    masks = (mask,) if token_mask is None else (mask, token_mask)
+    return (mask.is_cuda or INTERPRETED) and use_triton(backend, *masks) and untraced(masks)
+
+
+def _check_mask(name: str, mask: Tensor, shape: tuple[int, int], checks: list[Check]) -> None:
+    """A mask's form; what must hold of a floating one's values is added to `checks`."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor of 0 and 1, got {type(mask).__name__}")
     if mask.dtype.is_complex:
@@ -219,7 +245,6 @@ def _as_bool(name: str, mask: Tensor, shape: tuple[int, int], checks: list[Check
             "cannot be used here, pass 1 for text and 0 for padding"
         )
         checks.append(Check(((mask == 0) | (mask == 1)).all(), message, lambda: ValueError(message)))
-    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def _may_sync(tensor: Tensor) -> bool:
@@ -229,14 +254,14 @@ def _may_sync(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _any_token(present: Tensor, source: str) -> Check:
-    """That every text has a token; present: bool [B]."""
+def _any_token(count: Tensor, source: str) -> Check:
+    """That every text has a token; count: [B], 0 where it has none."""
 
     def error() -> Exception:
-        rows = (~present).nonzero().flatten().tolist()
+        rows = (count == 0).nonzero().flatten().tolist()
         return ValueError(f"no token left by {source} in row(s) {rows[:10]}; every text needs at least one token")
 
-    return Check(present.all(), f"a text has no token left by {source}", error)
+    return Check(count.amin() > 0, f"a text has no token left by {source}", error)
 
 
 def _check_form(cu_seqlens: Tensor) -> None:

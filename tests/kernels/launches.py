@@ -10,8 +10,9 @@ import torch
 from mlpool_kernels import tiles
 
 # By name: the package exports functions called as their modules.
-attend, embed, feed_forward, gather, mix = MODULES = [
-    importlib.import_module(f"mlpool_kernels.{name}") for name in ("attend", "embed", "feed_forward", "gather", "mix")
+NAMES = ("attend", "embed", "feed_forward", "gather", "mix", "select")
+attend, embed, feed_forward, gather, mix, select = MODULES = [
+    importlib.import_module(f"mlpool_kernels.{name}") for name in NAMES
 ]
 
 
@@ -95,6 +96,10 @@ def _launch(name: str, sizes: Sizes) -> None:
         arguments = (product, vector, torch.zeros(batch, hidden))
         embed.embed(*arguments, x0[:, -1], gate, True, dtype).backward(product)
         embed.embed(*arguments, None, None, False, torch.float32)
+    elif name == "select":
+        mask = torch.ones(batch, tokens, dtype=torch.int64)
+        select.select_padded(mask, None, 0)
+        select.select_padded(mask.bool(), mask, 2)
     elif name == "mix":
         values = torch.zeros(batch * layers, heads, hidden, dtype=dtype)
         mix._mix_triton(scores, values, torch.zeros(latents, hidden), vector, vector, True)

@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 from mlpool_kernels import Plan, reference
 from mlpool_kernels import plan as cost_model
 from mlpool_kernels.gather import gather_backward
-from test_ops import check_embed, unit_batch
+from test_ops import check_embed, check_select, unit_batch
 
 from mlpool import LastLayerPool, MultiLayerPool
 from mlpool.pooling import gather, select_tokens
@@ -474,3 +474,10 @@ def test_gradients_of_the_scores_whatever_a_product_left_them_in(latents, monkey
     monkeypatch.setattr(attend_module, "softmax_backward_", scattered)
     pool = multi(16, 6, INTERPRETER, num_latents=latents, num_heads=2)
     assert_close_to_equations(pool, make_states(6, (2, 3, 16), INTERPRETER), make_mask(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+@pytest.mark.parametrize(("skip", "second"), [(0, False), (2, True)])
+@pytest.mark.parametrize("length", [7, 2500])
+def test_select(length, skip, second, dtype):
+    check_select(INTERPRETER, length, skip, second, dtype)

@@ -612,3 +612,36 @@ def check_embed(base: bool, gate: bool, normalize: bool, dtype: torch.dtype, tar
 @pytest.mark.parametrize(("base", "gate"), [(True, True), (True, False), (False, True), (False, False)])
 def test_embed(base, gate, normalize, dtype, target):
     check_embed(base, gate, normalize, dtype, target)
+
+
+# --- select ---------------------------------------------------------------------------------------------------------
+
+
+def check_select(target: Target, length: int, skip: int, second: bool, dtype: torch.dtype) -> None:
+    """By the kernel as by torch: spans, kept rows, and the row of the text of which nothing is left."""
+    generator = torch.Generator().manual_seed(length)
+    masks = [torch.randint(0, 2, (5, length + 3), generator=generator).to(dtype)[:, 3:] for _ in range(2)]
+    masks[0][:, : skip + 2] = masks[1][:, skip:] = 1
+    given = [masks[0], masks[1] if second else None]
+
+    def select(device, backend):
+        moved = [None if m is None else m.to(device) for m in given]
+        return select_tokens((5, length, 8), torch.device(device), moved[0], None, moved[1], True, skip, backend)
+
+    got, want = select(target.device, target.backend), select("cpu", "torch")
+    for name in ("starts", "ends", "last", "count", "keep"):
+        mine, right = getattr(got, name), getattr(want, name)
+        torch.testing.assert_close(mine.cpu(), right, rtol=0, atol=0)
+    given[0] = given[0].clone()
+    given[0][3] = 0
+    with pytest.raises(ValueError, match=r"row\(s\) \[3\]"):
+        select(target.device, target.backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float32])
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("length", [7, 2500])
+def test_select(length, skip, second, dtype):
+    check_select(GPU, length, skip, second, dtype)
