@@ -31,6 +31,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 import mlpool_kernels  # noqa: E402
 from mlpool_kernels.plan import CHOICES  # noqa: E402
+from mlpool_kernels.select import select_padded  # noqa: E402
 from stand_in import Launch, card, gradients  # noqa: E402
 from triton import language as tl  # noqa: E402
 
@@ -186,6 +187,9 @@ def test_every_kernel_is_reached():
             with card(architecture) as launches:
                 how = {"token_pooling": options["token_pooling"], "choices": choices}
                 run(options["kind"], batch, tokens, 896, 24, torch.bfloat16, **how)
+                # Directly: a text of which nothing is kept, as here a kernel would have written, is an error.
+                mask = torch.ones(batch, tokens, device="cuda", dtype=torch.int64)
+                assert [t.shape for t in select_padded(mask, mask, 1)] == [(batch,)] * 4 + [(batch * tokens,)]
             missing -= {launch.kernel for launch in launches}
         if not missing:
             return
