@@ -31,17 +31,20 @@ from conftest import (
     use,
     use_rows,
 )  # fmt: skip
+from contrast_cases import OPTIONS, assert_three_ways, texts
+from contrast_cases import SIZES as CONTRAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlpool_kernels import Plan, reference
 from mlpool_kernels import plan as cost_model
+from mlpool_kernels.contrast import contrast
 from mlpool_kernels.gather import gather_backward
 from test_ops import unit_batch
 
 from mlpool import LastLayerPool, MultiLayerPool
 from mlpool.pooling import gather, select_tokens
 
-feed_forward = importlib.import_module("mlpool_kernels.feed_forward")
+CONTRASTIVE, feed_forward = (importlib.import_module(f"mlpool_kernels.{name}") for name in ("contrast", "feed_forward"))
 
 # NumPy warns: lanes past the end of a softmax row, never stored, divide zero by zero; some tests feed Inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -443,3 +446,24 @@ def test_gradients_for_the_upper_layers_alone():
         torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
     with pytest.raises(RuntimeError, match="a folded pool is for inference"):
         use(multi(24, 3, INTERPRETER).fold(), states, mask)
+
+
+# --- contrast ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("n", "m", "hidden", "workspace"), [(*CONTRAST[0], 1 << 20), (*CONTRAST[1], 32 << 10)])
+def test_contrast(n, m, hidden, options, dtype, workspace, monkeypatch):
+    """Losses and gradients, with every mask and with prefixes, the weights in one block and in many."""
+    monkeypatch.setattr(CONTRASTIVE, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(CONTRASTIVE, "PARTS", workspace >> 10)
+    arguments, options = texts(n, m, hidden, dtype, OPTIONS[options])
+    assert_three_ways(lambda *a, **o: contrast(*a, **o, backend="triton"), arguments, options)
+
+
+def test_opcheck_contrast():
+    (rows, others, partners), options = texts(5, 9, 8, torch.float32, OPTIONS["all"])
+    given = (partners, options["row_keys"], options["other_keys"], torch.full((5,), 0.5), [2, 5], 0.1, "triton")
+    torch.library.opcheck(torch.ops.mlpool.contrast.default, (rows.requires_grad_(), others.requires_grad_(), *given))
