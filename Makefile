@@ -89,7 +89,7 @@ study: $(VENV)/.dev $(STUDY)/tiny-decoder
 # on from there when it is run again. PY=python3 takes an interpreter that has torch already.
 RESULTS ?= benchmarks/results
 MINUTES ?= 8
-GPU_STEPS = gpu-check gpu-test gpu-tune gpu-throughput gpu-choices gpu-encode gpu-train gpu-attention gpu-summary
+GPU_STEPS = gpu-check gpu-test gpu-tune gpu-throughput gpu-choices gpu-encode gpu-train gpu-attention gpu-contrast gpu-summary
 CARD = --device cuda --results $(RESULTS) --minutes $(MINUTES)
 
 .PHONY: $(GPU_STEPS)
@@ -133,6 +133,9 @@ gpu-train:
 
 gpu-attention:
 	$(HERE) $(PY) benchmarks/attention.py $(CARD)
+
+gpu-contrast:
+	$(HERE) $(PY) benchmarks/contrast.py $(CARD)
 
 gpu-summary:
 	$(HERE) $(PY) benchmarks/summary.py $(RESULTS)

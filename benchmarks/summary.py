@@ -23,7 +23,7 @@ from rows import parsed
 
 HEADER = ["case", "provider", "batch", "run", "median ms", "texts/s", "vs eager", "vs compiled", "vs sdpa", "vs ST"]
 HEADER += ["vs ST fp16", "x floor", "extra MiB", "error", ""]
-KINDS = ("gpu-test", "throughput", "choices", "attention", "encode", "train-step", "tune")
+KINDS = ("gpu-test", "throughput", "choices", "attention", "encode", "train-step", "contrast", "tune")
 SAME = ("device", "threads", "code", "commit", "tiles", "torch", "triton")
 REACHED = {"eager": "ratio_eager", "compiled": "ratio_compiled", "floor": "ratio_floor", "memory": "memory_share"}
 

@@ -45,6 +45,8 @@ from measure import (
     tiles_file,
 )
 from mlpool_kernels import Plan, Sizes, attend, feed_forward, mix, tiles
+from mlpool_kernels.contrast import backward as contrast_backward
+from mlpool_kernels.contrast import forward as contrast_forward
 from mlpool_kernels.plan import Operation, feed_forward_operations, key_operations, value_operations
 from rows import Rows, run_cases
 from torch import Tensor
@@ -203,6 +205,25 @@ def gate_job(new: Maker, batch: int, latents: int, width: int) -> Job:
     return Job("gate", sizes, lambda: run(both, True), lambda: run(both.float(), False))
 
 
+def contrast_jobs(new: Maker, anchors: int, documents: int, hidden: int) -> Iterator[Job]:
+    rows, others = new(anchors, hidden), new(documents, hidden)
+    partners = torch.arange(anchors, device=new.device)
+
+    def run(backend: str, dims: list[int]) -> Callable[[], list[Tensor]]:
+        def both() -> list[Tensor]:
+            texts = (rows, others) if backend == "triton" else (rows.float(), others.float())
+            arguments = (*texts, partners, None, None, None, dims, 0.05, backend)
+            logs, positives = contrast_forward(*arguments)
+            ones = torch.ones_like(logs)
+            return [logs, positives, *contrast_backward(ones, -ones, logs, *arguments)]
+
+        return both
+
+    sizes = f"N={anchors} M={documents} D={hidden}, forward and backward"
+    for name, dims in (("contrast", [hidden]), ("contrast_stages", [hidden // 4, hidden])):
+        yield Job(name, sizes, run("triton", dims), run("torch", dims))
+
+
 # Rows, columns and depth of products as the presets have them.
 PRODUCTS = {
     "cpu": [(48, 24576, 896), (384, 4096, 896), (768, 1024, 896), (64, 4096, 4096), (16, 512, 384)],
@@ -248,6 +269,7 @@ def jobs(new: Maker, small: bool) -> Iterator[Job]:
         yield from feed_forward_jobs(new, 2, 20, 72, 40)
         yield gate_job(new, 2, 20, 40)
         yield embed_job(new, 3, 72)
+        yield from contrast_jobs(new, 20, 70, 24)
         return
     yield from rate_jobs(new)
     if new.device.type == "cpu":
@@ -266,6 +288,7 @@ def jobs(new: Maker, small: bool) -> Iterator[Job]:
     yield from feed_forward_jobs(new, 64, 768, 896, 3584)
     yield gate_job(new, 32, 768, 3584)
     yield gate_job(new, 16, 768, 16384)
+    yield from contrast_jobs(new, 8192, 32768, 1024)
 
 
 def candidates(kernel: str, device: torch.device) -> list[tiles.Tile]:

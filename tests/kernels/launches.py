@@ -10,8 +10,8 @@ import torch
 from mlpool_kernels import tiles
 
 # By name: the package exports functions called as their modules.
-NAMES = ("attend", "embed", "feed_forward", "gather", "mix", "select")
-attend, embed, feed_forward, gather, mix, select = MODULES = [
+NAMES = ("attend", "contrast", "embed", "feed_forward", "gather", "mix", "select")
+attend, contrast, embed, feed_forward, gather, mix, select = MODULES = [
     importlib.import_module(f"mlpool_kernels.{name}") for name in NAMES
 ]
 
@@ -50,7 +50,7 @@ def record(monkeypatch: Any, name: str, tile: dict[str, int] | None, sizes: Size
     for module in MODULES:
         for attribute in [a for a in vars(module) if a.endswith("_kernel")]:
             monkeypatch.setattr(module, attribute, Recorder(getattr(module, attribute), launches))
-    for module in (embed, gather):
+    for module in (contrast, embed, gather):
         monkeypatch.setattr(module, "use_triton", lambda *_: True)
     if tile is not None:
         monkeypatch.setattr(tiles, "_overrides", lambda: {name: tile})
@@ -103,9 +103,25 @@ def _launch(name: str, sizes: Sizes) -> None:
     elif name == "mix":
         values = torch.zeros(batch * layers, heads, hidden, dtype=dtype)
         mix._mix_triton(scores, values, torch.zeros(latents, hidden), vector, vector, True)
+    elif name.startswith("contrast"):
+        _launch_contrast(sizes, name == "contrast_stages")
     elif name.startswith("feed_forward"):
         normed, weight = (torch.zeros(*size, hidden, dtype=dtype) for size in ((batch, latents), (2 * width,)))
         feed_forward._feed_forward_triton(normed, weight, bias, name == "feed_forward_tma")
     else:
         feed_forward.gate_mean(both, True)
         feed_forward.gate_backward(both, torch.zeros(batch, width), True, True)
+
+
+def _launch_contrast(sizes: Sizes, stages: bool) -> None:
+    """A text a token, as many as memory is for: with nothing hidden and with all masks, or with all and prefixes."""
+    most = 20_000 if torch.empty(0).is_meta else 64
+    texts, hidden = min(sizes.batch * sizes.tokens, most), sizes.hidden
+    rows, others = (torch.zeros(n, hidden, dtype=sizes.dtype) for n in (texts, 2 * texts))
+    keys = torch.zeros(2 * texts, 2, dtype=torch.int64)
+    masks = [(keys[:texts], keys, torch.zeros(texts))]
+    for given in masks if stages else [(None, None, None), *masks]:
+        dims = [hidden // 4, hidden // 2] if stages else [hidden]
+        arguments = (rows, others, torch.arange(texts), *given, dims, 0.05, "triton")
+        logs, positives = contrast.forward(*arguments)
+        contrast.backward(logs, positives, logs, *arguments)

@@ -31,7 +31,14 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * KILOBYTE),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KILOBYTE),
 }
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.bool: "i1"}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
 
 
 def _type(value: Any) -> Any:

@@ -30,6 +30,7 @@ if not (shutil.which("gcc") and shutil.which("g++")):
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 import mlpool_kernels  # noqa: E402
+from mlpool_kernels.contrast import contrast  # noqa: E402
 from mlpool_kernels.plan import CHOICES  # noqa: E402
 from mlpool_kernels.select import select_padded  # noqa: E402
 from stand_in import Launch, card, gradients  # noqa: E402
@@ -174,6 +175,28 @@ def test_gather(batch, tokens, token_pooling):
         assert launches
 
 
+CONTRASTS = {"card": CARDS, "dtype": DTYPES, "masks": (False, True), "dims": (None, (100, 896))}
+
+
+def run_contrast(dtype: torch.dtype, masks: bool, dims: tuple[int, ...] | None) -> None:
+    rows, others = (torch.randn(n, 896, device="cuda", dtype=dtype, requires_grad=True) for n in (300, 700))
+    given = {}
+    if masks:
+        keys = torch.arange(1400, device="cuda").view(700, 2) // 3
+        given = {"row_keys": keys[:300], "other_keys": keys, "margin": 0.1}
+    partners = torch.arange(300, device="cuda")
+    with torch.no_grad():
+        contrast(rows, others, partners, temperature=0.05, dims=dims, **given)
+    gradients(contrast(rows, others, partners, temperature=0.05, dims=dims, **given), [rows, others])
+
+
+@pytest.mark.parametrize("options", every(CONTRASTS) if ALL else pairs(CONTRASTS), ids=name)
+def test_contrast(options):
+    with card(options["card"]) as launches:
+        run_contrast(options["dtype"], options["masks"], options["dims"])
+    assert launches
+
+
 def test_every_kernel_is_reached():
     """No kernel of the package that nothing here launches."""
     modules = [
@@ -181,6 +204,9 @@ def test_every_kernel_is_reached():
     ]
     missing = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert missing
+    with card(90) as launches:
+        run_contrast(torch.bfloat16, masks=False, dims=None)
+    missing -= {launch.kernel for launch in launches}
     for architecture, options in itertools.product((90, 80), pairs({**CHOICES, **CALLS})):
         choices = {key: options[key] for key in CHOICES}
         for batch, tokens in ((2, 300), (1, 8192)):

@@ -31,18 +31,21 @@ from conftest import (
     use,
     use_rows,
 )  # fmt: skip
+from contrast_cases import OPTIONS, assert_three_ways, texts
+from contrast_cases import SIZES as CONTRAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlpool_kernels import Plan, reference
 from mlpool_kernels import plan as cost_model
+from mlpool_kernels.contrast import contrast
 from mlpool_kernels.gather import gather_backward
 from test_ops import check_embed, check_select, unit_batch
 
 from mlpool import LastLayerPool, MultiLayerPool
 from mlpool.pooling import gather, select_tokens
 
-attend_module, embed, feed_forward = (
-    importlib.import_module(f"mlpool_kernels.{name}") for name in ("attend", "embed", "feed_forward")
+CONTRASTIVE, EMBED, feed_forward = (
+    importlib.import_module(f"mlpool_kernels.{name}") for name in ("contrast", "embed", "feed_forward")
 )
 
 # NumPy warns: lanes past the end of a softmax row, never stored, divide zero by zero; some tests feed Inf.
@@ -458,7 +461,7 @@ def test_embed(base, gate, normalize, dtype):
 def test_embed_of_zeros_of_huge_numbers_and_of_nan():
     rows = torch.tensor([[0.0, 0, 0], [3e30, 4e30, 0], [3e-38, 4e-38, 0], [torch.nan, 1, 0]])
     zeros = torch.zeros(3)
-    e = embed.embed(rows, zeros, torch.zeros(4, 3), None, None, True, torch.float32, "triton")
+    e = EMBED.embed(rows, zeros, torch.zeros(4, 3), None, None, True, torch.float32, "triton")
     torch.testing.assert_close(e[:3], torch.tensor([[0, 0, 0], [0.6, 0.8, 0], [0.6, 0.8, 0]]), rtol=1e-6, atol=1e-6)
     assert e[3].isnan().all()
 
@@ -466,12 +469,12 @@ def test_embed_of_zeros_of_huge_numbers_and_of_nan():
 @pytest.mark.parametrize("latents", [1, 2])
 def test_gradients_of_the_scores_whatever_a_product_left_them_in(latents, monkeypatch):
     """A batched product of a GPU leaves dA in memory as it likes where a size is 1; the kernel reads rows."""
-    original = attend_module.softmax_backward_
+    original = ATTEND.softmax_backward_
 
     def scattered(attention, grad, triton):
         return original(attention, grad.transpose(1, 2).contiguous().transpose(1, 2), triton)
 
-    monkeypatch.setattr(attend_module, "softmax_backward_", scattered)
+    monkeypatch.setattr(ATTEND, "softmax_backward_", scattered)
     pool = multi(16, 6, INTERPRETER, num_latents=latents, num_heads=2)
     assert_close_to_equations(pool, make_states(6, (2, 3, 16), INTERPRETER), make_mask(2, 3))
 
@@ -481,3 +484,24 @@ def test_gradients_of_the_scores_whatever_a_product_left_them_in(latents, monkey
 @pytest.mark.parametrize("length", [7, 2500])
 def test_select(length, skip, second, dtype):
     check_select(INTERPRETER, length, skip, second, dtype)
+
+
+# --- contrast ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("n", "m", "hidden", "workspace"), [(*CONTRAST[0], 1 << 20), (*CONTRAST[1], 32 << 10)])
+def test_contrast(n, m, hidden, options, dtype, workspace, monkeypatch):
+    """Losses and gradients, with every mask and with prefixes, the weights in one block and in many."""
+    monkeypatch.setattr(CONTRASTIVE, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(CONTRASTIVE, "PARTS", workspace >> 10)
+    arguments, options = texts(n, m, hidden, dtype, OPTIONS[options])
+    assert_three_ways(lambda *a, **o: contrast(*a, **o, backend="triton"), arguments, options)
+
+
+def test_opcheck_contrast():
+    (rows, others, partners), options = texts(5, 9, 8, torch.float32, OPTIONS["all"])
+    given = (partners, options["row_keys"], options["other_keys"], torch.full((5,), 0.5), [2, 5], 0.1, "triton")
+    torch.library.opcheck(torch.ops.mlpool.contrast.default, (rows.requires_grad_(), others.requires_grad_(), *given))
