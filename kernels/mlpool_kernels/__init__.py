@@ -7,6 +7,6 @@ from .plan import Plan, Rates, Sizes, choose, predict
 from .pool import Weights, cross_attend, fold_queries, fold_values, pool
 
 __all__ = [
-    "Plan", "Rates", "Sizes", "Weights", "choose", "contrast", "cross_attend", "embed", "fold_queries", "fold_values", "gather",
-    "pool", "predict",
+    "Plan", "Rates", "Sizes", "Weights", "choose", "contrast", "cross_attend", "embed", "fold_queries", "fold_values",
+    "gather", "pool", "predict",
 ]  # fmt: skip
