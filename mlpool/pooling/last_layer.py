@@ -39,7 +39,7 @@ class LastLayerPool(TrainablePool):
         head_dim: int = 64,
         ff_mult: int = 1,
         token_pooling: str = "mean",
-        residual: bool = True,
+        residual: bool | str = "mix",
         normalize: bool = True,
         backend: str = "auto",
         choices: Mapping[str, str] | None = None,
@@ -48,8 +48,8 @@ class LastLayerPool(TrainablePool):
     ) -> None:
         check_choice("token_pooling", token_pooling, ("last", "mean"))  # its keys are the tokens themselves
         super().__init__(
-            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend,
-            choices, None, device, dtype,
+            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, "last", normalize,
+            backend, choices, None, device, dtype,
         )  # fmt: skip
 
     @classmethod
@@ -88,14 +88,14 @@ class LastLayerPool(TrainablePool):
         one_key = self.token_pooling == "last"
         base = None
         if one_key or self.residual:
-            base = gather_tokens([state], tokens, self.token_pooling, self.backend).to(home)
+            base = self._rows(gather_tokens([state], tokens, self.token_pooling, self.backend).to(home))
         if one_key:
             assert base is not None
             keys, key_mask = base, None
         else:
             keys, key_mask = (t.to(home) for t in _padded_keys(state, tokens))
         pooled, attention, _ = self._cross_attend([keys], None, key_mask, output_attentions)
-        embedding = self._embed(pooled, keys[:, 0] if base is None else base[:, 0])
+        embedding = self._embed(pooled, keys if base is None else base, state.dtype)
         return embedding if attention is None else (embedding, attention)
 
     def _plan_keys(self, tokens: int | None) -> int:

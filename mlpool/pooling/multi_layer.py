@@ -51,11 +51,12 @@ class MultiLayerPool(TrainablePool):
         ff_mult: int = 1,
         layers: Sequence[int] | None = None,
         token_pooling: str = "last",
-        residual: bool = True,
+        residual: bool | str = "mix",
         normalize: bool = True,
         backend: str = "auto",
         choices: Mapping[str, str] | None = None,
         skip_tokens: int = 0,
+        start: str | Sequence[float] = "last",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,8 +64,8 @@ class MultiLayerPool(TrainablePool):
         check_token_pooling(token_pooling, skip_tokens)
         selected = select_layers(layers, num_layers)
         super().__init__(
-            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend,
-            choices, num_layers if selected is None else len(selected), device, dtype,
+            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, start, normalize,
+            backend, choices, num_layers if selected is None else len(selected), device, dtype,
         )  # fmt: skip
         self.num_layers, self.layers, self.skip_tokens = num_layers, selected, skip_tokens
 
@@ -121,8 +122,11 @@ class MultiLayerPool(TrainablePool):
         else:
             layers = read_layers(self, hidden_states, includes_embedding)
             states, rows = self._gather(layers, attention_mask, cu_seqlens, token_mask)
+        dtype = states[0].dtype
+        if rows is None:
+            states = [self._rows(states[0])]
         pooled, attention, x0 = self._cross_attend(states, rows, None, output_attentions)
-        embedding = self._embed(pooled, (states[0] if x0 is None else x0)[:, -1])
+        embedding = self._embed(pooled, states[0] if x0 is None else x0, dtype)
         return embedding if attention is None else (embedding, attention)
 
     def _gather(
@@ -133,7 +137,9 @@ class MultiLayerPool(TrainablePool):
             layers[0].shape, layers[-1].device, attention_mask, cu_seqlens, token_mask, skip_tokens=self.skip_tokens
         )
         home = self.latents.device
-        fused = self.token_pooling == "last" and use_triton(self.backend, self.latents, layers[0]) and len(layers) > 1
+        # Rows that are brought to one length first are gathered first.
+        fused = self.token_pooling == "last" and self.mix_weights is None
+        fused = fused and use_triton(self.backend, self.latents, layers[0]) and len(layers) > 1
         if fused and layers[0].device == home and one_launch(layers):
             return layers, tokens.last
         x0 = gather_tokens(layers, tokens, self.token_pooling, self.backend)

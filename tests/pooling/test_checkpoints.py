@@ -182,7 +182,7 @@ def test_folders_that_are_broken(tmp_path):
 
     config, weights = tmp_path / "config.json", tmp_path / "pool.safetensors"
     loads(MultiLayerPool, FileNotFoundError, "has no config.json; expected a folder written by save_pretrained")
-    pool = multi(D, L)
+    pool = multi(D, L, residual=True)
     pool.save_pretrained(tmp_path)
     loads(LastLayerPool, ValueError, r"holds a MultiLayerPool, not a LastLayerPool; load it with mlpool.MultiLayerPool")
     state, text, content = load_file(weights), config.read_text(), weights.read_bytes()
@@ -208,7 +208,7 @@ def test_folders_that_are_broken(tmp_path):
         loads(MultiLayerPool, ValueError, "config.json (holds|is not valid JSON).*; copy it again")
     for changes, match in (
         ({"nmu_heads": 2}, "unknown key 'nmu_heads'; nearest: num_heads"), ({"device": "cpu"}, "unknown key 'device'"),
-        ({"residual": "no"}, "config.json does not give a MultiLayerPool: residual must be True or False, got 'no'"),
+        ({"residual": "no"}, "config.json does not give a MultiLayerPool: residual must be .*, got 'no'"),
         ({"choices": [1]}, "choices must be a dict"), ({"layers": "a"}, "layers must be a list of integers, got 'a'"),
         ({"num_layers": None}, "num_layers must be an integer of at least 1"), ({"backend": 3}, "backend must be one"),
     ):  # fmt: skip
@@ -227,7 +227,7 @@ def test_a_half_loaded_pool_is_not_left_behind(tmp_path):
     """What does not fit changes nothing: load_checked looks at everything before it writes anything."""
     from mlpool.pooling.base import load_checked
 
-    pool = multi(D, L)
+    pool = multi(D, L, residual=True)
     before = {key: t.clone() for key, t in pool.state_dict().items()}
     state = {**{key: t + 1 for key, t in before.items()}, "gate": torch.zeros(3)}
     with pytest.raises(ValueError, match="gate is"):
