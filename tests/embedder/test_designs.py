@@ -120,7 +120,7 @@ def test_default_pooler_starts_at_plain_pooling(design, start):
 
 
 def test_where_the_default_starts():
-    """At the even mix where the base is a language model as it was pretrained and means are pooled, else at the last."""
+    """At the even mix where means of a language model as it was pretrained are pooled, else at the last layer."""
     for base, design, start in (
         (tiny.base(), 5, "all"), (tiny.base(), 3, "last"), (tiny.base("bert"), 5, "last"),
         (tiny.base(), "layer-weights-bidirectional", "all"),
