@@ -24,9 +24,11 @@ class LastLayerPool(TrainablePool):
     Args:
         hidden_size: D. num_latents: R. num_heads: H. head_dim: d, of one head. ff_mult: feed-forward width over D.
         token_pooling: "last", the last token's state is the only key (design 2; the attention is then 1 and the query
-            and key weights get zero gradients); "mean", every token is a key (design 4). The residual form starts at
-            EOS pooling with the first, at mean pooling with the second.
-        residual, normalize, backend, choices, device, dtype: as in `MultiLayerPool`.
+            and key weights get zero gradients); "mean", every token is a key (design 4). With a residual it starts
+            at EOS pooling with the first, at mean pooling with the second.
+        residual: "mix", e ∝ w x + pooled - z̄, x the token's or the mean state at length √D, w a learned weight, 1 at
+            the start; True, False as in `MultiLayerPool`.
+        normalize, backend, choices, device, dtype: as in `MultiLayerPool`.
 
     Source: "Pooling And Attention" (arXiv 2409.02727), section 3.2.
     """

@@ -21,19 +21,24 @@ from .trainable import PAPER, TrainablePool
 class MultiLayerPool(TrainablePool):
     """Learned latents attend over the last token's state, or the tokens' mean, of every layer.
 
-    The default is small (at most 1 % of backbones such as Qwen2-0.5B or Mistral-7B) and starts exactly at EOS or mean
-    pooling of the last layer: e ∝ X0[:, -1] + gate ⊙ pooled, the gate zero. `MultiLayerPool.paper` is the paper's.
+    The default is small (at most 1 % of backbones such as Qwen2-0.5B or Mistral-7B). It brings every row of X0 to the
+    length √D and stands on a learned mix of the layers, the cross-attention beside it: e ∝ Σ_l w_l x_l + pooled - z̄,
+    z̄ the mean of the latents. It starts exactly at the mix `start`, such as EOS or mean pooling of the last layer, and
+    its first step moves it: what is zero there are the matrices that end the branch. `MultiLayerPool.paper` is the
+    paper's.
 
     Args:
         hidden_size: D. num_layers: L, the embedding not counted.
         num_latents: R. num_heads: H. head_dim: d, of one head. ff_mult: feed-forward width over D.
-        layers: indices of the layers to read, increasing; None for all. The residual starts from the last one read.
+        layers: indices of the layers to read, increasing; None for all.
         token_pooling: "last" (causal models), "mean" (bidirectional ones) or "unit_mean", whose rows have a norm of at
-            most 1: the norm's eps, 1e-5, is then no longer small beside a row's variance, at most 1/D.
-        residual: the gated residual around the pooler. normalize: unit length.
+            most 1: without residual="mix" the norm's eps, 1e-5, is no longer small beside their variance, at most 1/D.
+        residual: "mix", as above; True, e ∝ X0[:, -1] + gate ⊙ pooled of raw rows, the gate zero at the start, which
+            was the default before; False, the pooled alone, as released. normalize: unit length.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         choices: overrides of the cost model, e.g. {"memory": "recompute"}; see `mlpool_kernels.plan`.
         skip_tokens: first tokens of each text to leave out of a mean of hidden states; see `mlpool.gather`.
+        start: of the mix: the "last" layer read alone, "all" evenly, or one weight for each layer read.
         device, dtype: of the parameters.
 
     Source: "Pooling And Attention" (arXiv 2409.02727), section 3.3.

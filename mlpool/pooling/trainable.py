@@ -21,8 +21,9 @@ from .mix import fill_start, mix_rows, start_weights, unit_rows
 # The sizes of the paper's released module.
 PAPER = {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "ff_mult": 4, "residual": False}
 
-# At which the residual "mix" learns best, over a frozen backbone or beside LoRA: see docs/designs.md.
+# Of residual="mix". From the last layer of an embedder that is good already it has less to find, and more to lose.
 LEARNING_RATES = {"": 1e-3, "mix_weights": 3e-2}
+LEARNING_RATES_FROM_LAST = {"": 3e-4, "mix_weights": 3e-3}
 
 _optimizer_steps = 0
 
@@ -74,7 +75,8 @@ class TrainablePool(Pool):
         self.residual, self.normalize, self.backend = residual, normalize, backend
         self.start = start if isinstance(start, str) else start_weights(start, count)
         self.choices, self.folded = dict(choices or {}), False
-        self.learning_rates = LEARNING_RATES if residual == "mix" else {}
+        if residual == "mix":
+            self.learning_rates = LEARNING_RATES_FROM_LAST if start == "last" else LEARNING_RATES
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

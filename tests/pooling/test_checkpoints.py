@@ -175,6 +175,27 @@ def test_save_and_load(name, tmp_path):
     assert type(pool).from_pretrained(folder, backend="torch").backend == "torch"
 
 
+def test_folders_from_before_the_mix(tmp_path):
+    """Folders written when the gated residual and the softmax mix were the defaults load as what they were."""
+    x0 = torch.randn(3, L, D)
+    scalar = LayerWeightsPool(D, L, token_pooling="mean", mix="softmax")
+    torch.nn.init.normal_(scalar.weights)
+    sizes = {"hidden_size": D, "num_latents": 5, "num_heads": 2, "head_dim": 8, "ff_mult": 1, "token_pooling": "mean"}
+    rest, read = {"normalize": True, "backend": "torch"}, {"num_layers": L, "layers": None, "skip_tokens": 0}
+    for pool, config in (
+        (multi(D, L, residual=True, token_pooling="mean"), {**sizes, **rest, **read, "residual": True, "choices": {}}),
+        (last(D, residual=True, token_pooling="mean"), {**sizes, **rest, "residual": True, "choices": {}}),
+        (scalar, {"hidden_size": D, "token_pooling": "mean", **rest, **read}),
+    ):
+        pool.save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"pool": type(pool).__name__, **config}))
+        loaded = type(pool).from_pretrained(tmp_path)
+        tokens = {"hidden_states": x0, "attention_mask": torch.ones(3, L)}
+        given = tokens if isinstance(pool, LastLayerPool) else {"layer_states": x0}
+        assert torch.equal(loaded(**given), pool(**given))
+        assert not loaded.learning_rates  # such a pool learns at the rate that it is given
+
+
 def test_folders_that_are_broken(tmp_path):
     def loads(kind, error, match):
         with pytest.raises(error, match=match):

@@ -319,6 +319,7 @@ def test_the_pool_has_its_own_learning_rate_and_only_lora_trains(place, tmp_path
     ("pooler", "asked", "rates"),
     [
         ({}, None, {"mix_weights": 3e-2, "output_weight": 1e-3}),
+        ({"start": "last"}, None, {"mix_weights": 3e-3, "output_weight": 3e-4}),
         ({}, 1e-4, {"mix_weights": 3e-3, "output_weight": 1e-4}),
         ({"residual": True}, None, {"gate": 3e-3, "output_weight": 3e-3}),
         ({"residual": False}, 1e-4, {"layer_weights": 1e-4, "output_weight": 1e-4}),
