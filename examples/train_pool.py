@@ -67,9 +67,8 @@ def pairs(data: Path, count: int) -> tuple[list[str], list[str]]:
     return [r["query"] for r in rows], [r["positive"] for r in rows]
 
 
-def sts_states(encoder: Encoder, path: Path, most: int) -> Split:
-    rows = read(path)
-    rows = rows[:: max(1, len(rows) // most)][:most]  # from all parts of a set that has several
+def sts_states(encoder: Encoder, path: Path, most: int | None = None) -> Split:
+    rows = read(path)[:most]
     left, right = (encoder.encode([r[name] for r in rows]) for name in ("sentence1", "sentence2"))
     return left, right, [r["score"] for r in rows]
 
@@ -145,7 +144,7 @@ def main() -> None:
     parser.add_argument("--base", help="a folder with a model; all-MiniLM-L6-v2 from its wheel if it is left out")
     parser.add_argument("--token-pooling", nargs="+", default=["mean"], choices=["mean", "unit_mean", "last"])
     parser.add_argument("--pairs", type=int, default=6000)
-    parser.add_argument("--sts", type=int, default=10_000, help="so many pairs of each STS set, evenly")
+    parser.add_argument("--sts", type=int, default=10_000, help="the first so many pairs of each STS set")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
