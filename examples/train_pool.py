@@ -22,6 +22,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from mlpool import LayerWeightsPool, MultiLayerPool
+from mlpool.attention.check import is_encoder
+from mlpool.taps import find_layers
 
 SIZES = {"num_latents": 64, "num_heads": 6, "head_dim": 64, "ff_mult": 1}
 TEMPERATURE, MAX_LENGTH = 0.05, 96
@@ -30,16 +32,25 @@ TEST = ("stsb/test", "sts16/test", "sickr/test")
 Split = tuple[Tensor, Tensor, list[float]]
 
 
-def pools(hidden_size: int, layers: int, token_pooling: str) -> dict[str, tuple[Callable[[], torch.nn.Module], tuple]]:
+def pools(
+    hidden_size: int, layers: int, token_pooling: str, start: str
+) -> dict[str, tuple[Callable[[], torch.nn.Module], tuple]]:  # fmt: skip
     """Name → how to make it, and the learning rates to try."""
     own = {"token_pooling": token_pooling}
     multi = {**SIZES, **own}
     return {
-        "default": (lambda: MultiLayerPool(hidden_size, layers, **multi), (1e-4, 3e-4, 1e-3)),
+        f"default, from {start}": (
+            lambda: MultiLayerPool(hidden_size, layers, start=start, **multi), (3e-4, 1e-3, 3e-3),
+        ),
+        "residual on the last layer, gate 0": (
+            lambda: MultiLayerPool(hidden_size, layers, residual=True, **multi), (1e-4, 3e-4, 1e-3),
+        ),
         "released equations, same size": (
             lambda: MultiLayerPool(hidden_size, layers, residual=False, **multi), (1e-4, 3e-4, 1e-3),
         ),
-        "layer weights": (lambda: LayerWeightsPool(hidden_size, layers, **own), (3e-3, 1e-2, 3e-2)),
+        f"layer weights, from {start}": (
+            lambda: LayerWeightsPool(hidden_size, layers, start=start, **own), (3e-3, 1e-2, 3e-2),
+        ),
     }  # fmt: skip
 
 
@@ -77,8 +88,13 @@ def spread(scores: list[float]) -> str:
 
 
 def train(pool: torch.nn.Module, queries: Tensor, positives: Tensor, rate: float, steps: int, batch: int) -> None:
-    """InfoNCE with in-batch negatives."""
-    optimizer = torch.optim.AdamW(pool.parameters(), lr=rate, weight_decay=0.01)
+    """InfoNCE with in-batch negatives; a pool's own learning rates keep their proportion, as in `mlpool train`."""
+    own = dict(pool.learning_rates) or {"": 1.0}
+    groups = {
+        name: {"params": [p], "lr": rate * own[max((k for k in own if name.startswith(k)), key=len)] / own[""]}
+        for name, p in pool.named_parameters()
+    }
+    optimizer = torch.optim.AdamW(groups.values(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 20) * (1 - s / steps))
     pool.train()
     for _ in range(steps):
@@ -104,7 +120,8 @@ def compare(args: argparse.Namespace, token_pooling: str) -> None:
     starts |= {"average of unit-length layers": lambda x: F.normalize(F.normalize(x, dim=-1).mean(1), dim=-1)}
     for name, embed in starts.items():
         print(f"{name:<60}{sts_score(embed, dev):>18.4f}{sts_score(embed, test):>18.4f}", flush=True)
-    for name, (make, rates) in pools(encoder.hidden_size, encoder.num_layers, token_pooling).items():
+    start = "last" if is_encoder(*find_layers(encoder.model)) else "all"  # as `mlpool.load` starts them
+    for name, (make, rates) in pools(encoder.hidden_size, encoder.num_layers, token_pooling, start).items():
         made: dict[float, list[torch.nn.Module]] = {rate: [] for rate in rates}
         for rate in rates:
             for seed in range(args.seeds):

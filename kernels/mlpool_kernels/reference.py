@@ -10,7 +10,7 @@ Parameters come as a mapping with the names of `mlpool.MultiLayerPool`:
     key_norm_weight/bias [D]          LN1          latent_norm_weight/bias [D]       LN2
     query_weight, key_weight, value_weight [I,D]   output_weight [D,I]               Wq, Wk, Wv, Wo
     ff_norm_weight/bias [D]           LN3          ff_in_weight [2F,D], ff_in_bias [2F]   W1, b1
-    ff_out_weight [D,F], ff_out_bias [D]  W2, b2   gate [D]                          residual form only
+    ff_out_weight [D,F], ff_out_bias [D]  W2, b2   gate [D], mix_weights [L]         of a residual form
 """
 
 from __future__ import annotations
@@ -100,11 +100,12 @@ def multi_layer_pool(
 ) -> Tensor:
     """Multi-Layers Trainable Pooling (designs 3 and 5): L tensors [B, T, D] -> unit embedding [B, D].
 
-    With a `gate` among the parameters the residual form: e ∝ x_L + gate ⊙ pooled.
+    With a `gate` among the parameters the gated residual: e ∝ x_L + gate ⊙ pooled. With `mix_weights` the rows are
+    brought to length √D first, and e ∝ Σ_l w_l x_l + pooled - mean(Z).
     """
-    x0 = gather(hidden_states, attention_mask, token_pooling)
+    x0 = rows(gather(hidden_states, attention_mask, token_pooling), parameters)
     pooled, _ = cross_attention(x0, parameters, num_heads)
-    return _finish(pooled, x0[:, -1], parameters)
+    return _finish(pooled, x0, parameters)
 
 
 def last_layer_pool(
@@ -120,15 +121,22 @@ def last_layer_pool(
         hidden_state: [B, T, D].
         attention_mask: [B, T]. Padding is masked, which the released code does not do.
     """
-    base = gather([hidden_state], attention_mask, token_pooling)
+    base = rows(gather([hidden_state], attention_mask, token_pooling), parameters)
     if token_pooling == "last":
         pooled, _ = cross_attention(base, parameters, num_heads)
     else:
         pooled, _ = cross_attention(hidden_state, parameters, num_heads, attention_mask != 0)
-    return _finish(pooled, base[:, -1], parameters)
+    return _finish(pooled, base, parameters)
 
 
-def _finish(pooled: Tensor, base: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+def rows(x0: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """What a pool with these parameters reads of X0 [B, L, D]."""
+    return F.normalize(x0, dim=-1) * x0.shape[-1] ** 0.5 if "mix_weights" in parameters else x0
+
+
+def _finish(pooled: Tensor, x0: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     if "gate" in parameters:
-        pooled = base + parameters["gate"] * pooled
+        pooled = x0[:, -1] + parameters["gate"] * pooled
+    if "mix_weights" in parameters:
+        pooled = torch.einsum("l,bld->bd", parameters["mix_weights"], x0) + pooled - parameters["latents"].mean(0)
     return F.normalize(pooled, dim=-1)

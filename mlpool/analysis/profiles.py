@@ -31,13 +31,14 @@ class PoolProfile:
     Attributes:
         pool: its class. texts: how many were averaged over.
         layers: [n], the layers that it reads, from 1 as everywhere here.
-        attention: [H, R, n], the attention weights; [1, 1, n] of softmax layer weights.
+        attention: [H, R, n], the attention weights; [1, 1, n] of layer weights, each one's share of their sizes.
         spread: [n], standard deviation over texts of a text's mean weights; None of layer weights, which no text moves.
         effective: [H, n], shares by the length of what arrives: a weight times the length of the layer's value behind
             the head's part of the output projection (Kobayashi et al., arXiv 2004.10102), averaged over texts and
             latents; of layer weights, the weight times the length of the layer's state. None of a folded pool.
-        gate: of the residual form: rms and max of the gate's D entries, and the mean cosine of the embedding with that
-            of plain pooling, 1 where the pool changes nothing. Empty otherwise. Of layer weights: their scale.
+        gate: of a residual form: the mean cosine of the embedding with that of plain pooling of the last layer read, 1
+            where the pool changes nothing; of the gated one also rms and max of the gate's D entries. Of a softmax mix
+            of layers: its scale. Empty otherwise.
     """
 
     pool: str
@@ -159,14 +160,14 @@ class _Reader:
 
     def _gate(self) -> dict[str, float]:
         if not self.attends:
-            return {"scale": self.pool.scale.item()}
-        if self.pool.gate is None:
+            return {} if self.pool.scale is None else {"scale": self.pool.scale.item()}
+        if not self.pool.residual:
             return {}
+        cosine = {"cosine_with_plain_pooling": self._cosine / self._texts}
+        if self.pool.gate is None:
+            return cosine
         gate = self.pool.gate.detach().float()
-        return {
-            "gate_rms": float(gate.square().mean().sqrt()), "gate_max": float(gate.abs().max()),
-            "cosine_with_plain_pooling": self._cosine / self._texts,
-        }  # fmt: skip
+        return {"gate_rms": float(gate.square().mean().sqrt()), "gate_max": float(gate.abs().max()), **cosine}
 
     def _ask(self, pool: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "output_attentions": True} if self.attends else kwargs
@@ -182,8 +183,9 @@ class _Reader:
             self._squares += _sum(weights.mean((1, 2)).square())
             self._cosine += float(F.cosine_similarity(embedding.float(), x0[:, -1]).sum())
         else:
-            embedding, lengths = output, x0.norm(dim=-1)[:, None]
-            weights = pool.weights.float().softmax(0).to(x0.device).expand(len(x0), 1, 1, -1)
+            embedding, lengths = output, pool._rows(x0).norm(dim=-1)[:, None]
+            shares = pool.shares().float().abs().to(x0.device)
+            weights = (shares / shares.sum()).expand(len(x0), 1, 1, -1)
         self._lengths += _sum(weights.mean(2) * lengths)
         self._attention += _sum(weights)
         self._texts += len(x0)
@@ -195,7 +197,7 @@ class _Reader:
         if self._grams is None:
             return x0.new_zeros(len(x0), pool.num_heads, x0.shape[1])
         keys = F.layer_norm(
-            x0.float() + pool.layer_weights.float(), x0.shape[-1:], pool.key_norm_weight.float(),
+            pool._rows(x0).float() + pool.layer_weights.float(), x0.shape[-1:], pool.key_norm_weight.float(),
             pool.key_norm_bias.float(),
         )  # fmt: skip
         values = (keys @ pool.value_weight.float().T).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)

@@ -114,13 +114,16 @@ def build_pool(
     num_layers: int,
     pooler: str | Mapping[str, Any] = "default",
     layers: Sequence[int] | None = None,
+    untuned: bool = False,
 ) -> Pool:
     """The pool of a design for a backbone of D = hidden_size and L = num_layers.
 
     Args:
-        pooler: "default" (small, starts exactly at EOS or mean pooling), "paper" (the released sizes and equations), or
+        pooler: "default" (small; see `untuned` for its start), "paper" (the released sizes and equations), or
             arguments of the pool's class, e.g. {"num_latents": 32, "residual": False}.
         layers: the layers to read, for designs that read all; increasing indices, negatives counted from the end.
+        untuned: whether the backbone is a language model as it was pretrained. Its last layer predicts tokens, so that
+            a default pool of the layers' means starts at their even mix; all others at exactly EOS or mean pooling.
 
     Raises:
         ValueError: a pooler or layers that the design has no use for, unknown or wrong arguments.
@@ -144,6 +147,9 @@ def build_pool(
         arguments += (num_layers,)
         if layers is not None:
             sizes["layers"] = list(layers)
+    mixes = issubclass(design.pool, MultiLayerPool) and pooler != "paper" and sizes.get("residual", "mix") == "mix"
+    if untuned and mixes and design.token_pooling != "last":
+        sizes.setdefault("start", "all")
     make = design.pool.paper if pooler == "paper" else design.pool  # type: ignore[attr-defined]
     try:
         return make(*arguments, token_pooling=design.token_pooling, **sizes)

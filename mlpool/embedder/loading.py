@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..attention.check import is_encoder
 from ..files import confined, read_json
 from ..options import check_place, near
 from ..pooling.base import check_choice
 from ..schema import check
+from ..taps import find_layers
 from .backbone import PACKING, Backbone, load_model
 from .designs import build_pool, find_design
 from .embedder import Embedder
@@ -56,7 +58,9 @@ def load(
         model: a folder or Hub name: a base model, a sentence-transformers model (its transformer is the base), or what
             an embedder saved.
         design: a name of DESIGNS or the paper's number, for a base model.
-        pooler: "default", "paper" (the released sizes and equations) or a dict of the pool's arguments.
+        pooler: "default", "paper" (the released sizes and equations) or a dict of the pool's arguments. The default of
+            design 5 starts at the even mix of all layers on a language model as it was pretrained, and at exactly mean
+            pooling on an encoder or a sentence-transformers model; {"start": "last"} is the latter, whatever the base.
         layers: indices of the layers to read, increasing, for designs that read all.
         max_seq_length: tokens, EOS counted. None: what was saved, or the model's own limit.
         prompts: texts put before queries, documents or others, e.g. {"query": "Instruct: ...\\nQuery: "}; stored.
@@ -133,7 +137,8 @@ def load(
         transformer, tokenizer, chosen.name, layers, max_seq_length, append_eos, include_prompt, include_bos, packing,
         sliding_window, pooler.get("skip_tokens", 0) if isinstance(pooler, Mapping) else 0,
     )  # fmt: skip
-    pool = build_pool(chosen, backbone.hidden_size, backbone.num_layers, pooler, layers)
+    untuned = modules is None and not is_encoder(*find_layers(backbone.model))
+    pool = build_pool(chosen, backbone.hidden_size, backbone.num_layers, pooler, layers, untuned)
     embedder = Embedder(
         modules=OrderedDict(  # type: ignore[arg-type]
             backbone=backbone, pooler=Pooler(pool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -159,11 +159,16 @@ class Pool(nn.Module):
     Attributes:
         reads_all_layers: whether it reads `layer_states` [B, L, D] and takes num_layers after hidden_size.
         trainable: whether it has parameters. has_latents: whether it is the paper's cross-attention, which has sizes.
+        learning_rates: at which its parameters learn best over a backbone that learns slower, by what their names begin
+            with, "" for all the rest; empty, the backbone's. `mlpool train` takes them.
+        older: what arguments were before they existed, for folders that say nothing of them.
     """
 
     reads_all_layers: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
     has_latents: ClassVar[bool] = False
+    older: ClassVar[Mapping[str, Any]] = {}
+    learning_rates: Mapping[str, float] = {}
     normalize: bool
 
     def config(self) -> dict[str, Any]:
@@ -219,7 +224,7 @@ class Pool(nn.Module):
         except Exception as error:
             raise ValueError(f"{directory / WEIGHTS_NAME} cannot be read, is it cut short? ({error})") from error
         try:
-            pool = cls(**{**config, **changes})
+            pool = cls(**{**cls.older, **config, **changes})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{directory / CONFIG_NAME} does not give a {kind}: {error}") from error
         load_checked(pool, state, str(directory / WEIGHTS_NAME))

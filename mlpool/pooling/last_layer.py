@@ -24,9 +24,11 @@ class LastLayerPool(TrainablePool):
     Args:
         hidden_size: D. num_latents: R. num_heads: H. head_dim: d, of one head. ff_mult: feed-forward width over D.
         token_pooling: "last", the last token's state is the only key (design 2; the attention is then 1 and the query
-            and key weights get zero gradients); "mean", every token is a key (design 4). The residual form starts at
-            EOS pooling with the first, at mean pooling with the second.
-        residual, normalize, backend, choices, device, dtype: as in `MultiLayerPool`.
+            and key weights get zero gradients); "mean", every token is a key (design 4). With a residual it starts
+            at EOS pooling with the first, at mean pooling with the second.
+        residual: "mix", e ∝ w x + pooled - z̄, x the token's or the mean state at length √D, w a learned weight, 1 at
+            the start; True, False as in `MultiLayerPool`.
+        normalize, backend, choices, device, dtype: as in `MultiLayerPool`.
 
     Source: "Pooling And Attention" (arXiv 2409.02727), section 3.2.
     """
@@ -39,7 +41,7 @@ class LastLayerPool(TrainablePool):
         head_dim: int = 64,
         ff_mult: int = 1,
         token_pooling: str = "mean",
-        residual: bool = True,
+        residual: bool | str = "mix",
         normalize: bool = True,
         backend: str = "auto",
         choices: Mapping[str, str] | None = None,
@@ -48,8 +50,8 @@ class LastLayerPool(TrainablePool):
     ) -> None:
         check_choice("token_pooling", token_pooling, ("last", "mean"))  # its keys are the tokens themselves
         super().__init__(
-            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend,
-            choices, None, device, dtype,
+            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, "last", normalize,
+            backend, choices, None, device, dtype,
         )  # fmt: skip
 
     @classmethod
@@ -90,14 +92,14 @@ class LastLayerPool(TrainablePool):
         one_key = self.token_pooling == "last"
         base = None
         if one_key or self.residual:
-            base = gather_tokens([state], tokens, self.token_pooling, self.backend).to(home)
+            base = self._rows(gather_tokens([state], tokens, self.token_pooling, self.backend).to(home))
         if one_key:
             assert base is not None
             keys, key_mask = base, None
         else:
             keys, key_mask = (t.to(home) for t in _padded_keys(state, tokens))
         product, y_mean, attention, _ = self._cross_attend([keys], None, key_mask, output_attentions)
-        embedding = self._embed(product, y_mean, keys[:, 0] if base is None else base[:, 0])
+        embedding = self._embed(product, y_mean, keys if base is None else base, state.dtype)
         return embedding if attention is None else (embedding, attention)
 
     def _plan_keys(self, tokens: int | None) -> int:

@@ -21,19 +21,24 @@ from .trainable import PAPER, TrainablePool
 class MultiLayerPool(TrainablePool):
     """Learned latents attend over the last token's state, or the tokens' mean, of every layer.
 
-    The default is small (at most 1 % of backbones such as Qwen2-0.5B or Mistral-7B) and starts exactly at EOS or mean
-    pooling of the last layer: e ∝ X0[:, -1] + gate ⊙ pooled, the gate zero. `MultiLayerPool.paper` is the paper's.
+    The default is small (at most 1 % of backbones such as Qwen2-0.5B or Mistral-7B). It brings every row of X0 to the
+    length √D and stands on a learned mix of the layers, the cross-attention beside it: e ∝ Σ_l w_l x_l + pooled - z̄,
+    z̄ the mean of the latents. It starts exactly at the mix `start`, such as EOS or mean pooling of the last layer, and
+    its first step moves it: what is zero there are the matrices that end the branch. `MultiLayerPool.paper` is the
+    paper's.
 
     Args:
         hidden_size: D. num_layers: L, the embedding not counted.
         num_latents: R. num_heads: H. head_dim: d, of one head. ff_mult: feed-forward width over D.
-        layers: indices of the layers to read, increasing; None for all. The residual starts from the last one read.
+        layers: indices of the layers to read, increasing; None for all.
         token_pooling: "last" (causal models), "mean" (bidirectional ones) or "unit_mean", whose rows have a norm of at
-            most 1: the norm's eps, 1e-5, is then no longer small beside a row's variance, at most 1/D.
-        residual: the gated residual around the pooler. normalize: unit length.
+            most 1: without residual="mix" the norm's eps, 1e-5, is no longer small beside their variance, at most 1/D.
+        residual: "mix", as above; True, e ∝ X0[:, -1] + gate ⊙ pooled of raw rows, the gate zero at the start, which
+            was the default before; False, the pooled alone, as released. normalize: unit length.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         choices: overrides of the cost model, e.g. {"memory": "recompute"}; see `mlpool_kernels.plan`.
         skip_tokens: first tokens of each text to leave out of a mean of hidden states; see `mlpool.gather`.
+        start: of the mix: the "last" layer read alone, "all" evenly, or one weight for each layer read.
         device, dtype: of the parameters.
 
     Source: "Pooling And Attention" (arXiv 2409.02727), section 3.3.
@@ -51,11 +56,12 @@ class MultiLayerPool(TrainablePool):
         ff_mult: int = 1,
         layers: Sequence[int] | None = None,
         token_pooling: str = "last",
-        residual: bool = True,
+        residual: bool | str = "mix",
         normalize: bool = True,
         backend: str = "auto",
         choices: Mapping[str, str] | None = None,
         skip_tokens: int = 0,
+        start: str | Sequence[float] = "last",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -63,8 +69,8 @@ class MultiLayerPool(TrainablePool):
         check_token_pooling(token_pooling, skip_tokens)
         selected = select_layers(layers, num_layers)
         super().__init__(
-            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, normalize, backend,
-            choices, num_layers if selected is None else len(selected), device, dtype,
+            hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, start, normalize,
+            backend, choices, num_layers if selected is None else len(selected), device, dtype,
         )  # fmt: skip
         self.num_layers, self.layers, self.skip_tokens = num_layers, selected, skip_tokens
 
@@ -121,8 +127,11 @@ class MultiLayerPool(TrainablePool):
         else:
             layers = read_layers(self, hidden_states, includes_embedding)
             states, rows = self._gather(layers, attention_mask, cu_seqlens, token_mask)
+        dtype = states[0].dtype
+        if rows is None:
+            states = [self._rows(states[0])]
         product, y_mean, attention, x0 = self._cross_attend(states, rows, None, output_attentions)
-        embedding = self._embed(product, y_mean, (states[0] if x0 is None else x0)[:, -1])
+        embedding = self._embed(product, y_mean, states[0] if x0 is None else x0, dtype)
         return embedding if attention is None else (embedding, attention)
 
     def _gather(
@@ -134,7 +143,9 @@ class MultiLayerPool(TrainablePool):
             backend=self.backend,
         )  # fmt: skip
         home = self.latents.device
-        fused = self.token_pooling == "last" and use_triton(self.backend, self.latents, layers[0]) and len(layers) > 1
+        # Rows that are brought to one length first are gathered first.
+        fused = self.token_pooling == "last" and self.mix_weights is None
+        fused = fused and use_triton(self.backend, self.latents, layers[0]) and len(layers) > 1
         if fused and layers[0].device == home and one_launch(layers):
             return layers, tokens.last
         x0 = gather_tokens(layers, tokens, self.token_pooling, self.backend)

@@ -1,14 +1,18 @@
-"""Pools without cross-attention: the last token, the mean, and a softmax mix of the layers."""
+"""Pools without cross-attention: the last token, the mean, and one weight a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import Pool, check_flags, check_positive, check_token_pooling, gather
+from .base import Pool, check_choice, check_flags, check_positive, check_token_pooling, gather
 from .layers import last_state, read_layer_states, read_layers, select_layers
+from .mix import fill_start, mix_rows, start_weights, unit_rows
+
+LEARNING_RATES = {"": 3e-2}  # of a unit mix: one number a layer moves far
 
 
 class _LastLayer(Pool):
@@ -77,17 +81,20 @@ class MeanPool(_LastLayer):
 
 
 class LayerWeightsPool(Pool):
-    """A softmax scalar mix: e = γ Σ_l softmax(w)_l X0_l, over the gathered rows of all layers.
+    """One weight a layer: e = Σ_l w_l √D X0_l / |X0_l|, over the gathered rows of all layers.
 
-    Starts at the plain average of the layers. Source: the scalar mix of ELMo (arXiv 1802.05365), here as the control
-    that asks how much of multi-layer pooling a single weight per layer explains.
+    The control that asks how much of multi-layer pooling a single weight per layer explains.
 
     Args:
         hidden_size: D. num_layers: L. layers: indices of the layers to use, increasing; None for all.
         token_pooling: "last", "mean" or "unit_mean". normalize: unit length. backend: "auto", "triton" or "torch".
         skip_tokens: first tokens of each text to leave out of a mean; see `mlpool.gather`.
+        mix: "unit", as above; "softmax", e = γ Σ_l softmax(w)_l X0_l of the rows as they are, the scalar mix of ELMo
+            (arXiv 1802.05365), which starts at their plain average.
+        start: of the unit mix: "all" layers evenly, the "last" alone, or one weight for each layer read.
     """
 
+    older: ClassVar = {"mix": "softmax"}
     reads_all_layers = True
 
     def __init__(
@@ -99,20 +106,36 @@ class LayerWeightsPool(Pool):
         normalize: bool = True,
         backend: str = "auto",
         skip_tokens: int = 0,
+        mix: str = "unit",
+        start: str | Sequence[float] = "all",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, num_layers=num_layers)
+        check_choice("mix", mix, ("unit", "softmax"))
         check_token_pooling(token_pooling, skip_tokens)
         check_flags(normalize=normalize)
         self.hidden_size, self.num_layers, self.normalize = hidden_size, num_layers, normalize
         self.layers = select_layers(layers, num_layers)
-        self.token_pooling, self.skip_tokens, self.backend = token_pooling, skip_tokens, backend
+        self.token_pooling, self.skip_tokens, self.backend, self.mix = token_pooling, skip_tokens, backend, mix
         count = num_layers if self.layers is None else len(self.layers)
+        self.start = start if isinstance(start, str) else start_weights(start, count)
+        if mix == "softmax" and start != "all":
+            raise ValueError(f'start={start!r} is for mix="unit"; a softmax mix starts at the plain average')
         self.weights = nn.Parameter(torch.zeros(count, device=device, dtype=dtype))
         # One entry, not a scalar: FSDP2 cannot shard a tensor without dimensions.
-        self.scale = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if mix == "softmax" else None
+        if mix == "unit":
+            fill_start(self.weights, start)
+            self.learning_rates = LEARNING_RATES
+
+    def shares(self) -> Tensor:
+        """[L]: the factor of each layer's row."""
+        return self.weights if self.scale is None else self.scale * self.weights.softmax(0)
+
+    def _rows(self, x0: Tensor) -> Tensor:
+        return unit_rows(x0) if self.scale is None else x0
 
     def forward(
         self,
@@ -133,5 +156,5 @@ class LayerWeightsPool(Pool):
                 states, attention_mask, token_pooling=self.token_pooling, token_mask=token_mask,
                 cu_seqlens=cu_seqlens, skip_tokens=self.skip_tokens, backend=self.backend,
             )  # fmt: skip
-        mix = self.scale * self.weights.softmax(0)
-        return self._finish((mix[:, None] * x0).sum(1))
+        mixed = mix_rows(self.shares(), self._rows(x0))
+        return self._finish(mixed.to(torch.promote_types(x0.dtype, self.weights.dtype)))

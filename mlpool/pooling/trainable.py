@@ -17,9 +17,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checkpoints, report
 from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive, check_range
+from .mix import fill_start, mix_rows, start_weights, unit_rows
 
 # The sizes of the paper's released module.
 PAPER = {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "ff_mult": 4, "residual": False}
+
+# Of residual="mix". From the last layer of an embedder that is good already it has less to find, and more to lose.
+LEARNING_RATES = {"": 1e-3, "mix_weights": 3e-2}
+LEARNING_RATES_FROM_LAST = {"": 3e-4, "mix_weights": 3e-3}
 
 _optimizer_steps = 0
 
@@ -53,8 +58,9 @@ class TrainablePool(Pool):
 
     def __init__(
         self, hidden_size: int, num_latents: int, num_heads: int, head_dim: int, ff_mult: int, token_pooling: str,
-        residual: bool, normalize: bool, backend: str, choices: Mapping[str, str] | None, num_keys: int | None,
-        device: torch.device | str | None, dtype: torch.dtype | None,
+        residual: bool | str, start: str | Sequence[float], normalize: bool, backend: str,
+        choices: Mapping[str, str] | None, num_keys: int | None, device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         super().__init__()
         check_positive(
@@ -62,14 +68,19 @@ class TrainablePool(Pool):
         )
         check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
         check_choice("backend", backend, BACKENDS)
-        check_flags(residual=residual, normalize=normalize)
+        check_flags(normalize=normalize)
+        count = num_keys or 1
+        _check_residual(residual, start, count)
         if choices is not None and not isinstance(choices, Mapping):
             raise ValueError(f'choices must be a dict such as {{"keys": "absorbed"}}, got {choices!r}')
         Plan().override(dict(choices or {}))
         self.hidden_size, self.num_latents, self.num_heads = hidden_size, num_latents, num_heads
         self.head_dim, self.ff_mult, self.token_pooling = head_dim, ff_mult, token_pooling
         self.residual, self.normalize, self.backend = residual, normalize, backend
+        self.start = start if isinstance(start, str) else start_weights(start, count)
         self.choices, self.folded = dict(choices or {}), False
+        if residual == "mix":
+            self.learning_rates = LEARNING_RATES_FROM_LAST if start == "last" else LEARNING_RATES
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -84,8 +95,9 @@ class TrainablePool(Pool):
         self.ff_norm_weight, self.ff_norm_bias = new(d), new(d)
         self.ff_in_weight, self.ff_in_bias = new(2 * width, d), new(2 * width)
         self.ff_out_weight, self.ff_out_bias = new(d, width), new(d)
-        # A vector, not a scalar: FSDP2 cannot shard a tensor without dimensions.
-        self.gate = new(d) if residual else None
+        # Vectors, not scalars: FSDP2 cannot shard a tensor without dimensions.
+        self.gate = new(d) if residual is True else None
+        self.mix_weights = new(count) if residual == "mix" else None
         self._cache: tuple[Any, tuple[Tensor | None, ...]] | None = None
         self._ask_device()
         self.reset_parameters()
@@ -93,8 +105,9 @@ class TrainablePool(Pool):
     def reset_parameters(self) -> None:
         """Draw the start: latents from N(0,1), matrices as nn.Linear, norms at identity.
 
-        Residual form: layer weights and gate at 0, so that the embedding is exactly that of EOS or mean pooling.
-        Released form: layer weights from N(0,1), as in the paper's module.
+        residual="mix": layer weights and what the output and the feed-forward's second matrix give at 0, the mix at
+        `start`. residual=True: layer weights and gate at 0. Either embeds exactly as what it stands on, say EOS or mean
+        pooling. Released form: layer weights from N(0,1), as in the paper's module.
         """
         with torch.no_grad():
             self.latents.normal_()
@@ -113,6 +126,11 @@ class TrainablePool(Pool):
                 bias.uniform_(-bound, bound)
             if self.gate is not None:
                 self.gate.zero_()
+            if self.mix_weights is not None:
+                # The matrices that end the branch, not a gate before it: their first step moves the embedding.
+                for last in (self.output_weight, self.ff_out_weight, self.ff_out_bias):
+                    last.zero_()
+                fill_start(self.mix_weights, self.start)
 
     # --- weights folded once per update --------------------------------------------------------------------------
 
@@ -260,11 +278,21 @@ class TrainablePool(Pool):
     def _query_parameters(self) -> list[Tensor]:
         return [self.query_weight, self.key_weight, self.latent_norm_weight, self.latent_norm_bias]
 
-    def _embed(self, product: Tensor, y_mean: Tensor, base: Tensor) -> Tensor:
-        """The sum over W2 ū, the residual around the pooler, and unit length."""
-        dtype = torch.promote_types(base.dtype, self._compute_dtype())
-        base_or_none = None if self.gate is None else base
-        return embed(product, self.ff_out_bias, y_mean, base_or_none, self.gate, self.normalize, dtype, self.backend)
+    def _rows(self, x0: Tensor) -> Tensor:
+        """What the pool reads of X0 [B, n, D]: with residual="mix" every row at the same length."""
+        return x0 if self.mix_weights is None else unit_rows(x0)
+
+    def _embed(self, product: Tensor, y_mean: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the pooler is added to, on the rows [B, n, D] of states that were of `dtype`; and unit length."""
+        base = None
+        if self.gate is not None:
+            base = rows[:, -1]
+        elif self.mix_weights is not None:
+            base = mix_rows(self.mix_weights, rows)
+            # Less what the latents alone would give, all texts the same; rounded as in the pool.
+            y_mean = y_mean - self.latents.to(self._compute_dtype()).mean(0, dtype=y_mean.dtype)
+        dtype = torch.promote_types(dtype, self._compute_dtype())
+        return embed(product, self.ff_out_bias, y_mean, base, self.gate, self.normalize, dtype, self.backend)
 
     def _plan_keys(self, tokens: int | None) -> int:
         raise NotImplementedError
@@ -325,6 +353,14 @@ class _ZeroGradients(torch.autograd.Function):
 
 def _zero_gradients(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return _ZeroGradients.apply(x, *parameters)  # type: ignore[no-any-return]
+
+
+def _check_residual(residual: bool | str, start: str | Sequence[float], count: int) -> None:
+    if residual not in (True, False, "mix") or isinstance(residual, int) != isinstance(residual, bool):
+        raise ValueError(f'residual must be "mix", True or False, got {residual!r}')
+    start_weights(start, count)
+    if residual != "mix" and start != "last":
+        raise ValueError(f'start={start!r} is for residual="mix"; residual={residual!r} has no mix to start from')
 
 
 def _require_plain(pool: nn.Module) -> None:

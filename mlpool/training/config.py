@@ -38,7 +38,8 @@ class TrainConfig:
     Attributes:
         model: base model or saved embedder. options: of `mlpool.load`. lora: of `add_lora`, or None for all weights.
         data: of `load_pairs`, with "train" and maybe "eval" sources. loss: of `InfoNCE`.
-        pooler_learning_rate: of the pool, None for that of the rest; not used where there is no pool to train.
+        pooler_learning_rate: of the pool, whose own rates (`Pool.learning_rates`) keep their proportion. None for its
+            own, or that of the rest where it has none; not used where there is no pool to train.
         dev: a JSONL file of sentence1, sentence2, score, evaluated with eval_strategy (Spearman, "dev_...").
         arguments: of SentenceTransformerTrainingArguments.
     """

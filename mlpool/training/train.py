@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -144,13 +145,18 @@ def training_arguments(config: TrainConfig) -> Any:
 
 
 def _pool_rate(config: TrainConfig, embedder: Embedder) -> dict[str, float]:
-    if config.pooler_learning_rate is None:
-        return {}
+    """Learning rates of the pool's parameters, by patterns of which the later count: its own, or as the config says."""
+    rate, place, pool = config.pooler_learning_rate, r"\bpooler\.pool\.", embedder[1].pool
+    own: Mapping[str, float] = pool.learning_rates  # type: ignore[union-attr, assignment]
     if not any(parameter.requires_grad for parameter in embedder[1].parameters()):
-        backbone: Any = embedder[0]
-        log_once(f"{backbone.design} has no pool to train: pooler_learning_rate is not used")
+        if rate is not None:
+            backbone: Any = embedder[0]
+            log_once(f"{backbone.design} has no pool to train: pooler_learning_rate is not used")
         return {}
-    return {r"\bpooler\.pool\.": config.pooler_learning_rate}
+    if rate is None:
+        return {place + re.escape(name): value for name, value in own.items()}
+    # The parts of a pool keep their proportion.
+    return {place + re.escape(name): rate * value / own[""] for name, value in own.items()} or {place: rate}
 
 
 def plan(config: TrainConfig, embedder: Embedder, pairs: Any, steps: Steps) -> str:

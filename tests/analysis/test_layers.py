@@ -253,7 +253,7 @@ def test_scores_by_layer(decoder):
 def test_a_pool_that_is_trained_is_the_line(decoder):
     pairs = some_pairs()
     embedder = mlpool.load(decoder, "multi-layer-bidirectional", pooler=SMALL, device="cpu")
-    torch.nn.init.normal_(embedder[1].pool.gate)
+    torch.nn.init.normal_(embedder[1].pool.mix_weights)
     found = layer_scores(embedder, pairs, progress=False)
     own = np.sum(embedder.encode(pairs.first) * embedder.encode(pairs.second), 1)
     assert found.own[0] == pytest.approx(scipy_stats.spearmanr(pairs.scores, own).statistic, abs=1e-6)
@@ -271,7 +271,7 @@ def shaken(pool: Any) -> Any:
     return pool
 
 
-@pytest.mark.parametrize(("residual", "layers"), [(True, None), (False, [0, 2])])
+@pytest.mark.parametrize(("residual", "layers"), [("mix", None), (True, None), (False, [0, 2])])
 def test_profile_of_a_multi_layer_pool(decoder, residual, layers):
     texts = some_texts(11)
     embedder = mlpool.load(
@@ -284,8 +284,9 @@ def test_profile_of_a_multi_layer_pool(decoder, residual, layers):
     x0 = x0 if layers is None else x0[:, layers]
     with torch.no_grad():
         embedding, attention = pool(layer_states=x0, output_attentions=True)
+        rows = torch.nn.functional.normalize(x0, dim=-1) * D**0.5 if residual == "mix" else x0
         keys = torch.nn.functional.layer_norm(
-            x0 + pool.layer_weights, (D,), pool.key_norm_weight, pool.key_norm_bias
+            rows + pool.layer_weights, (D,), pool.key_norm_weight, pool.key_norm_bias
         )  # fmt: skip
         values = (keys @ pool.value_weight.T).unflatten(-1, (2, 8))  # [B, n, H, d]
         output = pool.output_weight.unflatten(1, (2, 8))  # [D, H, d]
@@ -302,16 +303,18 @@ def test_profile_of_a_multi_layer_pool(decoder, residual, layers):
     if residual:
         cosine = torch.cosine_similarity(embedding, x0[:, -1], dim=-1).mean()
         assert profile.gate["cosine_with_plain_pooling"] == pytest.approx(cosine.item(), abs=1e-5)
-        assert profile.gate["gate_rms"] == pytest.approx(pool.gate.square().mean().sqrt().item())
+        gate = {} if residual == "mix" else {"gate_rms": pytest.approx(pool.gate.square().mean().sqrt().item())}
+        assert {name: value for name, value in profile.gate.items() if name == "gate_rms"} == gate
     else:
         assert profile.gate == {}
 
 
 def test_a_fresh_residual_pool_changes_nothing(decoder):
-    embedder = mlpool.load(decoder, "multi-layer-bidirectional", pooler=SMALL, device="cpu")
-    profile = pool_profile(embedder, some_texts(5))
-    assert profile.gate["gate_max"] == 0
-    assert profile.gate["cosine_with_plain_pooling"] == pytest.approx(1, abs=1e-6)
+    for options in ({"residual": True}, {"start": "last"}):
+        embedder = mlpool.load(decoder, "multi-layer-bidirectional", pooler={**SMALL, **options}, device="cpu")
+        gate = pool_profile(embedder, some_texts(5)).gate
+        assert gate.pop("cosine_with_plain_pooling") == pytest.approx(1, abs=1e-6)
+        assert not any(gate.values())
 
 
 def test_profile_of_layer_weights(decoder):
@@ -321,10 +324,18 @@ def test_profile_of_layer_weights(decoder):
     profile = analyse(embedder, texts, progress=False).profile
     bare = mlpool.load(decoder, "mean-bidirectional", packing="never", device="cpu")[0].model
     lengths = direct(bare, embedder[0].token_ids(texts).ids)["mean"][:, 1:].norm(dim=-1).sum(0)
-    weights = pool.weights.detach().softmax(0)
+    weights = pool.weights.detach().abs()
+    weights = weights / weights.sum()
+    np.testing.assert_allclose(profile.mean, weights, atol=1e-6)
+    np.testing.assert_allclose(profile.effective[0], weights, atol=1e-5)  # of rows of one length
+    assert profile.spread is None
+    assert profile.gate == {}
+    embedder = mlpool.load(decoder, "layer-weights-bidirectional", {"mix": "softmax"}, device="cpu")
+    weights = shaken(embedder[1].pool).weights.detach().softmax(0)
+    profile = analyse(embedder, texts, progress=False).profile
     np.testing.assert_allclose(profile.mean, weights, atol=1e-6)
     np.testing.assert_allclose(profile.effective[0], weights * lengths / (weights * lengths).sum(), atol=1e-5)
-    assert profile.spread is None
+    assert profile.gate == {"scale": embedder[1].pool.scale.item()}
 
 
 def test_no_profile_without_a_pool_of_layers(decoder):

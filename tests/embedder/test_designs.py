@@ -42,7 +42,7 @@ def pooled(embedder, states: list[torch.Tensor]) -> torch.Tensor:
         return reference.last_layer_pool(states[-1], mask, parameters, pool.num_heads, design.token_pooling)[0]
     if design.name == "layer-weights-bidirectional":
         means = torch.stack([state[0].mean(0) for state in states])
-        return F.normalize(pool.scale * (pool.weights.softmax(0)[:, None] * means).sum(0), dim=-1)
+        return F.normalize((pool.weights[:, None] * F.normalize(means, dim=-1)).sum(0), dim=-1)
     last = states[-1][0]
     return F.normalize(last[-1] if design.token_pooling == "last" else last.mean(0), dim=-1)
 
@@ -114,8 +114,22 @@ def test_pooler_of_given_sizes():
     ],
 )
 def test_default_pooler_starts_at_plain_pooling(design, start):
-    one, other = load(tiny.base(), design), load(tiny.base(), start)
+    last = {"pooler": {"start": "last"}} if design == "multi-layer-bidirectional" else {}
+    one, other = load(tiny.base(), design, **last), load(tiny.base(), start)
     assert abs(one.encode(TEXTS) - other.encode(TEXTS)).max() < 1e-6
+
+
+def test_where_the_default_starts():
+    """At the even mix where means of a language model as it was pretrained are pooled, else at the last layer."""
+    for base, design, start in (
+        (tiny.base(), 5, "all"), (tiny.base(), 3, "last"), (tiny.base("bert"), 5, "last"),
+        (tiny.base(), "layer-weights-bidirectional", "all"),
+    ):  # fmt: skip
+        assert load(base, design)[1].pool.start == start
+    one, other = load(tiny.base(), 5), load(tiny.base(), "layer-weights-bidirectional")
+    assert abs(one.encode(TEXTS) - other.encode(TEXTS)).max() < 1e-6
+    gated = load(tiny.base(), 5, {"residual": True})
+    assert abs(gated.encode(TEXTS) - load(tiny.base(), "mean-bidirectional").encode(TEXTS)).max() < 1e-6
 
 
 @pytest.mark.parametrize("design", [5, "5", "multi-layer-bidirectional"])

@@ -351,7 +351,8 @@ def test_nan_in_padding_and_in_one_text(kind, how):
 @pytest.mark.parametrize("launches", ["one", "two"])
 def test_states_out_of_range_are_nan_and_not_zeros(launches, monkeypatch):
     """Where nobody looks beforehand, as on a GPU, their text alone has no number; its squares are none of float32."""
-    monkeypatch.setattr("mlpool.pooling.trainable.check_range", lambda *_: None)
+    for place in ("trainable", "mix"):
+        monkeypatch.setattr(f"mlpool.pooling.{place}.check_range", lambda *_: None)
     pool, (rows,) = multi(target=INTERPRETER, choices={"launches": launches}), make_states(1, (3, 4, 16))
     want = use_rows(pool, [rows])
     rows[1, 2] *= 1e20

@@ -175,6 +175,27 @@ def test_save_and_load(name, tmp_path):
     assert type(pool).from_pretrained(folder, backend="torch").backend == "torch"
 
 
+def test_folders_from_before_the_mix(tmp_path):
+    """Folders written when the gated residual and the softmax mix were the defaults load as what they were."""
+    x0 = torch.randn(3, L, D)
+    scalar = LayerWeightsPool(D, L, token_pooling="mean", mix="softmax")
+    torch.nn.init.normal_(scalar.weights)
+    sizes = {"hidden_size": D, "num_latents": 5, "num_heads": 2, "head_dim": 8, "ff_mult": 1, "token_pooling": "mean"}
+    rest, read = {"normalize": True, "backend": "torch"}, {"num_layers": L, "layers": None, "skip_tokens": 0}
+    for pool, config in (
+        (multi(D, L, residual=True, token_pooling="mean"), {**sizes, **rest, **read, "residual": True, "choices": {}}),
+        (last(D, residual=True, token_pooling="mean"), {**sizes, **rest, "residual": True, "choices": {}}),
+        (scalar, {"hidden_size": D, "token_pooling": "mean", **rest, **read}),
+    ):
+        pool.save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"pool": type(pool).__name__, **config}))
+        loaded = type(pool).from_pretrained(tmp_path)
+        tokens = {"hidden_states": x0, "attention_mask": torch.ones(3, L)}
+        given = tokens if isinstance(pool, LastLayerPool) else {"layer_states": x0}
+        assert torch.equal(loaded(**given), pool(**given))
+        assert not loaded.learning_rates  # such a pool learns at the rate that it is given
+
+
 def test_folders_that_are_broken(tmp_path):
     def loads(kind, error, match):
         with pytest.raises(error, match=match):
@@ -182,7 +203,7 @@ def test_folders_that_are_broken(tmp_path):
 
     config, weights = tmp_path / "config.json", tmp_path / "pool.safetensors"
     loads(MultiLayerPool, FileNotFoundError, "has no config.json; expected a folder written by save_pretrained")
-    pool = multi(D, L)
+    pool = multi(D, L, residual=True)
     pool.save_pretrained(tmp_path)
     loads(LastLayerPool, ValueError, r"holds a MultiLayerPool, not a LastLayerPool; load it with mlpool.MultiLayerPool")
     state, text, content = load_file(weights), config.read_text(), weights.read_bytes()
@@ -208,7 +229,7 @@ def test_folders_that_are_broken(tmp_path):
         loads(MultiLayerPool, ValueError, "config.json (holds|is not valid JSON).*; copy it again")
     for changes, match in (
         ({"nmu_heads": 2}, "unknown key 'nmu_heads'; nearest: num_heads"), ({"device": "cpu"}, "unknown key 'device'"),
-        ({"residual": "no"}, "config.json does not give a MultiLayerPool: residual must be True or False, got 'no'"),
+        ({"residual": "no"}, "config.json does not give a MultiLayerPool: residual must be .*, got 'no'"),
         ({"choices": [1]}, "choices must be a dict"), ({"layers": "a"}, "layers must be a list of integers, got 'a'"),
         ({"num_layers": None}, "num_layers must be an integer of at least 1"), ({"backend": 3}, "backend must be one"),
     ):  # fmt: skip
@@ -227,7 +248,7 @@ def test_a_half_loaded_pool_is_not_left_behind(tmp_path):
     """What does not fit changes nothing: load_checked looks at everything before it writes anything."""
     from mlpool.pooling.base import load_checked
 
-    pool = multi(D, L)
+    pool = multi(D, L, residual=True)
     before = {key: t.clone() for key, t in pool.state_dict().items()}
     state = {**{key: t + 1 for key, t in before.items()}, "gate": torch.zeros(3)}
     with pytest.raises(ValueError, match="gate is"):

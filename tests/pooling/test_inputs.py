@@ -319,9 +319,11 @@ def test_states_beyond_layer_norms_are_named(pool):
 @every_trainable
 def test_flags_and_choices(pool):
     config = pool.config()
-    for name in ("residual", "normalize"):
-        with raises(ValueError, f"{name} must be True or False, got 'no'"):
+    for name, known in (("residual", '"mix", True or False'), ("normalize", "True or False")):
+        with raises(ValueError, f"{name} must be {known}, got 'no'"):
             type(pool)(**{**config, name: "no"})
+    with raises(ValueError, 'residual must be "mix", True or False, got 1'):
+        type(pool)(**{**config, "residual": 1})
     with raises(ValueError, r"choices must be a dict such as .*, got \[1\]"):
         type(pool)(**{**config, "choices": [1]})
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mlpool import EosPool, LastLayerPool, LayerWeightsPool, MeanPool, MultiLayerPool
+from mlpool.pooling import mix
 
 D, L, B, T = 16, 4, 4, 6
 
@@ -192,21 +193,79 @@ def test_residual_pools_start_at_eos_and_mean_pooling(dtype, target):
     states = [s.to(dtype) for s in states]
     for how, simple in (("last", EosPool(D, backend=target.backend)), ("mean", MeanPool(D, backend=target.backend))):
         want = simple(states, mask)
-        for pool in (
-            MultiLayerPool(D, L, token_pooling=how, backend=target.backend),
-            LastLayerPool(D, token_pooling=how, backend=target.backend),
-        ):
-            assert torch.equal(embed(pool.to(target.device, dtype), states, mask), want)
+        for make in (MultiLayerPool, LastLayerPool):
+            sizes = (D, L) if make is MultiLayerPool else (D,)
+            options = {"token_pooling": how, "backend": target.backend}
+            gated = make(*sizes, residual=True, **options).to(target.device, dtype)
+            assert torch.equal(embed(gated, states, mask), want)
+            # Their row is brought to another length first, which rounds it.
+            mixes = [make(*sizes, **options)]
+            mixes += [LayerWeightsPool(*sizes, start="last", **options)] if make is MultiLayerPool else []
+            for mixed in mixes:
+                got = embed(mixed.to(target.device, dtype), states, mask)
+                torch.testing.assert_close(got, want, atol=0, rtol=2 * torch.finfo(dtype).eps)
 
 
-def test_layer_weights_pool_is_the_softmax_mix(target):
+@pytest.mark.parametrize("start", ["last", "all", [0.5, -1, 0.0, 2]])
+def test_starts(start, target):
+    """The pools that mix layers of one length start at the mix, and nothing else."""
     states, mask = batch(target)
-    pool = LayerWeightsPool(D, L, normalize=False, backend=target.backend).to(target.device)
+    rows = torch.stack([s[torch.arange(B), mask.sum(1) - 1] for s in states], 1)
+    weights = {"last": [0, 0, 0, 1.0], "all": [0.25] * 4}.get(start if isinstance(start, str) else "", start)
+    unit = torch.nn.functional.normalize(rows * torch.tensor([1, 1e3, 1, 1e-3], device=target.device)[:, None], dim=-1)
+    want = torch.einsum("l,bld->bd", torch.tensor(weights, device=target.device), unit) * D**0.5
+    for pool in (
+        MultiLayerPool(D, L, start=start, normalize=False, backend=target.backend),
+        LayerWeightsPool(D, L, start=start, normalize=False, backend=target.backend),
+    ):
+        got = pool.to(target.device)(layer_states=rows * torch.tensor([1, 1e3, 1, 1e-3], device=target.device)[:, None])
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+        assert type(pool)(**pool.config()).config() == pool.config()
+
+
+@pytest.mark.parametrize("kind", [multi, last])
+def test_the_first_step_moves_the_embedding(kind, target):
+    """A gate of zero would hold the pooler back; here what ends the branch has a gradient, then all have."""
+    states, mask = batch(target)
+    sizes = (D, L) if kind is multi else (D,)
+    pool = (MultiLayerPool if kind is multi else LastLayerPool)(*sizes, backend=target.backend).to(target.device)
+    before = use(pool, states, mask)
+    before[:, 0].sum().backward()
+    ends = {name for name, p in pool.named_parameters() if p.grad.norm() > 1e-3}
+    assert ends >= {"output_weight", "ff_out_weight", "ff_out_bias"}
+    with torch.no_grad():
+        for parameter in pool.parameters():
+            parameter.sub_(1e-2 * parameter.grad.sign())
+    pool.zero_grad()
+    use(pool, states, mask)[:, 0].sum().backward()
+    assert all(p.grad.any() for p in pool.parameters())
+    assert (use(pool, states, mask) - before).abs().max() > 1e-2
+
+
+def test_softmax_layer_weights_are_the_mix_of_elmo(target):
+    states, mask = batch(target)
+    pool = LayerWeightsPool(D, L, mix="softmax", normalize=False, backend=target.backend).to(target.device)
     rows = torch.stack([s[torch.arange(B), mask.sum(1) - 1] for s in states], 1)
     close(embed(pool, states, mask), rows.mean(1))
     torch.nn.init.normal_(pool.weights)
     torch.nn.init.constant_(pool.scale, 1.7)
     close(embed(pool, states, mask), 1.7 * torch.einsum("l,bld->bd", pool.weights.softmax(0), rows))
+
+
+def test_rows_of_zeros_and_of_no_number(target, monkeypatch):
+    """A row of zeros gives nothing and no gradient, to none of its neighbours NaN; one out of range is NaN."""
+    rows = torch.randn(2, L, D, device=target.device)
+    rows[0, 1] = 0
+    for pool in (MultiLayerPool(D, L, start="all", backend=target.backend), LayerWeightsPool(D, L)):
+        x0 = rows.clone().requires_grad_()
+        pool.to(target.device)(layer_states=x0)[:, 0].sum().backward()
+        assert x0.grad.isfinite().all()
+        assert not x0.grad[0, 1].any()
+        assert x0.grad[0, 0].any()
+    # Where looking would mean to wait, as on a GPU, it is NaN and no silent zero.
+    large = torch.full((1, 1, D), 1e30, device=target.device)
+    monkeypatch.setattr(mix, "check_range", lambda states: None)
+    assert mix.unit_rows(large).isnan().all()
 
 
 def test_unit_length_unless_asked(target):

@@ -25,7 +25,8 @@ OFFSETS = torch.nn.functional.pad(MASK.sum(1).cumsum(0), (1, 0)).int()
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """Where no pool looks at the size of its input: on a CPU that costs next to nothing."""
-    monkeypatch.setattr("mlpool.pooling.trainable.check_range", lambda *_: None)
+    for place in ("trainable", "mix"):
+        monkeypatch.setattr(f"mlpool.pooling.{place}.check_range", lambda *_: None)
 
 
 class Waits(TorchDispatchMode):

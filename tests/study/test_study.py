@@ -25,7 +25,8 @@ from mlpool.study.made import TASKS, TRAIN, write_data  # noqa: E402
 from mlpool.study.parameters import count, match_parameters  # noqa: E402
 
 SMALL = {"num_latents": 4, "num_heads": 2, "head_dim": 8}
-MULTI = {"name": "multi-layer-bidirectional", "label": "multi", "pooler": SMALL}
+FROM_MEAN = {**SMALL, "start": "last"}
+MULTI = {"name": "multi-layer-bidirectional", "label": "multi", "pooler": FROM_MEAN}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_a_run_is_what_mlpool_train_gives(done: dict, tmp_path: Path) -> None:
 
     set_seed(1)
     embedder = train({
-        "model": done["base"], "design": "multi-layer-bidirectional", "pooler": SMALL, **done["train"], "seed": 1,
+        "model": done["base"], "design": "multi-layer-bidirectional", "pooler": FROM_MEAN, **done["train"], "seed": 1,
         "data": str(Path(done["data_dir"]) / "pairs/train.jsonl"), "save_strategy": "no", "output_dir": str(tmp_path),
         "pooler_learning_rate": recipe_of(done)["residual pool"]["pooler_learning_rate"],
     })  # fmt: skip

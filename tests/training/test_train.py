@@ -22,7 +22,7 @@ from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 import mlpool
 from mlpool.training.config import read_config
 from mlpool.training.train import train, training_arguments
-from mlpool.training.trainer import last_checkpoint
+from mlpool.training.trainer import EmbedderTrainer, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"w{i}" for i in range(60)]
@@ -311,8 +311,33 @@ def test_the_pool_has_its_own_learning_rate_and_only_lora_trains(place, tmp_path
     frozen = [name for name in before if name.startswith("backbone.") and name in after]
     assert frozen
     assert all(torch.equal(before[name], after[name]) for name in frozen)
-    gate = after["pooler.pool.gate"]
-    assert not bool(gate.any())  # a rate of 0 leaves it at its start
+    for name in ("mix_weights", "output_weight"):  # a rate of 0 leaves them at their start
+        assert torch.equal(after[f"pooler.pool.{name}"], before[f"pooler.pool.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("pooler", "asked", "rates"),
+    [
+        ({}, None, {"mix_weights": 3e-2, "output_weight": 1e-3}),
+        ({"start": "last"}, None, {"mix_weights": 3e-3, "output_weight": 3e-4}),
+        ({}, 1e-4, {"mix_weights": 3e-3, "output_weight": 1e-4}),
+        ({"residual": True}, None, {"gate": 3e-3, "output_weight": 3e-3}),
+        ({"residual": False}, 1e-4, {"layer_weights": 1e-4, "output_weight": 1e-4}),
+    ],
+)
+def test_the_learning_rates_that_a_pool_is_given(place, tmp_path, monkeypatch, pooler, asked, rates):
+    """Its own where nothing is said, in their proportion where something is; the backbone's where it has none."""
+    config = config_of(place, tmp_path / "out", pooler_learning_rate=asked)
+    config["pooler"] |= pooler
+    made = []
+    create = EmbedderTrainer.create_optimizer
+    monkeypatch.setattr(EmbedderTrainer, "create_optimizer", lambda self, *_: made.append((self, create(self))))
+    train(config, dry_run=True)
+    (trainer, optimizer), *_ = made
+    given = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    of = {name.rpartition(".")[2]: given[id(p)] for name, p in trainer.model.named_parameters() if id(p) in given}
+    assert {name: of[name] for name in rates} == pytest.approx(rates)
+    assert {given[id(p)] for n, p in trainer.model.named_parameters() if "lora_" in n} == {3e-3}
 
 
 def test_prompts_are_read_in_training_as_in_encoding(place, tmp_path):
@@ -364,7 +389,7 @@ class _Poison:
             def training_step(self, model, *args, **kwargs):
                 value = super().training_step(model, *args, **kwargs)
                 if self.state.global_step + 1 == poison.step:
-                    model[1].pool.gate.grad.mul_(poison.gradient)
+                    model[1].pool.mix_weights.grad.mul_(poison.gradient)
                 return value
 
         return Poisoned
@@ -375,7 +400,10 @@ class _Poison:
     [
         (_Poison(4, loss=float("nan")), "diverged at step 4: the loss is nan"),
         (_Poison(4, loss=float("inf")), "diverged at step 4: the loss is inf"),
-        (_Poison(5, gradient=float("inf")), r"diverged at step 5: the norm of the gradient is inf \(first in .*gate\)"),
+        (
+            _Poison(5, gradient=float("inf")),
+            r"step 5: the norm of the gradient is inf \(first in .*mix_weights\)",
+        ),
     ],
 )
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_weights(place, tmp_path, poison, said):

@@ -1,0 +1,65 @@
+"""A learned linear mix of the layers, each row brought to one length first: what a pool's embedding stands on.
+
+A softmax mix of raw rows (ELMo, arXiv 1802.05365) goes by the rows' lengths, which in a decoder differ a hundredfold
+from layer to layer, and cannot take a layer away from another. Here every layer counts by its weight, which may be
+negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .base import check_range
+
+STARTS = ("last", "all")
+
+
+def start_weights(start: str | Sequence[float], count: int) -> list[float]:
+    """The mix of `count` layers that a pool starts from.
+
+    Args:
+        start: "last", the last layer read alone; "all", all layers evenly; or the weights themselves.
+
+    Raises:
+        ValueError: an unknown name, not `count` finite numbers, or zeros alone, which give no direction.
+    """
+    if isinstance(start, str):
+        if start not in STARTS:
+            raise ValueError(f"start must be one of {STARTS} or {count} weights, got {start!r}")
+        return [1 / count] * count if start == "all" else [0.0] * (count - 1) + [1.0]
+    try:
+        weights = [float(weight) for weight in start]
+    except TypeError:
+        raise ValueError(f"start must be one of {STARTS} or {count} weights, got {start!r}") from None
+    if len(weights) != count or not any(weights) or not torch.tensor(weights).isfinite().all():
+        raise ValueError(f"start must be {count} finite weights, one for each layer read and not all 0, got {weights}")
+    return weights
+
+
+def fill_start(weights: nn.Parameter, start: str | Sequence[float]) -> None:
+    """Set the weights [L] of a mix to its start; those of a meta device have none."""
+    with torch.no_grad():
+        weights.copy_(torch.tensor(start_weights(start, len(weights))))
+
+
+def unit_rows(x0: Tensor) -> Tensor:
+    """Every row of X0 [B, L, D] at length √D, so that its entries are about 1; float32 at least. Differentiable.
+
+    A row of zeros stays zero and gets no gradient. One whose squares are no numbers of float32 becomes NaN.
+
+    Raises:
+        StatesTooLarge: such a row, on a CPU; see `check_range`.
+    """
+    check_range(x0)
+    x = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length = length.masked_fill(length.isinf(), torch.nan).masked_fill(length == 0, torch.inf)
+    return x * (x.shape[-1] ** 0.5 / length)
+
+
+def mix_rows(weights: Tensor, rows: Tensor) -> Tensor:
+    """Σ_l w_l x_l: weights [L], rows [B, L, D] -> [B, D]. Products and a sum, which autocast leaves in float32."""
+    return (weights[:, None] * rows).sum(1)
