@@ -81,8 +81,8 @@ def fold_queries(
     Returns: Q̃ [H·R, D] with `key_weight`, Q [H, R, d] without; of query_weight's dtype. Differentiable.
     """
     dtype, hidden = query_weight.dtype, latents.shape[-1]
-    # Of one dtype throughout the norm's own float32 inside is as good, and spares a small pool's training the casts.
-    one = latents.dtype == norm_weight.dtype == norm_bias.dtype == dtype
+    # On a GPU and of one dtype the norm's own float32 inside is as good, and spares a small pool's training the casts.
+    one = latents.is_cuda and latents.dtype == norm_weight.dtype == norm_bias.dtype == dtype
     wide = dtype if one else torch.promote_types(latents.dtype, torch.float32)
     z = F.layer_norm(latents.to(wide), (hidden,), norm_weight.to(wide), norm_bias.to(wide), NORM_EPS)
     q = (z.to(dtype) @ query_weight.T).unflatten(1, (heads, -1)).transpose(0, 1)
@@ -213,9 +213,8 @@ def _backward_chunk(
     dnormed, g["ff_in_weight"], g["ff_in_bias"] = feed_forward.feed_forward_backward(
         du, normed, w.ff_in_weight, w.ff_in_bias, saved.both, triton
     )
-    norm_weight, norm_bias = w.ff_norm_weight.to(y.dtype), w.ff_norm_bias.to(y.dtype)
-    dy, g["ff_norm_weight"], g["ff_norm_bias"] = torch.ops.aten.native_layer_norm_backward(
-        dnormed, y, y.shape[-1:], mean, rstd, norm_weight, norm_bias, [True, True, True]
+    dy, g["ff_norm_weight"], g["ff_norm_bias"] = mix.norm_latents_backward(
+        dnormed, y, mean, rstd, w.ff_norm_weight, w.ff_norm_bias
     )
     dy = dy.add_(dy_mean[:, None], alpha=1 / y.shape[1])
     g["latents"] = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
