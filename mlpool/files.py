@@ -207,15 +207,20 @@ def parse_json(source: str | bytes, place: str, advice: str = "") -> Any:
     """
     try:
         return json.loads(source)
-    except RecursionError:
-        reason = "it is nested too deep"
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg}, line {error.lineno}, column {error.colno}"
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is no UTF-8"
-    except ValueError as error:  # an integer of more digits than Python reads
-        reason = str(error).partition(";")[0]
+    except (ValueError, RecursionError) as error:
+        reason = json_fault(error)
     raise ValueError(f"{place} is not valid JSON: {reason}" + (f"; {advice}" if advice else "")) from None
+
+
+def json_fault(error: Exception) -> str:
+    """What `json.loads` found wrong, in words."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, line {error.lineno}, column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is no UTF-8"
+    return str(error).partition(";")[0]  # an integer of more digits than Python reads
 
 
 def sha256(path: str | Path) -> str:

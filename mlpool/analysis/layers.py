@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ..corpus.text_files import find_columns, find_files, kind_of, read_file
-from ..evaluation.local import _sts_fault, read_jsonl
+from ..corpus.rows import kind_of
+from ..corpus.text_files import find_columns, find_files, read_file
+from ..evaluation.local import read_jsonl, scored_fault
 from ..files import replacing
 from ..options import check_place
 from ..show import aligned
@@ -336,7 +337,7 @@ def read_pairs(path: str | Path) -> Pairs:
     found, *others = find_files(path)
     if others or kind_of(found) != ".jsonl" or found.suffix == ".gz":
         raise ValueError(f"{path}: pairs are read from a .jsonl file with sentence1, sentence2 and score")
-    rows = list(read_jsonl(found, _sts_fault))
+    rows = list(read_jsonl(found, scored_fault))
     return Pairs([r["sentence1"] for r in rows], [r["sentence2"] for r in rows], [float(r["score"]) for r in rows])
 
 

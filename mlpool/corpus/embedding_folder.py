@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..files import check_link, confined, read_json, replacing, sha256, write_json
-from .text_files import import_parquet
+from .rows import import_parquet
 
 if TYPE_CHECKING:
     import numpy as np

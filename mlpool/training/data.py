@@ -26,10 +26,11 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"training data needs {error.name}: pip install 'mlpool[train]'") from error
 
+from ..corpus.rows import BATCH, BadRow
+from ..corpus.sources import Part, open_source
 from ..pooling.base import check_choice, check_positive
-from ..show import aligned, progress
-from .columns import BadRow, Columns, count, find_columns, missing_column, shorten, texts_of
-from .sources import BATCH, Part, open_source
+from ..show import aligned, progress, shorten
+from .columns import Columns, count, find_columns, missing_column, texts_of
 
 logger = logging.getLogger("mlpool")
 _LISTED = 5  # bad rows shown in an error

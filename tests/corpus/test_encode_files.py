@@ -612,11 +612,11 @@ def test_an_output_that_is_a_link(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [('{"text": ' + "[" * 9999 + "}", r":2 is not valid JSON: it is nested too deep"),
-     ('{"text": "a", "key": ' + "1" * 5000 + "}", r":2 is not valid JSON: Exceeds the limit"),
+    [('{"text": ' + "[" * 9999 + "}", r":2: broken JSON: it is nested too deep"),
+     ('{"text": "a", "key": ' + "1" * 5000 + "}", r":2: broken JSON: Exceeds the limit"),
      ('{"text": "a", "key": ' + "1" * 30 + "}", r":2: the id 1{20}… has more than 64 bits; give it as a string"),
      ('{"text": "a", "key": "\\ud83d"}', r":2: half a surrogate pair at character 0 of the id"),
-     ("\u2028", r":2 is not valid JSON: Expecting value")],
+     ("\u2028", r":2: broken JSON: Expecting value")],
 )  # fmt: skip
 def test_json_that_python_stumbles_over(tmp_path, line, message):
     path = tmp_path / "in.jsonl"
@@ -712,15 +712,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         (
             "a.jsonl",
             '{"text": "a"}\n\n{"text": "b}\n',
-            r"a\.jsonl:3 is not valid JSON: Unterminated string .* column 10",
+            r"a\.jsonl:3: broken JSON: Unterminated string .* column 10",
         ),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', r"a\.jsonl:2: expected an object"),
         ("a.jsonl", '{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl:2 has no column 'text'; found: 'txt'"),
         ("a.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}\n', r"a\.jsonl:2: half a surrogate pair at character 0"),
         ("a.jsonl", '{"n": 1}\n', r"no string column 'text', and 0 other .* found: 'n'"),
-        ("a.txt", b"ok\n\xff\xfe\n", r"a\.txt:2 is not UTF-8: .* byte 0 of the line"),
-        ("a.csv", "text,n\na,1\nb\n", r"a\.csv:3 has 1 fields, the header 2"),
-        ("a.csv", 'text,n\na,1\n"b,1\n', r"a\.csv:3 is not valid CSV: unexpected end"),
+        ("a.txt", b"ok\n\xff\xfe\n", r"a\.txt:2 is not UTF-8: byte 0 of the text"),
+        ("a.csv", "text,n\na,1\nb\n", r"a\.csv:3: 1 fields, but the header has 2"),
+        ("a.csv", 'text,n\na,1\n"b,1\n', r"a\.csv:3: broken quotes or line end: unexpected end"),
         ("a.txt.gz", gzip.compress(b"some text\n" * 9999)[:-9], r"a\.txt\.gz is a damaged gzip file, after line"),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz is a damaged gzip file, after line 0: Not a gzipped file"),
         ("a.parquet", b"PAR1 no parquet", r"a\.parquet is not a readable Parquet file"),
@@ -772,9 +772,9 @@ def test_bad_ids(tmp_path):
 
 def test_missing_files(tmp_path):
     write_lines(tmp_path / "corpus.txt", ["a"])
-    with pytest.raises(FileNotFoundError, match=r"corpsu\.txt does not exist; nearest there: corpus\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"corpsu\.txt does not exist \(near it: corpus\.txt\)"):
         find_files(tmp_path / "corpsu.txt")
-    with pytest.raises(FileNotFoundError, match="neither does its folder"):
+    with pytest.raises(FileNotFoundError, match="nor a folder"):
         find_files(tmp_path / "no/corpus.txt")
     with pytest.raises(FileNotFoundError, match=r"no file fits the pattern .*\*\.jsonl"):
         find_files(str(tmp_path / "*.jsonl"))
