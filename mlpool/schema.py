@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from .show import shorten
+from .show import shorten, some
 
 _MOST = 100_000  # values in a config; more are aliases of aliases, or one that holds itself
 _NAMES = 20  # known ones, in a message
@@ -156,8 +156,7 @@ def nearest(name: Any, known: Iterable[Any]) -> str:
     """ "nearest: …" of the known names, or all of them."""
     names = [str(one) for one in known]
     near = difflib.get_close_matches(str(name), names, n=3)
-    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-    return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(names[:_NAMES])}{more}"
+    return f"nearest: {', '.join(near)}" if near else f"known: {some(names, _NAMES)}"
 
 
 def fitting(kind: Any) -> Any:

@@ -51,6 +51,11 @@ def shorten(value: Any, length: int = 60) -> str:
     return shown if len(shown) <= length else f"{shown[: length - 1]}…"
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def figure(width: float, height: float) -> Any:
     """An empty matplotlib figure of this size in inches, outside pyplot: no display, nothing global."""
     try:

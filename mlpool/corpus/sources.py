@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from ..show import shorten
+from ..show import shorten, some
 from .rows import BATCH, KINDS, BadRow, Rows, beside, kind_of, open_parquet, read_rows
 
 _READ = tuple(kind for kind in KINDS if kind != ".txt")  # a line of text has no columns
@@ -122,8 +122,8 @@ def _words(path: Path) -> list[str]:
     return re.split(r"[^a-z]+", path.name.lower())
 
 
-def _some(paths: Sequence[Path], most: int = 5) -> str:
-    return ", ".join(p.name for p in paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
+def _some(paths: Sequence[Path]) -> str:
+    return some([path.name for path in paths])
 
 
 def _hub(name: str, split: str, path: Path) -> Part:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..corpus.rows import BadRow, not_unicode
-from ..show import shorten
+from ..show import shorten, some
 
 
 class Form(NamedTuple):
@@ -179,5 +179,4 @@ def _example(names: Sequence[str]) -> str:
 
 
 def _show(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(shorten(n) for n in names[:_SHOWN]) + more
+    return some([shorten(name) for name in names], _SHOWN)

@@ -12,7 +12,7 @@ pytest.importorskip("datasets")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlpool.analysis.layers import read_texts
+from mlpool.analysis.inputs import read_texts
 from mlpool.corpus.rows import BadRow, column_types, kind_of, read_rows
 from mlpool.corpus.sources import open_source
 from mlpool.corpus.text_files import Columns, find_columns, read_file
