@@ -11,7 +11,7 @@ from typing import Any
 
 # Where it is, what its help says, and the extra that brings what it imports.
 COMMANDS = {
-    "encode": ("mlpool.corpus.encode", "embed a file of texts, in shards, resumable", "st"),
+    "encode": ("mlpool.corpus.command", "embed a file of texts, in shards, resumable", "st"),
     "train": ("mlpool.training.command", "fine-tune an embedder from a YAML config", "train"),
     "merge": ("mlpool.exchange.commands:merge", "fold a LoRA adapter into the weights", "train"),
     "export": ("mlpool.exchange.commands:export", "write a folder or file that serving tools read", "st"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import glob
 import hashlib
 import itertools
@@ -12,7 +13,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,14 @@ def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table in UTF-8, lines ending in \\n; see `replacing`."""
+    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
 def flush(path: Path) -> None:
     """Bring a file, or a folder's names, to the disk."""
     if path.is_dir() and os.name != "posix":
@@ -207,15 +216,20 @@ def parse_json(source: str | bytes, place: str, advice: str = "") -> Any:
     """
     try:
         return json.loads(source)
-    except RecursionError:
-        reason = "it is nested too deep"
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg}, line {error.lineno}, column {error.colno}"
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is no UTF-8"
-    except ValueError as error:  # an integer of more digits than Python reads
-        reason = str(error).partition(";")[0]
+    except (ValueError, RecursionError) as error:
+        reason = json_fault(error)
     raise ValueError(f"{place} is not valid JSON: {reason}" + (f"; {advice}" if advice else "")) from None
+
+
+def json_fault(error: Exception) -> str:
+    """What `json.loads` found wrong, in words."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, line {error.lineno}, column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is no UTF-8"
+    return str(error).partition(";")[0]  # an integer of more digits than Python reads
 
 
 def sha256(path: str | Path) -> str:

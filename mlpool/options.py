@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from pathlib import Path
 
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
@@ -46,6 +47,14 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which process this is, and of how many, as torchrun says."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={world}: expected 0 <= RANK < WORLD_SIZE, as torchrun sets them")
+    return rank, world
 
 
 def check_place(name: str) -> None:

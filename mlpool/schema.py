@@ -16,8 +16,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from .show import shorten, some
+
 _MOST = 100_000  # values in a config; more are aliases of aliases, or one that holds itself
-_SHOWN, _NAMES = 60, 20  # characters of a value, and known names, in a message
+_NAMES = 20  # known ones, in a message
 
 
 def _need(name: str) -> Any:
@@ -84,7 +86,7 @@ def put(values: dict[str, Any], key: str, value: Any, short: Mapping[str, str] |
                 inner = {}
             else:
                 at = ".".join(outer[: i + 1])
-                raise ValueError(f"{key} cannot be set: {at} is {show(inner)}, not a section with keys")
+                raise ValueError(f"{key} cannot be set: {at} is {shorten(inner)}, not a section with keys")
         values[name] = inner
         values = inner
     values[last] = value
@@ -154,14 +156,7 @@ def nearest(name: Any, known: Iterable[Any]) -> str:
     """ "nearest: …" of the known names, or all of them."""
     names = [str(one) for one in known]
     near = difflib.get_close_matches(str(name), names, n=3)
-    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
-    return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(names[:_NAMES])}{more}"
-
-
-def show(value: Any) -> str:
-    """A value in a message."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+    return f"nearest: {', '.join(near)}" if near else f"known: {some(names, _NAMES)}"
 
 
 def fitting(kind: Any) -> Any:
@@ -233,7 +228,7 @@ def _message(error: Any, value: Any, name: str) -> str:
     given = value
     for key in path:
         given = given[key]
-    return f"{at or 'the value'} is {show(given)}, expected {fits}"
+    return f"{at or 'the value'} is {shorten(given)}, expected {fits}"
 
 
 def _path(places: Sequence[Any], value: Any) -> tuple[Any, ...]:

@@ -45,6 +45,17 @@ def aligned(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1
     )
 
 
+def shorten(value: Any, length: int = 60) -> str:
+    """A value as a message shows it: its `repr`, cut to `length` characters."""
+    shown = repr(value)
+    return shown if len(shown) <= length else f"{shown[: length - 1]}…"
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def figure(width: float, height: float) -> Any:
     """An empty matplotlib figure of this size in inches, outside pyplot: no display, nothing global."""
     try:

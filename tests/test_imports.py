@@ -25,6 +25,7 @@ EXTRAS = {
     "mlpool/attention": "st",
     "mlpool/embedder": "st",
     "mlpool/corpus": "st",
+    "mlpool/corpus/sources.py": "train",  # tables and the Hub: the datasets library
     "mlpool/exchange": "st",
     "mlpool/training": "train",
     "mlpool/evaluation": "eval",

@@ -72,34 +72,23 @@ def run(args: argparse.Namespace) -> int | None:
         find_files(args.texts)
     options.check_place(args.model)
     paths, texts = [str(path) for path in find_files(args.pairs)] if args.pairs else [], None
-    from .layers import (
-        Pairs,
-        _check_count,
-        _checked,
-        _holds_pairs,
-        _name_sets,
-        _sample,
-        analyse,
-        load_model,
-        read_pairs,
-        read_texts,
-        time_encode,
-    )
+    from .inputs import holds_pairs, load_model, name_sets, read_pairs, read_texts, sample, time_encode
+    from .layers import Pairs, analyse, check_count, checked
 
-    if args.texts and args.text_column is None and _holds_pairs(args.texts):
+    if args.texts and args.text_column is None and holds_pairs(args.texts):
         paths.insert(0, args.texts)
     elif args.texts:
-        texts = _sample(read_texts(args.texts, args.text_column), args.limit, args.seed)
+        texts = sample(read_texts(args.texts, args.text_column), args.limit, args.seed)
     if not paths and texts is None:
         raise ValueError("no texts: name a file with --texts, with --pairs, or both")
     sets = {}
-    for name, path in zip(_name_sets(paths), paths, strict=True):
+    for name, path in zip(name_sets(paths), paths, strict=True):
         pairs = read_pairs(path)
-        rows = _sample(list(zip(*pairs, strict=True)), args.limit, args.seed)
+        rows = sample(list(zip(*pairs, strict=True)), args.limit, args.seed)
         sets[name] = Pairs(*zip(*rows, strict=True)) if rows else pairs
-    _checked(sets)  # before a model is loaded
+    checked(sets)  # before a model is loaded
     if texts is not None:
-        _check_count(len(texts), "texts")
+        check_count(len(texts), "texts")
     model = load_model(args.model, args.attention, args.device, args.dtype, args.max_seq_length)
     used = {"prompt": args.prompt, "token_budget": args.token_budget}
     every = [*(texts or []), *(text for first, second, _ in sets.values() for text in (*first, *second))]

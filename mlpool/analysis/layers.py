@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,10 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ..corpus.text_files import find_columns, find_files, kind_of, read_file
-from ..evaluation.local import _sts_fault, read_jsonl
-from ..files import replacing
-from ..options import check_place
+from ..files import write_csv
 from ..show import aligned
 from .correlation import Correlations
 from .profiles import PoolProfile, reader_of
@@ -30,7 +25,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger("mlpool")
-_NAME = 40  # characters of a data set's name
 _NARROW = 1e-6  # range of cosines, below which there is nothing but rounding
 
 
@@ -68,11 +62,11 @@ def analyse(
             a model whose layers are not found.
     """
     poolings = poolings_of(token_pooling)
-    sets = _checked(pairs)
+    sets = checked(pairs)
     if not sets and not texts:
         raise ValueError("no texts: give texts, pairs or both")
     if texts is not None:
-        _check_count(len(texts), "texts")
+        check_count(len(texts), "texts")
     alike, scorer, notes = Correlations(poolings), _Scorer(poolings, sets), []
     reader = reader_of(model)
     if reader is None:
@@ -99,7 +93,7 @@ def layer_scores(
     model: SentenceTransformer, pairs: Pairs | Mapping[str, Pairs], *, token_pooling: str = "both", **options: Any
 ) -> LayerScores:
     """The score of every layer alone. Arguments and errors: see `analyse`."""
-    sets = _checked(pairs)
+    sets = checked(pairs)
     if not sets:
         raise ValueError("no pairs: a layer's score needs pairs of texts with gold scores")
     scorer = _Scorer(poolings_of(token_pooling), sets)
@@ -124,17 +118,17 @@ def _cut(model: Any) -> int:
     return getattr(getattr(next(model.children(), None), "truncated", None), "count", 0)
 
 
-def _check_count(count: int, what: str) -> None:
+def check_count(count: int, what: str) -> None:
     if count < FEWEST:
         raise ValueError(f"{count} {what}: unbiased CKA is defined from {FEWEST} on; a stable figure takes hundreds")
 
 
-def _checked(pairs: Pairs | Mapping[str, Pairs] | None) -> dict[str, Pairs]:
+def checked(pairs: Pairs | Mapping[str, Pairs] | None) -> dict[str, Pairs]:
     sets = {"pairs": pairs} if isinstance(pairs, Pairs) else dict(pairs or {})
     for name, (first, second, scores) in sets.items():
         if not len(first) == len(second) == len(scores):
             raise ValueError(f"{name}: {len(first)} and {len(second)} texts with {len(scores)} scores")
-        _check_count(len(first), f"pairs in {name}")
+        check_count(len(first), f"pairs in {name}")
         if len(set(scores)) == 1:
             raise ValueError(f"{name}: every score is {scores[0]}, so no correlation is defined")
     return sets
@@ -218,15 +212,15 @@ class LayerScores:
         path = Path(directory) / "layers_score.csv"
         several = len(self.sets) > 1
         names = [*self.sets, "mean"] if several else self.sets
-        with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["data_set", "token_pooling", "layer", "score", "best"])
-            for pooling, values in self.values.items():
-                for name, row in zip(names, [*values, values.mean(0)], strict=False):
-                    for layer, score in enumerate(row):
-                        writer.writerow([name, pooling, layer, f"{score:.6f}", int(layer == row.argmax())])
-            for name, score in zip(names, [*self.own, self.own.mean()], strict=False):
-                writer.writerow([name, "embedding", "", f"{score:.6f}", ""])
+        rows: list[list[Any]] = [
+            [name, pooling, layer, f"{score:.6f}", int(layer == row.argmax())]
+            for pooling, values in self.values.items()
+            for name, row in zip(names, [*values, values.mean(0)], strict=False)
+            for layer, score in enumerate(row)
+        ]
+        own = zip(names, [*self.own, self.own.mean()], strict=False)
+        rows += [[name, "embedding", "", f"{score:.6f}", ""] for name, score in own]
+        write_csv(path, ["data_set", "token_pooling", "layer", "score", "best"], rows)
         layer_curves(
             {pooling: self.mean(pooling) for pooling in self.values}, float(self.own.mean()),
             "Spearman, " + (f"mean of {len(self.sets)} data sets" if several else self.sets[0]),
@@ -267,12 +261,12 @@ class LayerReport:
         from .plots import heat_maps
 
         path = Path(directory) / "layers_correlation.csv"
-        with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["kind", "token_pooling", "layer_i", "layer_j", "value"])
-            for (kind, pooling), values in self.correlation.items():
-                for (i, j), value in np.ndenumerate(values):
-                    writer.writerow([kind, pooling, i, j, f"{value:.6f}"])
+        rows = (
+            [kind, pooling, i, j, f"{value:.6f}"]
+            for (kind, pooling), values in self.correlation.items()
+            for (i, j), value in np.ndenumerate(values)
+        )
+        write_csv(path, ["kind", "token_pooling", "layer_i", "layer_j", "value"], rows)
         titles = {"pearson": "Pearson's r over dimensions", "cka": "linear CKA"}
         heat_maps(
             {f"{titles[kind]}, {pooling}": values for (kind, pooling), values in self.correlation.items()},
@@ -322,106 +316,3 @@ class LayerReport:
                 f"of the same texts ({self.encode_seconds:.1f} s)"
             )
         return lines
-
-
-# --- files and models -------------------------------------------------------------------------------------------------
-
-
-def read_pairs(path: str | Path) -> Pairs:
-    """Pairs of a .jsonl file with sentence1, sentence2 and score.
-
-    Raises:
-        FileNotFoundError: no such file (the nearest names). ValueError: file and line of what is wrong.
-    """
-    found, *others = find_files(path)
-    if others or kind_of(found) != ".jsonl" or found.suffix == ".gz":
-        raise ValueError(f"{path}: pairs are read from a .jsonl file with sentence1, sentence2 and score")
-    rows = list(read_jsonl(found, _sts_fault))
-    return Pairs([r["sentence1"] for r in rows], [r["sentence2"] for r in rows], [float(r["score"]) for r in rows])
-
-
-def read_texts(path: str | Path, column: str | None = None) -> list[str]:
-    """Texts of .txt, .jsonl, .csv or .parquet; empty ones are left out, which is said.
-
-    Raises:
-        FileNotFoundError, ValueError: see `mlpool.corpus.text_files`; no text at all.
-    """
-    paths = find_files(path)
-    columns = find_columns(paths, column)
-    rows = [row.text for file in paths for row in read_file(file, columns)]
-    texts = [text for text in rows if text.strip()]
-    if not texts:
-        raise ValueError(f"no texts in {path}")
-    if len(texts) < len(rows):
-        logger.warning("%s: %d empty texts are left out", path, len(rows) - len(texts))
-    return texts
-
-
-def _holds_pairs(path: str) -> bool:
-    """Whether the first row of a .jsonl file has two sentences."""
-    if not Path(path).is_file() or not path.endswith(".jsonl"):
-        return False
-    return "sentence1" in next(read_jsonl(Path(path)), {})
-
-
-def _sample(rows: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
-    """At most `limit` of them, drawn at random, in their order."""
-    if limit is None or len(rows) <= limit:
-        return list(rows)
-    return [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
-
-
-def _name_sets(paths: Sequence[str]) -> list[str]:
-    """sts/stsb/dev.jsonl is called stsb/dev, with as much of its path as tells it from the others; short in a plot."""
-    parts = [Path(path).resolve().with_suffix("").parts for path in paths]
-    for count in range(2, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        names = [name if len(name) <= _NAME else "…" + name[1 - _NAME :] for name in names]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{Path(path).stem[: _NAME - 5]} ({i})" for i, path in enumerate(paths, 1)]
-
-
-def load_model(
-    name: str, attention: str | None = None, device: str | None = None, dtype: str = "auto",
-    max_seq_length: int | None = None,
-) -> Any:  # fmt: skip
-    """A saved embedder or sentence-transformers model as it is, a base model with mean pooling.
-
-    Args:
-        attention: "causal" or "bidirectional", for base models; also makes one of a sentence-transformers model. None
-            is the model's own.
-
-    Raises:
-        FileNotFoundError: no such model. ValueError: causal attention of an encoder, attention for a saved embedder.
-    """
-    from ..attention.check import claims_bidirectional
-    from ..embedder.backbone import Backbone
-    from ..embedder.backbone import load_model as load_transformer
-    from ..embedder.embedder import Embedder
-    from ..embedder.loading import open_model, read_modules
-    from ..embedder.pooler import Pooler
-    from ..pooling import MeanPool
-    from ..taps import find_layers
-
-    check_place(name)
-    no_model = Path(name).is_dir() and not (Path(name) / "config.json").is_file()
-    if attention is not None or no_model or read_modules(name, {}):
-        return open_model(name, attention and f"mean-{attention}", device, dtype, max_seq_length)
-    hub: dict[str, Any] = dict.fromkeys(("token", "cache_folder", "revision"))
-    transformer, tokenizer = load_transformer(
-        name, {**hub, "local_files_only": False, "trust_remote_code": False}, {"dtype": dtype}
-    )
-    own = "bidirectional" if claims_bidirectional(*find_layers(transformer)) else "causal"
-    backbone = Backbone(transformer, tokenizer, f"mean-{own}", max_seq_length=max_seq_length)
-    modules: Any = OrderedDict(backbone=backbone, pooler=Pooler(MeanPool(backbone.hidden_size)))
-    return Embedder(modules=modules, device=device)
-
-
-def time_encode(model: Any, texts: Sequence[str], options: dict[str, Any]) -> float:
-    from ..embedder.embedder import Embedder
-
-    options = {k: v for k, v in options.items() if v is not None and (k == "prompt" or isinstance(model, Embedder))}
-    began = time.perf_counter()
-    model.encode(list(texts), **options)
-    return time.perf_counter() - began

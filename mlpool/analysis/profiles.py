@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..files import replacing
+from ..files import write_csv
 from ..pooling import LayerWeightsPool, MultiLayerPool
 from ..pooling.layers import read_layer_states
 
@@ -79,15 +78,14 @@ class PoolProfile:
 
         folder = Path(directory)
         paths = [folder / "pool_profile.csv", folder / "pool_profile.png"]
-        with replacing(paths[0]) as new, new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["measure", "axis", "index", "layer", "value", "spread"])
-            for measure, axis, values in self._tables():
-                known = self.spread is not None and (measure, axis) == ("attention", "overall")
-                spread = [f"{x:.6g}" for x in self.spread] if known else [""] * len(self.layers)  # type: ignore[union-attr]
-                for index, row in enumerate(values):
-                    for layer, value, sd in zip(self.layers, row, spread, strict=True):
-                        writer.writerow([measure, axis, index, layer, f"{value:.6g}", sd])
+        rows: list[list[Any]] = []
+        for measure, axis, values in self._tables():
+            known = self.spread is not None and (measure, axis) == ("attention", "overall")
+            spread = [f"{x:.6g}" for x in self.spread] if known else [""] * len(self.layers)  # type: ignore[union-attr]
+            for index, row in enumerate(values):
+                cells = zip(self.layers, row, spread, strict=True)
+                rows += [[measure, axis, index, layer, f"{value:.6g}", sd] for layer, value, sd in cells]
+        write_csv(paths[0], ["measure", "axis", "index", "layer", "value", "spread"], rows)
         plot(self, paths[1])
         return paths
 

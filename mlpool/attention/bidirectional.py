@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..pooling.base import check_choice, log_once
 from ..taps import find_layers
-from .check import check_attention, claims_bidirectional, is_encoder, measure, text_positions
+from .check import check_attention, claims_bidirectional, is_encoder, measure
 from .families import (
     NO_LIMIT,
     Family,
@@ -38,6 +38,7 @@ from .families import (
     varies_by_layer,
     warning_of,
 )
+from .probe import text_positions
 
 _MARK = "_mlpool_attention"  # on the trunk: its patch
 _WINDOWS = ("keep", "full")

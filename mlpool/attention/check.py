@@ -14,50 +14,17 @@ the embeddings are merely worse. Two short forwards tell. In them, at every laye
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..pooling.base import check_choice
-from ..taps import _MARK as _TAPS
 from ..taps import find_layers
-from .families import PACKED_MARK, attentions, backend_of, family_of, window_of
-
-_LONG, _SHORT = 8, 5  # tokens of the two texts
-_MILD = 0.3  # of a token's size: another value to read, under a key that is hardly another
-# The least change of the first token that counts as an answer, relative to its elements: above rounding that depends
-# on the row, below what attention of a thousandth makes.
-_ANSWER = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-6, torch.bfloat16: 2e-5}
-# The largest error that padding may make, relative to what the layer adds. In low precision rotating by another
-# position alone makes some hundredths; padding that is attended to makes a third and more. In float64 too the library
-# works out rotations in float32.
-_AGREE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-class AttentionCheckError(RuntimeError):
-    """A model's attention is not as it claims or was asked to be; names family, backend and layers."""
-
-
-@dataclass
-class LayerReport:
-    """What one layer did.
-
-    Attributes:
-        answers: batch → the largest relative change of the first token's output when the last token changes; 0.0 for
-        none.
-        errors: padding → error against the lone text, relative to what the layer adds.
-        rounding: how large that error may be for rounding alone, where the layer adds little to a large input.
-    """
-
-    answers: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    rounding: float = 0.0
+from .families import attentions, backend_of, family_of
+from .probe import AGREE, AttentionCheckError, LayerReport, Probe, require_weights, undisturbed
 
 
 @dataclass
@@ -156,8 +123,8 @@ def measure(trunk: nn.Module, layers: nn.Module, give_positions: bool = False) -
     """Run both forwards and say what came of them."""
     assert isinstance(layers, nn.ModuleList)
     require_weights(trunk)
-    probe = _Probe(trunk, layers, give_positions)
-    with _undisturbed(trunk):
+    probe = Probe(trunk, layers, give_positions)
+    with undisturbed(trunk):
         probe.run()
     config: Any = trunk.config
     family = getattr(config, "model_type", type(trunk).__name__)
@@ -166,7 +133,7 @@ def measure(trunk: nn.Module, layers: nn.Module, give_positions: bool = False) -
 
 def _problems(report: AttentionReport, expect: str, ignored: Sequence[str] = ()) -> list[str]:
     """What is wrong, as parts of a sentence."""
-    problems, tolerance = [], _AGREE[report.dtype]
+    problems, tolerance = [], AGREE[report.dtype]
     silent, verb = expect == "bidirectional", "does not answer" if expect == "bidirectional" else "answers"
     for batch in report.layers[0].answers:
         wrong = [i for i, layer in enumerate(report.layers) if (layer.answers[batch] == 0.0) == silent]
@@ -188,275 +155,3 @@ def _problems(report: AttentionReport, expect: str, ignored: Sequence[str] = ())
 
 def _layers(indices: Sequence[int]) -> str:
     return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
-
-
-class _Probe:
-    """Two batches, and what the hooks around every layer do with them."""
-
-    def __init__(self, trunk: nn.Module, layers: nn.ModuleList, give_positions: bool):
-        self.trunk, self.layers = trunk, layers
-        config: Any = trunk.config
-        self.packed = PACKED_MARK in trunk.__dict__  # the backend alone, without `pack`, takes padded batches
-        self.give_positions = give_positions and family_of(config).text_positions
-        # flash-attention counts a window without its end, the others with it
-        self.reach = max((window_of(config) or _LONG) - 1, 1)
-        self.generator = torch.Generator().manual_seed(0)
-        self.reports = [LayerReport() for _ in layers]
-        self.input_errors: dict[str, float] = {}
-        self.inputs: dict[int, Tensor] = {}  # of each layer, the lone text's
-        self.outputs: dict[int, Tensor] = {}
-        self.dtype = torch.float32
-
-    def run(self) -> None:
-        """The lone text first: the second forward is compared with it."""
-        long, short = (self._tokens(n) for n in (_LONG, _SHORT))
-        if self.packed:
-            self._forward([(short, 1)], [], [])
-            groups = [(long, 2 * _LONG + 2), (short, 2 * _SHORT + 1)]
-            self._forward(groups, ["first packed", "last packed"], [("packed", 1)])
-        else:
-            self._forward([(short, 2 * _SHORT + 2)], ["unpadded"], [])
-            groups = [(long, 2 * _LONG + 2), (short, 2 * _SHORT + 1), (short, 2 * _SHORT + 1)]
-            names = ["longest", "right-padded", "left-padded"]
-            self._forward(groups, names, [("padded right", 1), ("padded left", 2)])
-
-    def _tokens(self, count: int) -> Tensor:
-        config: Any = self.trunk.config
-        special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
-        size = getattr(config, "vocab_size", None) or embedding_table(self.trunk).num_embeddings
-        drawn = torch.randint(size, (64 + count,), generator=self.generator).tolist()
-        return torch.tensor([token for token in drawn if token not in special][:count])
-
-    def _forward(self, groups: list[tuple[Tensor, int]], names: list[str], padded: list[tuple[str, int]]) -> None:
-        """One forward of copies of texts, (text, copies): a group's first row is the text, the others are to change.
-
-        The last row of the first group stays a copy where there are `names` (of the groups). padded: of which groups.
-        """
-        rows = [text for text, copies in groups for _ in range(copies)]
-        ends = torch.tensor([copies for _, copies in groups]).cumsum(0).tolist()
-        spans = [range(end - copies, end) for end, (_, copies) in zip(ends, groups, strict=True)]
-        self.groups = dict(zip(names, spans, strict=False))
-        self.copy = spans[0][-1] if names else 0
-        self.padded = {side: spans[index][0] for side, index in padded}
-        call, places = self._lay_out(rows, left=spans[2] if len(spans) > 2 else ())
-        handles = []
-        self.rows, self.places = rows, places
-        self.seen: list[int] = []
-        try:
-            for index, layer in enumerate(self.layers):
-                handles += [
-                    layer.register_forward_pre_hook(self._before(index), with_kwargs=True),
-                    layer.register_forward_hook(self._after(index)),
-                ]
-            self.trunk(**call)
-        except AttentionCheckError:
-            raise
-        except Exception as error:
-            config: Any = self.trunk.config
-            raise AttentionCheckError(
-                f"{getattr(config, 'model_type', '?')} on {backend_of(config)}: the forward of the self-test failed "
-                f"behind layer {self.seen[-1] if self.seen else '-'}: {type(error).__name__}: {error}"
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-        if self.seen != list(range(len(self.layers))):
-            raise AttentionCheckError(
-                f"of {len(self.layers)} layers of {type(self.trunk).__name__}, {self.seen} ran where the self-test "
-                "sees them; check the attention before the layers are compiled or wrapped"
-            )
-
-    def _lay_out(self, rows: list[Tensor], left: Sequence[int]) -> tuple[dict[str, Any], list[Tensor]]:
-        """The call's arguments, and each row's places among all tokens of the batch in one line."""
-        device = self._device()
-        lengths = [len(row) for row in rows]
-        if self.packed:
-            ends = torch.tensor(lengths).cumsum(0)
-            places = [torch.arange(end - n, end) for n, end in zip(lengths, ends.tolist(), strict=True)]
-            offsets = torch.cat([torch.zeros(1, dtype=torch.long), ends]).to(device, torch.int32)
-            call: dict[str, Any] = {
-                "input_ids": torch.cat(rows)[None].to(device),
-                "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].to(device),
-                **{f"cu_seq_lens_{x}": offsets for x in "qk"},
-                **{f"max_length_{x}": max(lengths) for x in "qk"},
-            }
-        else:
-            width, pad = max(lengths), getattr(self.trunk.config, "pad_token_id", None)
-            starts = [width - n if i in left else 0 for i, n in enumerate(lengths)]
-            places = [torch.arange(n) + i * width + s for i, (n, s) in enumerate(zip(lengths, starts, strict=True))]
-            mask = torch.zeros(len(rows) * width, dtype=torch.long)
-            ids = torch.full_like(mask, pad if isinstance(pad, int) and pad >= 0 else 0)
-            mask[torch.cat(places)] = 1
-            ids[torch.cat(places)] = torch.cat(rows)
-            mask, ids = (t.view(len(rows), width).to(device) for t in (mask, ids))
-            call = {"input_ids": ids, "attention_mask": mask}
-            if self.give_positions:
-                call["position_ids"] = text_positions(mask)
-        if "use_cache" in inspect.signature(type(self.trunk).forward).parameters:
-            call["use_cache"] = False
-        return call, [place.to(device) for place in places]
-
-    def _device(self) -> torch.device:
-        weight = embedding_table(self.trunk).weight
-        return torch.device("cpu") if weight.device.type == "meta" else weight.device  # offloaded: its hook moves
-
-    def _before(self, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            changed = self._change(index, self._flat(index, hidden)).view_as(hidden)
-            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
-
-        return hook
-
-    def _after(self, index: int) -> Any:
-        def hook(_: nn.Module, __: tuple, output: Any) -> None:
-            self._judge(index, self._flat(index, output[0] if isinstance(output, tuple) else output))
-            self.seen.append(index)
-
-        return hook
-
-    def _flat(self, index: int, hidden: Tensor) -> Tensor:
-        tokens = sum(map(len, self.rows)) if self.packed else len(self.rows) * max(map(len, self.rows))
-        if hidden.dim() < 2 or hidden.numel() != tokens * hidden.shape[-1]:
-            raise AttentionCheckError(
-                f"layer {index} works on {list(hidden.shape)}, expected {tokens} tokens: a model that removes padding "
-                "inside cannot be checked (turn its unpadding off)"
-            )
-        return hidden.reshape(tokens, hidden.shape[-1])
-
-    def _change(self, index: int, hidden: Tensor) -> Tensor:
-        """The layer's own input [tokens, D] → with what this test puts into it."""
-        hidden, places = hidden.clone(), [place.to(hidden.device) for place in self.places]
-        if index not in self.inputs:
-            self.inputs[index] = hidden[places[0]]
-        for side, row in self.padded.items():
-            if index == 0:
-                self.input_errors[side] = _error(hidden[places[row]], self.inputs[0], self.inputs[0])
-            hidden[places[row]] = self.inputs[index].to(hidden.dtype)
-        for rows in self.groups.values():
-            text = hidden[places[rows[0]]]
-            last, noise = min(len(text) - 1, self.reach), torch.empty(0)
-            for place, row in enumerate(rows[1:]):
-                hidden[places[row]] = text
-                if row == self.copy:
-                    continue
-                # The last token itself, or one of those that the first may read in its stead; each with a noise and
-                # with its opposite, of which one makes it read more.
-                token, size = (text[last], 1.0) if place < 2 else (text[(place // 2 - 1) % last], _MILD)
-                noise = -noise if place % 2 else torch.randn(hidden.shape[-1], generator=self.generator)
-                noise = noise.to(hidden.device)
-                scale = size * token.float().square().mean().sqrt().clamp_min(1e-6)
-                hidden[places[row][last]] = token + (noise * scale).to(hidden.dtype)
-        return hidden
-
-    def _judge(self, index: int, output: Tensor) -> None:
-        """What came out of the layer, [tokens, D]."""
-        self.dtype = _precision(output)
-        report, places = self.reports[index], [place.to(output.device) for place in self.places]
-        if index not in self.outputs:
-            self.outputs[index] = output[places[0]]
-        alone = self.outputs[index]
-        if not alone.isfinite().all():
-            raise AttentionCheckError(_not_finite(self.trunk, index, self.dtype))
-        added = alone - self.inputs[index].to(alone.dtype)
-        report.rounding = 4 * torch.finfo(self.dtype).eps * _size(alone) / max(_size(added), 1e-30)
-        for side, row in self.padded.items():
-            report.errors[side] = _error(output[places[row]], alone, added)
-        if not self.groups:
-            return
-        first = output[torch.stack([place[0] for place in places])].double()
-        floor = max(_ANSWER[self.dtype], 4 * _change_of(first[0], first[self.copy]))
-        for batch, rows in self.groups.items():
-            change = max(_change_of(first[rows[0]], first[row]) for row in rows[1:] if row != self.copy)
-            report.answers[batch] = change if change > floor else 0.0
-
-
-def embedding_table(trunk: nn.Module) -> nn.Embedding:
-    """The token embeddings.
-
-    Raises:
-        ValueError: there is no one table of them.
-    """
-    with suppress(NotImplementedError, AttributeError):
-        table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
-        if isinstance(getattr(table, "weight", None), Tensor):
-            return table
-    raise ValueError(
-        f"{type(trunk).__name__} has no one table of token embeddings (CANINE hashes characters, a speech model adds "
-        "up several), from which the vocabulary, the device and tokens for the self-test are known; such models are "
-        "not supported"
-    )
-
-
-def require_weights(trunk: nn.Module) -> None:
-    """Refuse a model on the meta device.
-
-    Raises:
-        ValueError: saying so.
-    """
-    offloaded = any(hasattr(module, "_hf_hook") for module in trunk.modules())  # whose weights come when they are used
-    if not offloaded and any(parameter.is_meta for parameter in trunk.parameters()):
-        raise ValueError(
-            f"{type(trunk).__name__} is on the meta device, so nothing can be tried on it; load its weights first, or "
-            "leave the self-test out (check=False) and call check_attention(model) once they are there"
-        )
-
-
-def _not_finite(trunk: nn.Module, index: int, dtype: torch.dtype) -> str:
-    """What to say of a layer whose output is NaN or infinite: the weights that are."""
-    config: Any = trunk.config
-    family = getattr(config, "model_type", type(trunk).__name__)
-    wrong = [name for name, p in trunk.named_parameters() if not p.is_meta and not p.isfinite().all()]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        return (
-            f"{family} holds NaN or infinite weights: {', '.join(wrong[:5])}{more}; a training that diverged or a file "
-            "that is damaged? Load weights that are finite"
-        )
-    return (
-        f"{family}: the output of layer {index} is NaN or infinite in {str(dtype).removeprefix('torch.')}, though all "
-        "weights are finite (an overflow?); try another dtype"
-    )
-
-
-def text_positions(mask: Tensor) -> Tensor:
-    """attention_mask [B, T] → position_ids [B, T] int64, counted from each text's first token; 0 before it."""
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-def _change_of(one: Tensor, other: Tensor) -> float:
-    """Mean relative difference of two tokens' elements; no element counts alone, however large."""
-    scale = one.abs() + other.abs() + one.abs().median()
-    return ((one - other).abs() / scale.clamp_min(1e-30)).mean().item()
-
-
-def _error(got: Tensor, expected: Tensor, scale: Tensor) -> float:
-    return _size(got.double() - expected.double()) / max(_size(scale), 1e-30)
-
-
-def _size(tensor: Tensor) -> float:
-    return tensor.double().square().mean().sqrt().item()
-
-
-def _precision(output: Tensor) -> torch.dtype:
-    device = output.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
-    return dtype if dtype in _AGREE else torch.bfloat16
-
-
-@contextlib.contextmanager
-def _undisturbed(trunk: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients, dropout or taps; afterwards everything is as before, random state included."""
-    training = [module for module in trunk.modules() if module.training]
-    devices = sorted({p.device.index for p in trunk.parameters() if p.device.type == "cuda"})
-    taps = trunk.__dict__.pop(_TAPS, None)  # without the mark, taps let a forward pass
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        if taps is not None:
-            trunk.__dict__[_TAPS] = taps

@@ -24,15 +24,13 @@ from torch import Tensor, nn
 
 from ..pooling.tokens import note_offsets, read_offsets, require, select_tokens
 from ..taps import find_layers
-from .check import AttentionCheckError, _error, _precision, _undisturbed, embedding_table, require_weights
 from .families import PACKED, backend_of, require_text_model
+from .trial import compare, name_of, try_packed
 from .varlen import PackedCall, has_flash_attn, register, require_no_softcap, running
 
 _MARK = "_mlpool_packed"  # on the trunk: its Packing
 _ROWS = ("input_ids", "inputs_embeds", "token_type_ids")  # [B, T, ...], packed with the batch
 _OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
-# Relative, over all layers: above rounding, below what another position or one foreign token makes.
-_LIMITS = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 _LENGTHS = ("max_length_q", "max_length_k")
 
 
@@ -75,7 +73,7 @@ def pack(model: nn.Module, padded_output: bool = True, check: bool = True) -> nn
         return model
     _refuse(trunk)
     require_text_model(model, trunk)
-    expected = _try(trunk) if check else None
+    expected = try_packed(trunk) if check else None
     assert isinstance(layers, nn.ModuleList)
     packing = Packing(len(layers), backend_of(trunk.config), _position_offset(trunk))
     trunk.set_attn_implementation(PACKED)  # type: ignore[operator]
@@ -85,7 +83,7 @@ def pack(model: nn.Module, padded_output: bool = True, check: bool = True) -> nn
         trunk.__class__ = _packed_class(cls)
     try:
         if expected is not None:
-            _compare(trunk, _try(trunk), expected, packing.backend)
+            compare(trunk, try_packed(trunk), expected, packing.backend)
     except BaseException:
         unpack(model)
         raise
@@ -329,14 +327,9 @@ def _refuse(trunk: nn.Module) -> None:
             "some of its layers attend in chunks, which no packed kernel does (short texts alone would come through)"
         )
     if reason:
-        raise ValueError(f"{_name(trunk)} cannot run packed: {reason}")
+        raise ValueError(f"{name_of(trunk)} cannot run packed: {reason}")
     if not (has_flash_attn() and torch.cuda.is_available()):
         require_no_softcap(getattr(config, "attn_logit_softcapping", None))
-
-
-def _name(trunk: nn.Module) -> str:
-    config: Any = trunk.config
-    return getattr(config, "model_type", type(trunk).__name__)
 
 
 def _refuse_arguments(trunk: nn.Module, call: dict[str, Any]) -> None:
@@ -387,51 +380,6 @@ def _position_offset(trunk: nn.Module) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1  # type: ignore[arg-type]
     return 0
-
-
-def _try(trunk: nn.Module) -> list[Tensor]:
-    """`_probe`, whose error says that the model cannot run packed: found now, not when it encodes."""
-    try:
-        return _probe(trunk)
-    except (AttentionCheckError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # ours, or one from code of the family's own that takes the row for one text
-        raise ValueError(
-            f"{_name(trunk)} cannot run packed: a trial of two short texts failed on {backend_of(trunk.config)} "
-            f"({type(error).__name__}: {error})"
-        ) from error
-
-
-def _probe(trunk: nn.Module) -> list[Tensor]:
-    """Last hidden states of two short texts, run as one right-padded batch."""
-    require_weights(trunk)
-    config: Any = trunk.config
-    table = embedding_table(trunk)
-    device = torch.device("cpu") if table.weight.is_meta else table.weight.device  # offloaded: its hook moves
-    drawn = torch.randint(table.num_embeddings, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
-    text = [token for token in drawn if token not in special]
-    lengths, pad = (8, 5), getattr(config, "pad_token_id", None)
-    ids = torch.full((2, 8), pad if isinstance(pad, int) and pad >= 0 else 0)
-    mask = torch.zeros_like(ids)
-    for row, n in enumerate(lengths):
-        ids[row, :n], mask[row, :n] = torch.tensor(text[8 * row : 8 * row + n]), 1
-    cache = {"use_cache": False} if "use_cache" in inspect.signature(type(trunk).forward).parameters else {}
-    with _undisturbed(trunk):
-        output = trunk(input_ids=ids.to(device), attention_mask=mask.to(device), **cache)
-    hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-    return [hidden[row, :n] for row, n in enumerate(lengths)]
-
-
-def _compare(trunk: nn.Module, got: list[Tensor], expected: list[Tensor], backend: str) -> None:
-    limit = _LIMITS[_precision(got[0])]
-    errors = [_error(one, other, other) for one, other in zip(got, expected, strict=True)]
-    if not all(error <= limit for error in errors):  # or NaN
-        raise AttentionCheckError(
-            f"{_name(trunk)} gives other hidden states packed than padded on "
-            f"{backend}: relative errors {', '.join(f'{error:.1e}' for error in errors)} (at most {limit:.0e} is "
-            "rounding); the model was left unpacked"
-        )
 
 
 with contextlib.suppress(ImportError):  # which pack says

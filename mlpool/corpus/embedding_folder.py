@@ -12,55 +12,43 @@ which is compared when it is read. One run at a time writes to a folder, its pro
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..files import check_link, confined, read_json, replacing, sha256, write_json
-from .text_files import import_parquet
+from .shards import (
+    ADVICE,
+    MEND,
+    SHARD_FILE,
+    Blocks,
+    Shard,
+    check_shard,
+    index_of,
+    read_ids,
+    read_record,
+    read_shard,
+    shard_files,
+    write_npy,
+    write_parquet,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
 MANIFEST, PROGRESS, RUN = "manifest.json", "progress", "run.json"
 VERSION = 1  # of the manifest
-FORMATS, DTYPES = ("npy", "parquet"), ("float32", "float16")
 _HOLDER = "holder.json"
 _PATIENCE = 1.0  # seconds before a folder counts as held
 _RECORD_FILE = re.compile(r"shard-\d{5,}\.json")
-_ADVICE = "delete the folder, or name another"
-_MEND = "run the same `mlpool encode` with --verify, which makes damaged shards anew"
-_SHARD_FILE = re.compile(r"shard-\d{5,}\.(npy|parquet|ids\.json)")
-
-Blocks = Iterable[tuple["np.ndarray", list[Any]]]  # embeddings [n, D] and their ids
-
-
-@dataclass
-class Shard:
-    """A complete shard; row i of its file is row first_row + i of the inputs."""
-
-    file: str
-    ids: str | None
-    first_row: int
-    rows: int
-    dimension: int
-    normalised: bool
-    bytes: int  # of both files
-    seconds: float
-    truncated: int | None  # texts longer than the model takes; None: the model does not count them
-    longest: int | None  # tokens of the longest such text
-    sha256: str | None = None  # of the file; None before there were digests
-    ids_sha256: str | None = None
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -87,7 +75,7 @@ class EmbeddingFolder:
         # In this order: whoever finishes last deletes the first when the second is there.
         for file in (self.progress / RUN, self.path / MANIFEST):
             with suppress(FileNotFoundError):
-                plan = read_json(file, dict, _ADVICE)
+                plan = read_json(file, dict, ADVICE)
                 if plan.get("version", VERSION) != VERSION:
                     raise ValueError(
                         f"{file} is of version {plan['version']!r}, and this mlpool reads {VERSION}: update mlpool, or "
@@ -166,7 +154,7 @@ class EmbeddingFolder:
             if entry.name != _HOLDER:
                 entry.unlink()
         for entry in self.path.iterdir() if self.path.is_dir() else ():
-            if _SHARD_FILE.fullmatch(entry.name):
+            if SHARD_FILE.fullmatch(entry.name):
                 entry.unlink()
 
     def shards(self, verify: bool = False) -> dict[int, Shard]:
@@ -177,14 +165,14 @@ class EmbeddingFolder:
             for file in list(self.progress.iterdir()):
                 if _RECORD_FILE.fullmatch(file.name):
                     with suppress(ValueError):  # of no use: the shard is made again
-                        found[int(file.stem.removeprefix("shard-"))] = _shard(read_json(file), self.path, file)
+                        found[int(file.stem.removeprefix("shard-"))] = read_record(read_json(file), self.path, file)
         except FileNotFoundError:
             pass  # not begun, or deleted just now: then the manifest has them all
         if (self.path / MANIFEST).is_file():
-            entries = read_json(self.path / MANIFEST, dict, _ADVICE).get("shards")
+            entries = read_json(self.path / MANIFEST, dict, ADVICE).get("shards")
             for entry in entries if isinstance(entries, list) else ():
-                shard = _shard(entry, self.path, self.path / MANIFEST)
-                found.setdefault(_index(shard.file), shard)
+                shard = read_record(entry, self.path, self.path / MANIFEST)
+                found.setdefault(index_of(shard.file), shard)
         return {index: shard for index, shard in found.items() if self._is_whole(index, shard, verify)}
 
     def _is_whole(self, index: int, shard: Shard, verify: bool) -> bool:
@@ -195,7 +183,7 @@ class EmbeddingFolder:
                 return True
             check_shard(self.path, shard)
             read_shard(self.path, shard)
-            return index == _index(shard.file)
+            return index == index_of(shard.file)
         except (FileNotFoundError, ValueError):
             return False
 
@@ -254,35 +242,6 @@ def _job() -> str:
     return " ".join(os.environ.get(name, "") for name in names)
 
 
-def write_npy(stream: IO[bytes], rows: int, blocks: Blocks, ids: list[Any]) -> None:
-    """One .npy array of `rows` rows, block after block; the blocks' ids are appended to `ids`."""
-    from numpy.lib import format as npy
-
-    for i, (block, block_ids) in enumerate(blocks):
-        if i == 0:
-            header = {"descr": npy.dtype_to_descr(block.dtype), "fortran_order": False, "shape": (rows, block.shape[1])}
-            npy.write_array_header_1_0(stream, header)
-        stream.write(block.tobytes())
-        ids += block_ids
-
-
-def write_parquet(stream: IO[bytes], rows: int, blocks: Blocks, ids: list[Any]) -> None:
-    """Columns `id` (string or int64) and `embedding` (a list of fixed size), a row group a block."""
-    parquet = import_parquet()
-    import pyarrow as pa
-
-    writer = None
-    try:
-        for block, block_ids in blocks:
-            embedding = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), block.shape[1])
-            table = pa.table({"id": pa.array(block_ids), "embedding": embedding})
-            writer = writer or parquet.ParquetWriter(stream, table.schema, use_dictionary=False)
-            writer.write_table(table)
-    finally:
-        if writer:
-            writer.close()
-
-
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -325,89 +284,6 @@ def load_ids(folder: str | Path, verify: bool = True) -> list[str] | list[int] |
     return ids
 
 
-def read_shard(folder: Path, shard: Shard, ids: bool = True) -> tuple[np.ndarray, list[Any] | None]:
-    """The array [rows, D] and the ids, where asked for, of a shard; ValueError where they are not as they should be."""
-    import numpy as np
-
-    path = folder / shard.file
-    try:
-        if shard.file.endswith(".npy"):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            column = import_parquet().read_table(path, columns=["embedding"])["embedding"]
-            array = column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; {_MEND}") from None
-    except Exception as error:  # of many kinds: a header that is no Python, a mmap beyond the end, pyarrow's own
-        raise ValueError(f"{path} cannot be read, is it cut short? ({error}); {_MEND}") from error
-    if array.shape != (shard.rows, shard.dimension):
-        raise ValueError(f"{path} is {list(array.shape)}, expected {[shard.rows, shard.dimension]}; {_MEND}")
-    return array, read_ids(folder, shard) if ids and (shard.ids or shard.file.endswith(".parquet")) else None
-
-
-def read_ids(folder: Path, shard: Shard) -> list[Any]:
-    """The ids of a shard, one a row; ValueError where they are not."""
-    path = folder / (shard.ids or shard.file)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {_MEND}")
-    if shard.ids:
-        ids = read_json(path, list, _MEND)
-    else:
-        try:
-            ids = import_parquet().read_table(path, columns=["id"])["id"].to_pylist()
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read, is it cut short? ({error}); {_MEND}") from error
-    if len(ids) != shard.rows or not all(isinstance(i, str | int) and not isinstance(i, bool) for i in ids):
-        raise ValueError(f"{path} has {len(ids)} ids, expected {shard.rows} strings or integers; {_MEND}")
-    return ids
-
-
-def check_shard(folder: Path, shard: Shard, ids: bool = True, embeddings: bool = True) -> None:
-    """Compare the files of a shard with what was written; nothing to compare with where there are no digests."""
-    for file, digest, asked in ((shard.file, shard.sha256, embeddings), (shard.ids, shard.ids_sha256, ids)):
-        if file is None or digest is None or not asked:
-            continue
-        path = folder / file
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; {_MEND}")
-        if sha256(path) != digest:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was written; {_MEND}")
-
-
-def shard_files(shard: Shard) -> list[str]:
-    return [shard.file, *([shard.ids] if shard.ids else [])]
-
-
-def _index(file: str) -> int:
-    return int(file.removeprefix("shard-").partition(".")[0])
-
-
-def _shard(entry: Any, folder: Path, source: Path) -> Shard:
-    """A shard's record, checked; ValueError names what is missing, unknown or of a wrong type."""
-    from ..schema import check
-
-    try:
-        values = check(_shard_keys(), entry, str(source))
-    except ValueError as error:
-        raise ValueError(f"{error}; it was edited, or written by a newer mlpool") from None
-    fields = dataclasses.fields(Shard)
-    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
-        raise ValueError(f"{source} lacks {', '.join(missing)} of a shard; it was edited, or cut short: {_ADVICE}")
-    shard = Shard(**values)
-    for file in shard_files(shard):
-        confined(folder, file, source)
-        if not _SHARD_FILE.fullmatch(file):
-            raise ValueError(f"{source} names {file!r}, expected a shard such as shard-00000.npy; {_ADVICE}")
-    return shard
-
-
-@functools.cache
-def _shard_keys() -> Any:
-    from ..schema import arguments, section
-
-    return section("key", arguments(Shard))
-
-
 def _complete_shards(folder: Path, verify: bool, ids: bool = False) -> list[Shard]:
     """The shards of a finished folder, in order; those files compared that hold what is asked for."""
     if not (folder / MANIFEST).is_file():
@@ -419,20 +295,20 @@ def _complete_shards(folder: Path, verify: bool, ids: bool = False) -> list[Shar
         )
         raise FileNotFoundError(f"{folder} has no {MANIFEST}: it {state}")
     EmbeddingFolder(folder).plan()  # its version
-    manifest = read_json(folder / MANIFEST, dict, _ADVICE)
+    manifest = read_json(folder / MANIFEST, dict, ADVICE)
     entries, totals = manifest.get("shards"), manifest.get("totals")
     if not isinstance(entries, list) or not entries or not isinstance(totals, dict):
-        raise ValueError(f"{folder / MANIFEST} lacks its shards or totals; it was edited, or cut short: {_ADVICE}")
-    shards = [_shard(entry, folder, folder / MANIFEST) for entry in entries]
+        raise ValueError(f"{folder / MANIFEST} lacks its shards or totals; it was edited, or cut short: {ADVICE}")
+    shards = [read_record(entry, folder, folder / MANIFEST) for entry in entries]
     rows = 0
     for index, shard in enumerate(shards):
-        if _index(shard.file) != index or shard.first_row != rows:
-            raise ValueError(f"{folder / MANIFEST} lacks shard {index}, or has it at another place; {_MEND}")
+        if index_of(shard.file) != index or shard.first_row != rows:
+            raise ValueError(f"{folder / MANIFEST} lacks shard {index}, or has it at another place; {MEND}")
         rows += shard.rows
     if (len(shards), rows) != (totals.get("shards"), totals.get("rows")):
         raise ValueError(
             f"{folder / MANIFEST} has {len(shards)} shards of {rows} rows, its totals say {totals.get('shards')} of "
-            f"{totals.get('rows')}; {_MEND}"
+            f"{totals.get('rows')}; {MEND}"
         )
     if verify:
         if any(shard.sha256 is None for shard in shards):

@@ -9,23 +9,21 @@ holds depends neither on the number of processes nor on interruptions. The ranks
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
-import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import add_device, add_max_seq_length, check_place
-from ..show import progress
-from .embedding_folder import DTYPES, FORMATS, VERSION, EmbeddingFolder, Shard
-from .text_files import ACCEPTED, Row, TextFile, check_files, find_columns, find_files, read_ranges
+from ..options import rank_and_world
+from ..show import progress, some
+from ..version import versions
+from .embedding_folder import VERSION, EmbeddingFolder
+from .shards import DTYPES, FORMATS, Shard
+from .text_files import Row, TextFile, check_files, find_columns, find_files, read_ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +74,7 @@ def encode_files(
             folder of something else or of another run (what differs), embeddings that are not finite. BlockingIOError:
             another run writes to `output` (who).
     """
-    rank, world = _rank()
+    rank, world = rank_and_world()
     _check_options(model, format, dtype, shard_size, truncate_dim, token_budget, batch_size)
     paths = find_files(inputs)
     columns = find_columns(paths, text_column, id_column)
@@ -100,7 +98,7 @@ def encode_files(
             files = check_files(paths, columns, allow_empty, bar.update)
         plan["inputs"] = [{**file._asdict(), "path": str(file.path)} for file in files]
     call = {"prompt": plan["prompt"], "truncate_dim": truncate_dim, "normalize_embeddings": normalize,
-            "device": _device(device, world), "convert_to_numpy": True, "show_progress_bar": False,
+            "device": own_device(device, world), "convert_to_numpy": True, "show_progress_bar": False,
             "token_budget": token_budget, "batch_size": batch_size}  # fmt: skip
     encoder = _Encoder(model, {name: value for name, value in call.items() if value is not None}, dtype, truncate_dim)
     total = sum(file.rows for file in files)
@@ -127,14 +125,7 @@ def encode_files(
 # --- the plan: what must be the same when a run goes on --------------------------------------------------------------
 
 
-def _rank() -> tuple[int, int]:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= rank < world:
-        raise ValueError(f"RANK={rank} and WORLD_SIZE={world}: expected 0 <= RANK < WORLD_SIZE, as torchrun sets them")
-    return rank, world
-
-
-def _device(device: str | None, world: int) -> str | None:
+def own_device(device: str | None, world: int) -> str | None:
     """With several processes the GPU of this one, unless a device is named by number; None: where the model is."""
     if world == 1:
         return device
@@ -152,14 +143,12 @@ def _check_options(
     model: SentenceTransformer, format: str, dtype: str, shard_size: int, truncate_dim: int | None,
     token_budget: int | None, batch_size: int | None,
 ) -> None:  # fmt: skip
-    for name, value, choices in (("format", format, FORMATS), ("dtype", dtype, DTYPES)):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    sizes = {"shard_size": shard_size, "truncate_dim": truncate_dim, "token_budget": token_budget,
-             "batch_size": batch_size}  # fmt: skip
-    for name, size in sizes.items():
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+    from ..pooling.base import check_choice, check_positive  # imports torch, for which a command's help does not wait
+
+    check_choice("format", format, FORMATS)
+    check_choice("dtype", dtype, DTYPES)
+    sizes = {"truncate_dim": truncate_dim, "token_budget": token_budget, "batch_size": batch_size}
+    check_positive(shard_size=shard_size, **{name: size for name, size in sizes.items() if size is not None})
     if token_budget is not None and "token_budget" not in inspect.signature(model.encode).parameters:
         raise ValueError(f"{type(model).__name__}.encode takes no token_budget; give batch_size (--batch-size)")
 
@@ -203,8 +192,9 @@ def _resume(folder: EmbeddingFolder, plan: dict[str, Any], paths: list[Path]) ->
             f"({now['identity']})"
         )
     files = [TextFile(**{**entry, "path": Path(entry["path"])}) for entry in old.get("inputs", [])]
-    if [file.path.name for file in files] != [path.name for path in paths]:
-        differs.append(f"the inputs were {_names(file.path for file in files)}, now {_names(paths)}")
+    named, now = [file.path.name for file in files], [path.name for path in paths]
+    if named != now:
+        differs.append(f"the inputs were {some(named)}, now {some(now)}")
     else:
         for file, path in zip(files, paths, strict=True):
             if (file.bytes, file.modified) != (path.stat().st_size, path.stat().st_mtime_ns):
@@ -216,11 +206,6 @@ def _resume(folder: EmbeddingFolder, plan: dict[str, Any], paths: list[Path]) ->
         )
     plan["inputs"] = old["inputs"]
     return [file._replace(path=path) for file, path in zip(files, paths, strict=True)]
-
-
-def _names(paths: Any) -> str:
-    names = [path.name for path in paths]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # --- encoding ------------------------------------------------------------------------------------------------------
@@ -326,90 +311,9 @@ def _summary(shards: list[Shard]) -> dict[str, Any]:
         "truncated": sum(shard.truncated or 0 for shard in cut) if cut else None,
         "longest": max(shard.longest or 0 for shard in cut) if cut else None,
     }
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {"totals": totals, "shards": [vars(shard) for shard in shards], "versions": versions}
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    parser.description = (
-        "Encode the texts of files into a folder of embeddings. An interrupted run goes on where it was."
-    )
-    add("inputs", nargs="+", metavar="FILE", help=f"{ACCEPTED}; glob patterns too")
-    add("-o", "--output", required=True, metavar="DIR", help="folder to write to")
-    add("-m", "--model", required=True, help="folder or Hub name")
-    add("--design", help="of a base model without a saved pooler; default: what the folder says")
-    add("--text-column", help="default: text, else the only string column")
-    add("--id-column", help="kept beside the embeddings")
-    prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt-name", help="a prompt stored in the model, say query")
-    prompts.add_argument("--prompt", help="text put before every text")
-    add("--format", choices=FORMATS, default="npy", help="default: %(default)s")
-    add("--dtype", choices=DTYPES, default="float32", help="of the embeddings written; default: %(default)s")
-    add("--shard-size", type=int, default=SHARD_SIZE, metavar="ROWS", help="rows a file; default: %(default)s")
-    add("--token-budget", type=int, metavar="TOKENS", help="most tokens a batch")
-    add("--batch-size", type=int, metavar="TEXTS", help="texts a batch, for models that take no token budget")
-    add("--truncate-dim", type=int, metavar="D", help="keep the first D dimensions (Matryoshka)")
-    add("--normalize", action="store_true", help="to length 1, for models that do not, and after --truncate-dim")
-    add_max_seq_length(parser)
-    add_device(parser, "a GPU if there is one; under torchrun that of LOCAL_RANK")
-    add("--allow-empty", action="store_true", help="encode empty texts as empty strings; default: an error")
-    add("--verify", action="store_true", help="compare what is there with its digests; make damaged shards anew")
-    add("--overwrite", action="store_true", help="replace another run in the folder")
-
-
-def run(args: argparse.Namespace) -> int | None:
-    options = {name: value for name, value in vars(args).items() if name in _OPTIONS}
-    _check_before_loading(args)
-    from ..embedder.loading import open_model  # imports for seconds
-
-    model = open_model(
-        args.model, args.design, _device(args.device, _rank()[1]), max_seq_length=args.max_seq_length
-    )  # fmt: skip
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends first
-    try:
-        manifest = encode_files(model, args.inputs, args.output, **options)
-    except KeyboardInterrupt:
-        done = len(EmbeddingFolder(Path(args.output)).shards())
-        print(f"mlpool: interrupted; {done} shards are complete, the same command goes on from there", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if manifest is None:
-        print(f"mlpool: rank {_rank()[0]} is done, others still work", file=sys.stderr)
-    else:
-        print(_describe(args.output, manifest["totals"]))
-    return None
-
-
-_OPTIONS = frozenset(inspect.signature(encode_files).parameters) - {"model", "inputs", "output"}
-
-
-def _check_before_loading(args: argparse.Namespace) -> None:
-    """A mistyped name shows at once, not after minutes of loading a model."""
-    check_place(args.model)
-    find_columns(find_files(args.inputs), args.text_column, args.id_column)
-    EmbeddingFolder(Path(args.output)).plan()
-
-
-def _describe(output: str, totals: dict[str, Any]) -> str:
-    speed = totals["rows"] / max(totals["seconds"], 1e-9)
-    lines = [
-        f"{output}: {totals['rows']:,} texts in {totals['shards']:,} shards, dimension {totals['dimension']}, "
-        f"{totals['bytes'] / 1e6:,.1f} MB, {speed:,.0f} texts/s a process"
-    ]
-    if totals["truncated"]:
-        lines.append(
-            f"cut to the model's length: {totals['truncated']:,} texts, the longest {totals['longest']:,} tokens"
-        )
-    if not totals["normalised"]:
-        lines.append("not of length 1: compare by cosine, or encode with --normalize")
-    return "\n".join(lines)
+    found = versions(*PACKAGES)
+    return {
+        "totals": totals,
+        "shards": [vars(shard) for shard in shards],
+        "versions": {package: found.get(package) for package in PACKAGES},
+    }

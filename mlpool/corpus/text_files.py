@@ -1,22 +1,15 @@
-"""Texts of .txt, .jsonl, .csv and .parquet files, row by row in bounded memory; faults named by file and line."""
+"""One text a row of .txt, .jsonl, .csv and .parquet files, with its id; faults named by file and line."""
 
 from __future__ import annotations
 
-import csv
-import difflib
 import glob
-import gzip
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import parse_json
+from .rows import TEXT, Range, beside, column_types, columns_of, kind_of, not_unicode, read_rows
 
-KINDS = (".txt", ".jsonl", ".csv", ".parquet")
-ACCEPTED = ".txt, .jsonl, .csv (each also as .gz) and .parquet"
-_JSON_SPACE = " \t\r\n"  # what JSON takes for space: U+2028 alone on a line is no blank line
+ACCEPTED = ".txt, .jsonl, .csv (also .ndjson, .json, .tsv; each also as .gz) and .parquet"
 NAMED_ROWS = 5  # of empty texts, in an error
 
 
@@ -43,9 +36,6 @@ class TextFile(NamedTuple):
     rows: int
 
 
-Range = tuple[int, int]  # rows [first, stop)
-
-
 # --- which files ---------------------------------------------------------------------------------------------------
 
 
@@ -67,33 +57,17 @@ def find_files(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
                 raise FileNotFoundError(f"no file fits the pattern {str(name)!r}")
             paths += [match for match in matches if match.is_file()]
         elif not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist{_nearest(path)}")
+            raise FileNotFoundError(f"{path} does not exist{beside(path)}")
         else:
             paths.append(path)
     if not paths:
         raise ValueError("no input files; name at least one")
     for i, path in enumerate(paths):
-        kind_of(path)
+        if not kind_of(path):
+            raise ValueError(f"{path}: cannot tell the kind of file by its name; accepted are {ACCEPTED}")
         if path in paths[:i]:
             raise ValueError(f"{path} is named twice; its texts would be encoded twice")
     return paths
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"; neither does its folder {path.parent}"
-    names = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], cutoff=0.5)
-    return f"; nearest there: {', '.join(names)}" if names else ""
-
-
-def kind_of(path: Path) -> str:
-    """One of `KINDS`, by the name."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    kind = suffixes[-2 if packed else -1] if len(suffixes) > packed else ""
-    if kind not in KINDS or (packed and kind == ".parquet"):
-        raise ValueError(f"{path}: cannot tell the kind of file by its name; accepted are {ACCEPTED}")
-    return kind
 
 
 # --- which columns -------------------------------------------------------------------------------------------------
@@ -114,11 +88,11 @@ def find_columns(paths: Sequence[Path], text: str | None = None, id: str | None 
         return Columns("", None)
     if id and len(tables) < len(paths):
         raise ValueError("ids are asked for, and .txt files have none; give them in .jsonl, .csv or .parquet")
-    path, found = next(((path, found) for path in tables if (found := _peek(path))), (tables[0], {}))
+    path, found = next(((path, found) for path in tables if (found := column_types(path))), (tables[0], {}))
     if not found:
         raise ValueError(f"nothing to encode: no row in {', '.join(str(path) for path in tables)}")
     _check_columns(str(path), (text, id), found)
-    strings = [name for name, holds_strings in found.items() if holds_strings and name != id]
+    strings = [name for name, kind in found.items() if kind == "string" and name != id]
     if text is None and "text" in strings:
         text = "text"
     elif text is None:
@@ -139,18 +113,6 @@ def _check_columns(place: str, columns: Iterable[str | None], found: Iterable[st
 
 def _listed(found: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in found) or "none"
-
-
-def _peek(path: Path) -> dict[str, bool]:
-    """Column names, and whether each holds strings (for .jsonl in its first row)."""
-    kind = kind_of(path)
-    if kind == ".parquet":
-        schema = _open_parquet(path).schema_arrow
-        return {field.name: _is_string(field.type) for field in schema}
-    if kind == ".csv":
-        return dict.fromkeys(next(_csv_records(path), (1, []))[1], True)
-    line, first = next(_json_lines(path), (0, "{}"))
-    return {name: isinstance(value, str) for name, value in _parse_json(path, line, first).items()}
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -222,24 +184,23 @@ def read_ranges(files: Sequence[TextFile], columns: Columns, ranges: Sequence[Ra
 
 
 def read_file(path: Path, columns: Columns, ranges: Sequence[Range] | None = None) -> Iterator[Row]:
-    """The rows of one file, or those in `ranges`. Blank lines are texts in .txt, and nothing in .jsonl and .csv.
+    """The rows of one file, or those in `ranges`. Blank lines are texts in .txt, and nothing in the others.
 
     Raises:
-        ValueError: broken JSON, CSV, gzip, Parquet or UTF-8, a missing column, a text that is no string: file and line.
+        ValueError: a broken row or file, a missing column, a text that is no string: file and line.
     """
-    kind = kind_of(path)
-    if kind == ".parquet":
-        yield from _read_parquet(path, columns, ranges)
-    elif kind == ".csv":
-        yield from _read_csv(path, columns, ranges)
-    elif kind == ".jsonl":
-        for line, source in _select(_json_lines(path), ranges):
-            entry = _parse_json(path, line, source)
+    text, kind = columns.text or TEXT, kind_of(path)
+    if kind == ".txt":
+        text = TEXT
+    elif kind in (".csv", ".tsv", ".parquet") and (types := column_types(path)):
+        _check_columns(str(path), columns, types)
+        if types[text] != "string":
+            raise ValueError(f"{path}: column {text!r} holds {types[text]}, expected strings")
+    for line, row in read_rows(path, list(dict.fromkeys(filter(None, columns))), ranges):
+        entry = columns_of(row, f"{path}:{line}")
+        if text not in entry or (columns.id and columns.id not in entry):
             _check_columns(f"{path}:{line}", columns, entry)
-            yield _row(entry[columns.text], entry[columns.id] if columns.id else None, path, line)
-    else:
-        for line, text in _select(_lines(path), ranges):
-            yield _row(text.removesuffix("\n").removesuffix("\r"), None, path, line)
+        yield _row(entry[text], entry[columns.id] if columns.id else None, path, line)
 
 
 def _row(text: Any, id: Any, path: Path, line: int) -> Row:
@@ -250,127 +211,8 @@ def _row(text: Any, id: Any, path: Path, line: int) -> Row:
     if isinstance(id, int) and not -(2**63) <= id < 2**63:
         raise ValueError(f"{path}:{line}: the id {str(id)[:20]}… has more than 64 bits; give it as a string")
     for what, value in (("text", text), ("id", id)):
-        if isinstance(value, str) and not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, and no tokenizer takes it
-                at = f"character {error.start} of the {what}"
-                raise ValueError(f"{path}:{line}: half a surrogate pair at {at}") from None
+        if isinstance(value, str) and (at := not_unicode(value)) is not None:
+            if "\udc80" <= value[at] <= "\udcff":
+                raise ValueError(f"{path}:{line} is not UTF-8: byte {len(value[:at].encode())} of the {what}")
+            raise ValueError(f"{path}:{line}: half a surrogate pair at character {at} of the {what}")
     return Row(text, id, path, line)
-
-
-def _select(items: Iterator[Any], ranges: Sequence[Range] | None) -> Iterator[Any]:
-    if ranges is None:
-        yield from items
-        return
-    position = 0
-    for start, stop in ranges:
-        yield from islice(items, start - position, stop - position)
-        position = stop
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number, line with its end). Only \\n ends a line: str.splitlines also cuts at form feeds and U+2028."""
-    opened = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # noqa: SIM115
-    number = 0
-    with opened as file:
-        try:
-            for number, line in enumerate(file, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number} is not UTF-8: {error.reason}, byte {error.start} of the line") from None
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path} is a damaged gzip file, after line {number}: {error}") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, str]]:
-    return ((number, line) for number, line in _lines(path) if line.strip(_JSON_SPACE))
-
-
-def _parse_json(path: Path, line: int, source: str) -> dict[str, Any]:
-    entry = parse_json(source.strip(_JSON_SPACE), f"{path}:{line}")
-    if not isinstance(entry, dict):
-        raise ValueError(f'{path}:{line}: expected an object such as {{"text": …}}, got {source.strip()!r:.60}')
-    return entry
-
-
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line it starts on, fields) of each record, the header first."""
-    # The limit is one for the whole process, and its default of 131,072 characters is short for a document.
-    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    start = 1
-    try:
-        for fields in reader:
-            if fields:
-                yield start, fields
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}:{start} is not valid CSV: {error}") from None
-
-
-def _read_csv(path: Path, columns: Columns, ranges: Sequence[Range] | None) -> Iterator[Row]:
-    records = _csv_records(path)
-    header = next(records, (1, []))[1]
-    if header:
-        _check_columns(str(path), columns, header)
-    for line, fields in _select(records, ranges):
-        if len(fields) != len(header):
-            raise ValueError(f"{path}:{line} has {len(fields)} fields, the header {len(header)}")
-        entry = dict(zip(header, fields, strict=True))
-        yield _row(entry[columns.text], entry[columns.id] if columns.id else None, path, line)
-
-
-def _open_parquet(path: Path) -> Any:
-    parquet = import_parquet()
-    try:
-        return parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def import_parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Parquet files need pyarrow: pip install pyarrow") from error
-    return pyarrow.parquet
-
-
-def _is_string(kind: Any) -> bool:
-    import pyarrow.types as types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-
-
-def _read_parquet(path: Path, columns: Columns, ranges: Sequence[Range] | None) -> Iterator[Row]:
-    names = [name for name in columns if name]
-    with _open_parquet(path) as file:
-        types = {field.name: field.type for field in file.schema_arrow}
-        _check_columns(str(path), columns, types)
-        if not _is_string(types[columns.text]):
-            raise ValueError(f"{path}: column {columns.text!r} holds {types[columns.text]}, expected strings")
-        start = 0
-        for group in range(file.num_row_groups):
-            stop = start + file.metadata.row_group(group).num_rows
-            wanted = [(start, stop)] if ranges is None else [r for r in ranges if r[0] < stop and r[1] > start]
-            if wanted:  # row groups without a wanted row are not even read
-                yield from _read_group(file, group, start, wanted, path, names)
-            start = stop
-
-
-def _read_group(file: Any, group: int, start: int, ranges: list[Range], path: Path, names: list[str]) -> Iterator[Row]:
-    try:
-        for batch in file.iter_batches(batch_size=4096, row_groups=[group], columns=names):
-            stop = start + batch.num_rows
-            for a, b in [(max(a, start), min(b, stop)) for a, b in ranges if a < stop and b > start]:
-                part = batch.slice(a - start, b - a)
-                values = [part.column(name).to_pylist() for name in names]
-                ids: Iterable[Any] = values[1] if len(names) > 1 else [None] * len(values[0])
-                for line, (text, id) in enumerate(zip(values[0], ids, strict=True), a + 1):
-                    yield _row(text, id, path, line)
-            start = stop
-    except OSError as error:  # also pyarrow's own for a page cut short
-        raise ValueError(f"{path} is damaged after row {start}: {error}") from error

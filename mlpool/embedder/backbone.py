@@ -15,9 +15,10 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 
 from ..attention import bidirectional, causal
-from ..attention.check import AttentionCheckError, claims_bidirectional, embedding_table, is_encoder, text_positions
+from ..attention.check import AttentionCheckError, claims_bidirectional, is_encoder
 from ..attention.families import backend_of, family_of, require_transformers
 from ..attention.packed import _position_offset, is_packed, pack, unpack
+from ..attention.probe import embedding_table, text_positions
 from ..files import read_json
 from ..pooling.base import broken_weights, check_choice, check_positive, check_token_pooling, log_once
 from ..schema import arguments, check, section

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int | None:
     with _kept_random_state():  # names are checked before a model is loaded
         tasks = local.local_tasks(args.local, names, args.split) if args.local else mteb_tasks(names or [])
     prompts.check(tasks)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = options.rank_and_world()
     length = args.max_seq_length or (EXACT_LENGTH if prompts.exact else None)
     model = open_model(args.model, args.design, args.device or _device(), args.dtype, length)
     rows = _run(

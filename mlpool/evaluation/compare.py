@@ -8,80 +8,23 @@ rank-biserial effect sizes, intervals and tests over items are added (`statistic
 from __future__ import annotations
 
 import argparse
-import csv
 import difflib
-import io
 import statistics as plain
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
 from ..show import progress
+from .comparison import Comparison, Row, number, reading
 from .results import Items, Score, read, read_items
 
-Row = dict[str, Any]
 Runs = dict[str, list[Score]]  # task → one score per seed
 
 # Order of the rows; other types follow by name.
 TASK_TYPES = ("STS", "Retrieval", "Classification", "Clustering", "PairClassification", "Reranking", "Summarization")
 # How far a score may be from what its per-item file gives: files and tables round.
 ITEM_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` found; prints as a table.
-
-    baseline: label. table: one row per model × task type. datasets: one row per model × data set. notes: how to read
-    them, and what was left out. alpha: the level. In both lists a cell that does not apply is None, never NaN.
-    """
-
-    baseline: str
-    table: list[Row]
-    datasets: list[Row]
-    notes: list[str]
-    alpha: float
-
-    def __str__(self) -> str:
-        return "\n\n".join([_terminal(self.table, _TABLE), *self.notes])
-
-    __repr__ = __str__
-
-    def markdown(self) -> str:
-        """Both tables and the notes."""
-        parts = [
-            f"# Compared with {self.baseline}", "## By task type", _markdown(_cells(self.table, _TABLE)),
-            "## By data set", _markdown(_cells(self.datasets, _DATASETS)),
-            "## How to read it", "\n".join(f"- {note}" for note in self.notes),
-        ]  # fmt: skip
-        return "\n\n".join(parts) + "\n"
-
-    def to_csv(self, path: str | Path | None = None, rows: list[Row] | None = None) -> str:
-        """`table` (or `rows`, say `comparison.datasets`) as CSV, full precision; written to `path` if one is given."""
-        rows = self.table if rows is None else rows
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        if path is not None:
-            write_text(path, text.getvalue())
-        return text.getvalue()
-
-    def save(self, directory: str | Path) -> list[Path]:
-        """Write comparison.md, comparison.csv, per_dataset.csv and forest.png; returns their paths."""
-        from .forest import forest
-
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        paths = [directory / name for name in ("comparison.md", "comparison.csv", "per_dataset.csv", "forest.png")]
-        write_text(paths[0], self.markdown())
-        self.to_csv(paths[1])
-        self.to_csv(paths[2], self.datasets)
-        forest(self, paths[3])
-        return paths
 
 
 def compare(
@@ -125,7 +68,7 @@ def compare(
     _test_items(datasets, models, permutations, seed)
     for rows in (table, [row for row in datasets if row["p"] is not None]):
         _correct(rows, alpha)
-    return Comparison(baseline, table, datasets, _reading(table, datasets, alpha) + notes, alpha)
+    return Comparison(baseline, table, datasets, reading(table, datasets, alpha) + notes, alpha)
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
@@ -282,10 +225,10 @@ def _verdict(row: Row, alpha: float) -> str:
     if row["smallest_p"] == 1 and row["difference"] == 0:  # one difference alone would not be zero
         return "no difference"
     if row["smallest_p_holm"] > alpha:
-        after = "" if row["smallest_p"] > alpha else f" ({_number(row['smallest_p_holm'])} after Holm)"
+        after = "" if row["smallest_p"] > alpha else f" ({number(row['smallest_p_holm'])} after Holm)"
         drawn = row.get("permutations")
         what = "too few permutations" if drawn and row["smallest_p"] * (drawn + 1) < 1.5 else "n too small"
-        return f"{what}: smallest reachable p = {_number(row['smallest_p'])}{after}"
+        return f"{what}: smallest reachable p = {number(row['smallest_p'])}{after}"
     if row["p_holm"] > alpha:
         return "no difference shown"
     side = row["effect"] if "effect" in row else row["difference"]  # the ranks were tested
@@ -355,102 +298,6 @@ def _order(items: Items, ids: Any) -> Any:
     return order[np.searchsorted(items.ids, ids, sorter=order)]
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def _reading(table: list[Row], datasets: list[Row], alpha: float) -> list[str]:
-    """How to read the tables, and what they cannot show."""
-    notes = [
-        "A data set is the unit: scores are averaged over seeds first. sd: spread over seeds, averaged over data sets.",
-        "p: Wilcoxon's exact two-sided signed-rank test over data sets; least p: the smallest this many data sets can "
-        f"reach. Verdicts are at {alpha:g} after Holm over all {len(table)} tests (models × task types). “No "
-        "difference shown” is not “equal”.",
-        "[low, high]: 95 % Student t interval of the mean difference, each for itself (not corrected); too short when "
-        "differences are strongly skewed. r: matched-pairs rank-biserial correlation, from -1 to 1.",
-    ]
-    if any("1" in (row["model_seeds"], row["baseline_seeds"]) for row in table):
-        notes.append("One seed: what is shown is about the model that was trained, not about how it was trained.")
-    tested = [row for row in datasets if row["p"] is not None]
-    if tested:
-        words = [row["verdict"].split()[0] for row in tested]
-        notes.append(
-            f"Tests over items: paired randomisation, {tested[0]['permutations']} permutations, Holm over "
-            f"{len(tested)} tests: {words.count('higher')} higher, {words.count('lower')} lower. Each speaks of its "
-            "data set alone."
-        )
-    if len(tested) < len(datasets):
-        notes.append(f"{len(datasets) - len(tested)} of {len(datasets)} rows by data set have no test over items.")
-    return notes
-
-
-def _number(p: float | None) -> str:
-    return "–" if p is None else f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
-
-
-def _score(value: float | None, sign: str = "") -> str:
-    return "–" if value is None else f"{value:{sign}.4f}"
-
-
-_TABLE = {
-    "model": lambda r: r["model"],
-    "task type": lambda r: r["task_type"],
-    "n": lambda r: str(r["n"]),
-    "baseline": lambda r: _score(r["baseline_score"]),
-    "score": lambda r: _score(r["model_score"]),
-    "difference": lambda r: _score(r["difference"], "+"),
-    "[low, high]": lambda r: "–" if r["low"] is None else f"[{r['low']:+.4f}, {r['high']:+.4f}]",
-    "+/−/=": lambda r: f"{r['wins']}/{r['losses']}/{r['ties']}",
-    "r": lambda r: f"{r['effect']:+.2f}",
-    "p": lambda r: _number(r["p"]),
-    "least p": lambda r: _number(r["smallest_p"]),
-    "Holm": lambda r: _number(r["p_holm"]),
-    "seeds": lambda r: f"{r['model_seeds']}:{r['baseline_seeds']}",
-    "sd": lambda r: f"{_score(r['model_seed_sd'])} : {_score(r['baseline_seed_sd'])}",
-    "verdict": lambda r: r["verdict"],
-}
-_DATASETS = {
-    "model": lambda r: r["model"],
-    "task type": lambda r: r["task_type"],
-    "data set": lambda r: r["task"],
-    "metric": lambda r: r["metric"] or "–",
-    "baseline": lambda r: _score(r["baseline_score"]),
-    "score": lambda r: _score(r["model_score"]),
-    "difference": lambda r: _score(r["difference"], "+"),
-    "sd": lambda r: f"{_score(r['model_seed_sd'])} : {_score(r['baseline_seed_sd'])}",
-    "items": lambda r: "–" if r["items"] is None else str(r["items"]),
-    "p": lambda r: _number(r["p"]),
-    "least p": lambda r: _number(r["smallest_p"]),
-    "Holm": lambda r: _number(r["p_holm"]),
-    "verdict": lambda r: r["verdict"],
-}
-
-
-def _cells(rows: list[Row], columns: dict[str, Any]) -> list[list[str]]:
-    """A header and a line per row; columns that say nothing anywhere are left out."""
-    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    useful = [i for i, column in enumerate(zip(*lines[1:], strict=True)) if set(column) - {"–", "– : –"}]
-    return [[line[i] for i in useful] for line in lines]
-
-
-def _terminal(rows: list[Row], columns: dict[str, Any]) -> str:
-    """Aligned, the models one under the other with a heading each."""
-    header, *body = _cells(rows, columns)
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)][1:]
-    parts = []
-    for model in dict.fromkeys(line[0] for line in body):
-        lines = [header[1:], ["─" * width for width in widths], *(line[1:] for line in body if line[0] == model)]
-        parts.append(f"{model} compared with {rows[0]['baseline']}\n")
-        parts += ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        parts.append("")
-    return "\n".join(parts[:-1])
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    header, *body = ["| " + " | ".join(line) + " |" for line in escaped]
-    return "\n".join([header, "|" + " --- |" * len(lines[0]), *body])
-
-
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
@@ -478,7 +325,7 @@ def run(args: argparse.Namespace) -> int | None:
         args.results, args.baseline, alpha=args.alpha, permutations=args.permutations, seed=args.seed, split=args.split
     )
     if args.datasets:
-        print(_terminal(found.datasets, _DATASETS), end="\n\n")
+        print(found.by_data_set(), end="\n\n")
     print(found)
     if args.output:
         print("wrote", *found.save(args.output), file=sys.stderr)

@@ -16,22 +16,22 @@ import datetime
 import json
 import logging
 import math
-import os
 import random
-import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import show
 from ..files import write_json
+from ..options import rank_and_world
+from ..version import versions
 from . import results
 from .encoder import Prompts, make_encoder, name_of
+from .items import count_items, items_of, keep_predictions
 from .local import local_tasks
 from .results import Score
 from .tasks import import_mteb, mteb_tasks
@@ -121,7 +121,7 @@ def _run(
     prompts.check(tasks)
     if shard and output is None:
         raise ValueError("sharing tasks out among processes needs an output folder, where their results meet")
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world = rank_and_world()
     mine = _share(tasks, rank, world) if shard else list(tasks)
     store = None if output is None else Path(output)
     encoder = make_encoder(
@@ -175,16 +175,16 @@ def _evaluate(encoder: Any, task: AbsTask, prompts: Prompts, store: Path | None)
         took = time.perf_counter() - started
         texts, seconds = encoder.texts - texts, encoder.seconds - seconds
         score, items = _score_of(found, task), ""
-        if store and (arrays := _items(task, Path(scratch), score)):
+        if store and (arrays := items_of(task, Path(scratch), score)):
             items = str(folder / f"{name}.{split}.npz")
             results.write_items(store / items, **arrays)
         elif store:
-            _keep_predictions(Path(scratch), store / "predictions" / folder.relative_to("items"), task)
+            keep_predictions(Path(scratch), store / "predictions" / folder.relative_to("items"), task)
         row = Score(
             model=meta.name, task=name_of(task), task_type=task.metadata.type, score=score, identity=meta.revision,
-            split=split, metric=task.metadata.main_score, n_items=_count(task), items=items, seconds=round(took, 3),
-            texts_per_second=round(texts / seconds, 1) if seconds else None, versions=_versions(),
-            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            split=split, metric=task.metadata.main_score, n_items=count_items(task), items=items,
+            seconds=round(took, 3), texts_per_second=round(texts / seconds, 1) if seconds else None,
+            versions=_versions(), date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
     task.unload_data()
     if marker:
@@ -291,75 +291,6 @@ def _score_of(found: Any, task: AbsTask) -> float:
     return score
 
 
-# --- per-item results ----------------------------------------------------------------------------------------------
-
-
-def _data(task: AbsTask) -> list[Any]:
-    """The evaluated data of every subset and split."""
-    data: Any = task.dataset
-    return [data.get(subset, data)[split] for subset in task.hf_subsets for split in task.eval_splits]
-
-
-def _count(task: AbsTask) -> int:
-    """Pairs, queries or texts."""
-    queries = task.metadata.type in ("Retrieval", "Reranking")
-    return sum(len(data["relevant_docs"] if queries else data) for data in _data(task))
-
-
-def _keep_predictions(scratch: Path, folder: Path, task: AbsTask) -> None:
-    """mteb's own file, for what is no per-item result: clusters, similarities ranked as a whole."""
-    if (path := scratch / task.prediction_file_name).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder / path.name)
-
-
-def _items(task: Any, scratch: Path, score: float) -> dict[str, Any] | None:
-    """What `results.write_items` takes; None where the score is no mean or correlation over the items of one set."""
-    import numpy as np
-
-    path, data = scratch / task.prediction_file_name, _data(task)
-    if len(data) != 1 or not path.is_file():
-        return None
-    predictions = json.loads(path.read_text())[task.hf_subsets[0]][task.eval_splits[0]]
-    kind, metric = task.metadata.type, task.metadata.main_score
-    if kind == "STS" and metric == "cosine_spearman":
-        gold = data[0]["score"]
-        return {"item": np.arange(len(gold)), "prediction": predictions["cosine_scores"], "gold": gold}
-    values: dict[Any, float]
-    if kind in ("Retrieval", "Reranking"):
-        values = _per_query(task, data[0]["relevant_docs"], predictions)
-    elif kind == "Classification" and metric == "accuracy" and not task.is_cross_validation:
-        right = np.asarray(predictions) == np.asarray(data[0][task.label_column_name])  # [experiments, n]
-        values = dict(enumerate(right.mean(0)))
-    elif kind == "Summarization" and metric == "cosine_spearman":
-        from scipy.stats import spearmanr
-
-        pairs = zip(predictions["human_scores"], predictions["cosine_scores"], strict=True)
-        values = {i: float(spearmanr(gold, predicted).statistic) for i, (gold, predicted) in enumerate(pairs)}
-    else:
-        return None
-    if not values or abs(np.mean(list(values.values())) - score) > 1e-4:
-        logger.warning("%s: no per-item results, as %s is not their mean", name_of(task), metric)
-        return None
-    return {"item": list(values), "value": list(values.values())}
-
-
-def _per_query(task: Any, relevant: Any, found: dict[str, dict[str, float]]) -> dict[str, float]:
-    """nDCG, MAP, recall or precision at the metric's cut-off, of each query, as mteb computes it; empty for others."""
-    import pytrec_eval
-
-    name, _, cut = task.metadata.main_score.partition("_at_")
-    measure = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}.get(name)
-    if measure is None or not cut.isdigit():
-        return {}
-    if task.ignore_identical_ids:
-        found = {query: {d: s for d, s in docs.items() if d != query} for query, docs in found.items()}
-    if task.skip_first_result:
-        found = {q: dict(sorted(docs.items(), key=lambda pair: -pair[1])[1:]) for q, docs in found.items()}
-    scores = pytrec_eval.RelevanceEvaluator(relevant, {f"{measure}.{cut}"}).evaluate(found)
-    return {query: values[f"{measure}_{cut}"] for query, values in sorted(scores.items())}
-
-
 # --- resuming and sharing ------------------------------------------------------------------------------------------
 
 
@@ -425,11 +356,8 @@ def _kept_random_state() -> Iterator[None]:
 
 
 def _versions() -> str:
-    found = []
-    for name in ("mlpool", "mteb", "sentence-transformers", "transformers", "torch"):
-        with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return ", ".join(found)
+    found = versions("mlpool", "mteb", "sentence-transformers", "transformers", "torch")
+    return ", ".join(f"{name} {number}" for name, number in found.items())
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

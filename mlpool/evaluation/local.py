@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import parse_json
+from ..corpus.rows import BadRow, lines, not_unicode, read_rows
+from ..show import shorten
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -75,46 +76,30 @@ def read_jsonl(path: Path, check: Callable[[Row], str | None] = lambda row: None
     Raises:
         ValueError: a line that is no JSON object, or in which `check` finds a fault; file and line are named.
     """
-    with path.open("rb") as file:  # of which \n alone ends a line, not U+2028
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = parse_json(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{path}, line {number}")
+    for number, row in read_rows(path):
+        if isinstance(row, BadRow):
+            fault: str | None = row.detail
+        else:
             fault = check(row) if isinstance(row, dict) else f"expected an object, got {type(row).__name__}"
-            if fault:
-                raise ValueError(f"{path}, line {number}: {fault}")
-            yield row
+        if fault:
+            raise ValueError(f"{path}, line {number}: {fault}")
+        yield row
 
 
 def _text(row: Row, *keys: str) -> str | None:
     for key in keys:
         if not isinstance(row.get(key), str):
             return f'"{key}" must be a string, got {shorten(row.get(key))}' if key in row else _absent(key, row)
-        if not _is_unicode(row[key]):
+        if not_unicode(row[key]) is not None:
             return f'"{key}" holds half a surrogate pair, which is no text: {row[key][:40]!r}'
     return None
-
-
-def _is_unicode(text: str) -> bool:
-    r"""JSON may write half a character, "\ud83d", and no tokenizer takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def shorten(value: Any) -> str:
-    """A value as it is shown in an error."""
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:79] + "…"
 
 
 def _absent(key: str, row: Row) -> str:
     return f'"{key}" is missing; found {", ".join(map(shorten, list(row)[:20])) or "nothing"}'
 
 
-def _sts_fault(row: Row) -> str | None:
+def scored_fault(row: Row) -> str | None:
     if fault := _text(row, "sentence1", "sentence2"):
         return fault
     score = row.get("score")
@@ -149,7 +134,7 @@ def _columns(path: Path, rows: Iterable[Row], *keys: str) -> dict[str, list]:
 
 def _read_sts(folder: Path, split: str) -> Any:
     path = folder / f"{split}.jsonl"
-    columns = _columns(path, read_jsonl(path, _sts_fault), "sentence1", "sentence2", "score")
+    columns = _columns(path, read_jsonl(path, scored_fault), "sentence1", "sentence2", "score")
     columns["score"] = [float(score) for score in columns["score"]]
     if len(set(columns["score"])) == 1:
         raise ValueError(f"{path}: every score is {columns['score'][0]}, so no correlation is defined")
@@ -248,21 +233,18 @@ def _qrels(folder: Path, split: str) -> Path:
 
 def _read_tsv(path: Path) -> Iterator[tuple[int, tuple[str, str, int]]]:
     """Line numbers and (query, document, score); a first line whose score is no number is a header."""
-    with path.open("rb") as file:
-        for number, source in enumerate(file, 1):
-            try:
-                line = source.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: byte {error.start} is no UTF-8") from None
-            fields = line.rstrip("\r\n").split("\t")
-            if fields == [""] or (number == 1 and not _WHOLE.fullmatch(fields[-1])):
-                continue
-            if len(fields) != 3 or not _WHOLE.fullmatch(fields[2]):
-                raise ValueError(
-                    f"{path}, line {number}: expected query, document and a whole number, separated by tabs; got "
-                    f"{shorten(line.rstrip())}"
-                )
-            yield number, (fields[0], fields[1], int(fields[2]))
+    for number, line in enumerate(lines(path), 1):
+        if (at := not_unicode(line)) is not None:
+            raise ValueError(f"{path}, line {number}: character {at} is no UTF-8")
+        fields = line.rstrip("\r\n").split("\t")
+        if fields == [""] or (number == 1 and not _WHOLE.fullmatch(fields[-1])):
+            continue
+        if len(fields) != 3 or not _WHOLE.fullmatch(fields[2]):
+            raise ValueError(
+                f"{path}, line {number}: expected query, document and a whole number, separated by tabs; got "
+                f"{shorten(line.rstrip())}"
+            )
+        yield number, (fields[0], fields[1], int(fields[2]))
 
 
 def _splits(**splits: dict[str, list]) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -42,7 +40,3 @@ def agreement(embedder: Embedder, theirs: Tensor, embed: Callable[[], Tensor], f
 def check_mergeable(embedder: Embedder, what: str) -> None:
     if has_adapter(embedder[0].model):  # type: ignore[arg-type]
         raise ValueError(f"the {what} holds full weights, and this embedder has an adapter; call merge(embedder) first")
-
-
-def write_settings(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf8")

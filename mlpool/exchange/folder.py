@@ -22,11 +22,11 @@ from ..embedder.designs import DESIGNS, find_design
 from ..embedder.embedder import _PROBES, Embedder
 from ..embedder.folder import staged
 from ..embedder.texts import TextTokenizer
-from ..files import new_place
+from ..files import new_place, write_json
 from ..pooling import EosPool, MeanPool
 from ..pooling.base import log_once
 from ..taps import find_layers
-from .checked import agreement, check_mergeable, undisturbed, write_settings
+from .checked import agreement, check_mergeable, undisturbed
 
 _CLASSIC = "sentence_transformers.models."  # the names that serving tools look for; every version imports them
 _MODES = {"cls_token": None, "mean_tokens": MeanPool, "max_tokens": None, "mean_sqrt_len_tokens": None,
@@ -78,19 +78,19 @@ def export_folder(embedder: Embedder, path: str | Path) -> float:
         modes = {f"pooling_mode_{name}": kind is type(pool) for name, kind in _MODES.items()}
         include_prompt = backbone.include_prompt or not means
         (stage / "1_Pooling").mkdir()
-        write_settings(stage / "1_Pooling/config.json", {
+        write_json(stage / "1_Pooling/config.json", {
             "word_embedding_dimension": backbone.hidden_size, **modes, "include_prompt": include_prompt,
         })  # fmt: skip
         modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-        write_settings(stage / "modules.json", [
+        write_json(stage / "modules.json", [
             {"idx": i, "name": str(i), "path": place, "type": _CLASSIC + kind}
             for i, (place, kind) in enumerate(modules[: 3 if pool.normalize else 2])
         ])  # fmt: skip
         if backbone.max_seq_length is not None:
-            write_settings(stage / "sentence_bert_config.json", {
+            write_json(stage / "sentence_bert_config.json", {
                 "max_seq_length": backbone.max_seq_length, "do_lower_case": False,
             })  # fmt: skip
-        write_settings(
+        write_json(
             stage / "config_sentence_transformers.json",
             {**embedder._get_model_config(), "model_type": "SentenceTransformer"},
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -18,7 +17,7 @@ from pydantic import Field
 from ..embedder.designs import Design, find_design
 from ..evaluation.local import SPLITS
 from ..options import check_place
-from ..schema import check, copied, put, read_config, section
+from ..schema import check, copied, nearest, put, read_config, section
 from ..training.config import SHORT, checked
 from ..training.config import read_config as read_training
 
@@ -296,8 +295,7 @@ def _check_labels(entries: Sequence[Entry]) -> None:
 def _known_label(what: str, label: str, entries: Iterable[Entry]) -> None:
     labels = [entry.label for entry in entries]
     if label not in labels:
-        near = difflib.get_close_matches(label, labels, 3) or labels
-        raise ValueError(f"{what}: there is no design labelled {label!r}; nearest: {', '.join(near)}")
+        raise ValueError(f"{what}: there is no design labelled {label!r}; {nearest(label, labels)}")
 
 
 def _search(given: Any) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import base64
 import datetime
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 
 from ..evaluation import results
 from ..files import write_text
+from ..version import versions
 from .config import UNTRAINED
 from .report import COMPARISON, MARKS, Found, cost_table, headline, is_baseline, profiles, spread, summary
 
@@ -220,15 +220,7 @@ def _facts(found: Found) -> dict[str, str]:
     return {
         "base": f"{found.study.base} ({inputs.pop(found.study.base, 'of the Hub')})",
         "data": "; ".join(f"{name} ({digest})" for name, digest in inputs.items()),
-        "versions": ", ".join(_versions()),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions(*_PACKAGES).items()),
         "machine": f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
     }
-
-
-def _versions() -> Iterable[str]:
-    for name in _PACKAGES:
-        try:
-            yield f"{name} {version(name)}"
-        except PackageNotFoundError:
-            continue

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-from ..evaluation.compare import Comparison, compare
+from ..evaluation.compare import compare
+from ..evaluation.comparison import Comparison
 from .config import UNTRAINED, Entry, Study
 from .runs import collect, finished
 

@@ -7,6 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..corpus.rows import BadRow, not_unicode
+from ..show import shorten, some
+
 
 class Form(NamedTuple):
     """Column names that go together. `graded`: such rows may carry a label that makes some of them no positives."""
@@ -43,14 +46,6 @@ LABELS = ("label", "labels", "score", "scores", "similarity", "similarity_score"
 ROLES = ("anchor", "positive", "negative")
 _NUMBERED = re.compile(r"(.*?)_?(\d*)", re.DOTALL)
 _SHOWN = 12  # column names in a message
-
-
-class BadRow(Exception):
-    """A row that cannot be trained on: `kind` to count by, `detail` to show."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
 
 
 class Columns(NamedTuple):
@@ -130,11 +125,8 @@ def texts_of(value: Any, column: str) -> list[str]:
     if isinstance(value, str):
         if not value or value.isspace():
             raise BadRow("empty text", f"{column} is {'only whitespace' if value else 'empty'}")
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise BadRow("not UTF-8", f"{column} is not UTF-8 at character {error.start + 1}") from None
+        if (at := not_unicode(value)) is not None:
+            raise BadRow("not UTF-8", f"{column} is not UTF-8 at character {at + 1}")
         return [value]
     if isinstance(value, list | tuple):
         # A list is its elements, so that the usual list of one text does not differ from that text.
@@ -153,18 +145,12 @@ def texts_of(value: Any, column: str) -> list[str]:
         return found
     if value is None:
         raise BadRow("empty text", f"{column} is empty (null)")
-    raise BadRow("not text", f"{column} is {type(value).__name__} {shorten(value)}, expected text")
+    raise BadRow("not text", f"{column} is {type(value).__name__} {shorten(value, 40)}, expected text")
 
 
 def count(number: int, what: str) -> str:
     """1 row, 1,000 rows."""
     return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def shorten(value: Any, length: int = 40) -> str:
-    """`repr` of a value, cut to `length` characters."""
-    shown = repr(value)
-    return shown if len(shown) <= length else shown[: length - 1] + "…"
 
 
 def _named(names: Sequence[str], where: str, wanted: Mapping[str, str | Sequence[str]]) -> Columns:
@@ -193,5 +179,4 @@ def _example(names: Sequence[str]) -> str:
 
 
 def _show(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(shorten(n) for n in names[:_SHOWN]) + more
+    return some([shorten(name) for name in names], _SHOWN)

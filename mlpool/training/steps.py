@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from sentence_transformers.base.sampler import BatchSamplers, NoDuplicatesBatchSampler
 
+from ..corpus.rows import BATCH
 from .columns import count
-from .sources import BATCH
 
 _WITHOUT_DUPLICATES = (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED)
 

@@ -16,16 +16,17 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from transformers.utils import is_torch_xla_available
 
+from ..corpus.rows import BadRow
+from ..corpus.sources import open_source
 from ..embedder import Embedder, add_lora, load
 from ..embedder.folder import recover
 from ..files import check_folder_name, read_json, write_text
 from ..pooling.base import log_once
 from ..schema import read_yaml
-from .columns import BadRow, texts_of
+from .columns import texts_of
 from .config import DEFAULTS, TrainConfig, read_config
 from .data import describe, load_pairs
 from .losses import InfoNCE
-from .sources import open_source
 from .steps import Steps, count_steps
 from .trainer import STATE, EmbedderTrainer, last_checkpoint, prepare
 

@@ -19,15 +19,8 @@ from made import WORDS, sentence, tiny_model, write_jsonl  # noqa: E402
 
 import mlpool  # noqa: E402
 from mlpool.analysis.correlation import hsic, pearson_sum  # noqa: E402
-from mlpool.analysis.layers import (  # noqa: E402
-    Pairs,
-    _name_sets,
-    analyse,
-    layer_scores,
-    load_model,
-    read_pairs,
-    read_texts,
-)
+from mlpool.analysis.inputs import load_model, name_sets, read_pairs, read_texts  # noqa: E402
+from mlpool.analysis.layers import Pairs, analyse, layer_scores  # noqa: E402
 from mlpool.analysis.profiles import pool_profile  # noqa: E402
 from mlpool.cli import main  # noqa: E402
 
@@ -519,12 +512,12 @@ def test_costs_little_more_than_encoding(data_dir):
 def test_names_of_data_sets_tell_them_apart_and_are_short(tmp_path):
     """A whole path was an axis' title."""
     deep = tmp_path / ("long" * 10) / ("folder" * 10)
-    assert _name_sets([str(tmp_path / "sts/stsb/dev.jsonl")]) == ["stsb/dev"]
+    assert name_sets([str(tmp_path / "sts/stsb/dev.jsonl")]) == ["stsb/dev"]
     for paths in (
         [str(tmp_path / name / "stsb/dev.jsonl") for name in ("one", "two")],
         [str(deep / name / "x/dev.jsonl") for name in ("one", "two")],
         [str(tmp_path / name / ("x" * 60) / "dev.jsonl") for name in ("one", "two")],
     ):
-        names = _name_sets(paths)
+        names = name_sets(paths)
         assert len(set(names)) == 2
         assert max(map(len, names)) <= 40, names

@@ -279,9 +279,9 @@ GOOD = {
 @pytest.mark.parametrize(
     ("file", "line", "content", "message"),
     [
-        ("sts/x/test.jsonl", 2, "{", "not valid JSON"),
-        pytest.param("sts/x/test.jsonl", 2, "[" * 100_000, "not valid JSON: it is nested too deep", id="deep"),
-        pytest.param("sts/x/test.jsonl", 2, f'{{"score": {"9" * 5000}}}', "not valid JSON: Exceeds", id="long"),
+        ("sts/x/test.jsonl", 2, "{", "broken JSON"),
+        pytest.param("sts/x/test.jsonl", 2, "[" * 100_000, "broken JSON: it is nested too deep", id="deep"),
+        pytest.param("sts/x/test.jsonl", 2, f'{{"score": {"9" * 5000}}}', "broken JSON: Exceeds", id="long"),
         ("sts/x/test.jsonl", 2, '{"sentence1": "\\ud83d", "sentence2": "b", "score": 1}', "half a surrogate pair"),
         ("sts/x/test.jsonl", 2, '{"sentence1": "a", "sentence2": "b", "score": 1' + "0" * 400 + "}", "be a number"),
         ("classification/x/train.jsonl", 2, '{"text": "a", "label": "\\ud83d"}', "half a surrogate pair"),

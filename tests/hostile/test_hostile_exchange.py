@@ -135,12 +135,13 @@ def test_local_tasks(files, tmp_path):
 
 
 def test_pairs_and_texts_of_layers(files, tmp_path):
-    from mlpool.analysis.layers import _checked, read_pairs, read_texts
+    from mlpool.analysis.inputs import read_pairs, read_texts
+    from mlpool.analysis.layers import checked
 
     pairs, texts = files["sts/x/test.jsonl"], files["clustering/x/test.jsonl"]
     for rng in cases(400, 2):
         path, source, read = rng.choice([
-            ("pairs.jsonl", pairs, lambda p: _checked(read_pairs(p))), ("texts.jsonl", texts, read_texts),
+            ("pairs.jsonl", pairs, lambda p: checked(read_pairs(p))), ("texts.jsonl", texts, read_texts),
             ("texts.csv", b"text,id\n" + b"some words,1\n" * 4, read_texts), ("texts.txt", b"a line\n" * 4, read_texts),
         ])  # fmt: skip
         content = mangled(source, rng)

@@ -147,13 +147,13 @@ def test_hub_unreachable(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-pairs").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"'my-pair' is neither a path here; near it: my-pairs nor .*no route"):
+    with pytest.raises(FileNotFoundError, match=r"'my-pair' is neither a path here \(near it: my-pairs\) nor .*no r"):
         load_pairs("my-pair")
 
 
 def test_missing_file(tmp_path):
     write(tmp_path / "train.jsonl", PAIRS)
-    with pytest.raises(FileNotFoundError, match=r"no file .*trian.jsonl; near it: train.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*trian.jsonl \(near it: train.jsonl\)"):
         load_pairs(str(tmp_path / "trian.jsonl"))
     with pytest.raises(FileNotFoundError, match="nor a folder"):
         load_pairs(tmp_path / "nowhere" / "a.jsonl")
@@ -390,14 +390,14 @@ def test_empty_file(tmp_path, name, content):
 def test_damaged_files(tmp_path):
     path = write(tmp_path / "a.jsonl.gz", PAIRS * 1000)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"a.jsonl.gz is damaged or cut short"):
+    with pytest.raises(ValueError, match=r"a.jsonl.gz is a damaged gzip file"):
         load_pairs(path, on_error="skip")
     (tmp_path / "b.jsonl.gz").write_text(pair())
-    with pytest.raises(ValueError, match=r"b.jsonl.gz is damaged or cut short"):
+    with pytest.raises(ValueError, match=r"b.jsonl.gz is a damaged gzip file"):
         load_pairs(tmp_path / "b.jsonl.gz")
     path = write(tmp_path / "a.parquet", PAIRS)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"a.parquet cannot be read as Parquet"):
+    with pytest.raises(ValueError, match=r"a.parquet is not a readable Parquet file"):
         load_pairs(path)
 
 
