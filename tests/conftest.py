@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mlpool import LastLayerPool, MultiLayerPool
 
+# No test needs the Hub, and where there is no network, every one that asks it waits for its retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported, which nothing above does
+
 
 class Target(NamedTuple):
     """Where a test runs: the same parity tests serve the torch path, the interpreter and the GPU."""
@@ -44,6 +47,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     asked = sum(item.get_closest_marker("gpu") is not None for item in items)
     if asked and not torch.cuda.is_available():
         raise pytest.UsageError(f"{asked} tests need a CUDA GPU, and torch {torch.__version__} sees none")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[pytest.TestReport]:
+    """Half a surrogate pair, in a message or in what was logged, is shown escaped: a worker that sends one to xdist
+    dies, whether the test passed or failed, and the whole run with it.
+    """
+    report = yield
+    report.sections = [(name, _escaped(content)) for name, content in report.sections]
+    if _escaped(shown := str(report.longrepr)) != shown:
+        report.longrepr = _escaped(shown)
+    return report
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @pytest.fixture(params=TARGETS)

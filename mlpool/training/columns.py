@@ -167,6 +167,11 @@ def shorten(value: Any, length: int = 40) -> str:
     return shown if len(shown) <= length else shown[: length - 1] + "…"
 
 
+def plain(name: str) -> str:
+    """A column's name as a message shows it: itself, or its `repr`, cut, where it is long or not all of it prints."""
+    return name if name.isprintable() and len(name) <= 40 else shorten(name)
+
+
 def _named(names: Sequence[str], where: str, wanted: Mapping[str, str | Sequence[str]]) -> Columns:
     """`find_columns` for names given by the user."""
     if not isinstance(wanted, Mapping) or set(wanted) - set(ROLES) or not {"anchor", "positive"} <= set(wanted):

@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 
 from ..pooling.base import check_choice, check_positive
 from ..show import aligned, progress
-from .columns import BadRow, Columns, count, find_columns, missing_column, shorten, texts_of
+from .columns import BadRow, Columns, count, find_columns, missing_column, plain, shorten, texts_of
 from .sources import BATCH, Part, open_source
 
 logger = logging.getLogger("mlpool")
@@ -94,7 +94,7 @@ class Source:
 
     def __str__(self) -> str:
         text = f"{self.name}: {count(self.written, 'pair')} of {count(self.read, 'row')} ({' or '.join(self.taken)}"
-        text += f"; ignored: {', '.join(self.ignored)})" if self.ignored else ")"
+        text += f"; ignored: {', '.join(map(plain, self.ignored))})" if self.ignored else ")"
         if self.weight != 1:
             text += f", × {self.weight:g}"
         if self.dropped:

@@ -17,7 +17,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .columns import BadRow, shorten
+from .columns import BadRow, plain, shorten
 
 BATCH = 1000  # rows read and checked at a time
 # What may be one row: the columns, or why there are none.
@@ -182,7 +182,7 @@ def _csv(path: Path, delimiter: str) -> Rows:
             if header is None:
                 header = [name.strip() for name in fields]
                 if len(set(header)) < len(header):
-                    raise ValueError(f"{path}:{line}: the header names a column twice: {', '.join(header)}")
+                    raise ValueError(f"{path}:{line}: the header names a column twice: {', '.join(map(plain, header))}")
             elif len(fields) != len(header):
                 detail = f"{len(fields)} fields, but the header has {len(header)}"
                 yield line, BadRow("wrong number of fields", detail)
