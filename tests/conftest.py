@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,13 @@ from mlpool import LastLayerPool, MultiLayerPool
 
 # No test needs the Hub, and where there is no network, every one that asks it waits for its retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported, which nothing above does
+
+with suppress(ModuleNotFoundError):  # where no test of properties is run, it may be missing
+    import hypothesis
+
+    # The same inputs in every run, so that what lands is judged by what it changes; no files beside the checkout.
+    hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
+    hypothesis.settings.load_profile("same")
 
 
 class Target(NamedTuple):
