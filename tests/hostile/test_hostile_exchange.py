@@ -183,7 +183,7 @@ def test_exported_files(tmp_path):
 
     from mlpool.exchange.export import export_program, load_exported
 
-    export_program(embedder("eos-causal", "qwen2"), tmp_path / "good.pt2")
+    export_program(embedder("eos-causal", "qwen2", num_hidden_layers=1), tmp_path / "good.pt2")
     good = (tmp_path / "good.pt2").read_bytes()
     for rng in cases(25, 6):
         (tmp_path / "bad.pt2").write_bytes(mangled(good, rng))
