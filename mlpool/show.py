@@ -51,6 +51,11 @@ def shorten(value: Any, length: int = 60) -> str:
     return shown if len(shown) <= length else f"{shown[: length - 1]}…"
 
 
+def plain(name: str) -> str:
+    """A name as a message shows it: itself, or its `repr`, cut, where it is long or not all of it prints."""
+    return name if name.isprintable() and len(name) <= 40 else shorten(name, 40)
+
+
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

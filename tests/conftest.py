@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,16 @@ from mlpool_kernels import reference
 from torch import Tensor
 
 from mlpool import LastLayerPool, MultiLayerPool
+
+# No test needs the Hub, and where there is no network, every one that asks it waits for its retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported, which nothing above does
+
+with suppress(ModuleNotFoundError):  # where no test of properties is run, it may be missing
+    import hypothesis
+
+    # The same inputs in every run, so that what lands is judged by what it changes; no files beside the checkout.
+    hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
+    hypothesis.settings.load_profile("same")
 
 
 class Target(NamedTuple):
@@ -44,6 +55,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     asked = sum(item.get_closest_marker("gpu") is not None for item in items)
     if asked and not torch.cuda.is_available():
         raise pytest.UsageError(f"{asked} tests need a CUDA GPU, and torch {torch.__version__} sees none")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[pytest.TestReport]:
+    """Half a surrogate pair, in a message or in what was logged, is shown escaped: a worker that sends one to xdist
+    dies, whether the test passed or failed, and the whole run with it.
+    """
+    report = yield
+    report.sections = [(name, _escaped(content)) for name, content in report.sections]
+    if _escaped(shown := str(report.longrepr)) != shown:
+        report.longrepr = _escaped(shown)
+    return report
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @pytest.fixture(params=TARGETS)

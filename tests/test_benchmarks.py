@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import importlib
-import os
+import multiprocessing
 import signal
 import subprocess
 import sys
 import time
 import types
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -243,7 +244,7 @@ CUT = {
 def test_rows_survive_a_kill_and_the_run_goes_on(benchmarks, tmp_path, name):
     arguments, expected = CUT[name]
     arguments = [*arguments, "--results", str(tmp_path)]
-    cut_when(tmp_path, FOLDER / f"{name}.py", arguments)
+    cut_when(tmp_path, name, arguments)
     before = rows_of(tmp_path)
     assert 0 < len(before) < len(expected)
     assert __import__(name).main(arguments) == 0
@@ -256,21 +257,32 @@ def test_rows_survive_a_kill_and_the_run_goes_on(benchmarks, tmp_path, name):
         assert all(row["ratio_eager"] for row in after)
 
 
-def cut_when(folder: Path, script: Path, arguments: list[str]) -> None:
-    """Run a benchmark, and kill it as soon as it has written rows."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(script), *arguments], stdout=output, stderr=output,
-            env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
-        while process.poll() is None:
-            with contextlib.suppress(ValueError, FileNotFoundError):
-                if rows_of(folder):
-                    process.send_signal(signal.SIGKILL)
-                    break
-            time.sleep(0.01)
-        assert process.wait() == -signal.SIGKILL, (folder / "output.txt").read_text()
+def cut_when(folder: Path, name: str, arguments: list[str]) -> None:
+    """Run a benchmark in a fork of this process, which has imported everything; kill it once it has written rows."""
+    import rows
+
+    add = rows.Rows.add
+
+    def add_and_wait(self: Any, *group: Any) -> None:
+        add(self, *group)
+        signal.pause()
+
+    def run() -> None:
+        torch.set_num_threads(1)  # threads do not live through a fork
+        rows.Rows.add = add_and_wait
+        with (folder / "output.txt").open("w") as output, redirect_stdout(output), redirect_stderr(output):
+            __import__(name).main(arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    while process.is_alive():
+        with suppress(ValueError, FileNotFoundError):
+            if rows_of(folder):
+                process.kill()
+                break
+        time.sleep(0.01)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (folder / "output.txt").read_text()
 
 
 # --- without a card ---------------------------------------------------------------------------------------------------

@@ -89,10 +89,12 @@ atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)
 
 
 @functools.cache
-def base(family: str = "qwen2", frame: str | None = None, dtype: torch.dtype = torch.float32) -> Path:
+def base(
+    family: str = "qwen2", frame: str | None = None, dtype: torch.dtype = torch.float32, num_hidden_layers: int = L
+) -> Path:
     """The folder of a base model with its tokenizer. Tests must not write into it."""
-    folder = _ROOT / f"{family}-{frame}-{str(dtype).removeprefix('torch.')}"
-    transformer(family, dtype).save_pretrained(folder)
+    folder = _ROOT / f"{family}-{frame}-{str(dtype).removeprefix('torch.')}-{num_hidden_layers}"
+    transformer(family, dtype, num_hidden_layers=num_hidden_layers).save_pretrained(folder)
     frame = frame or ("both" if family in ENCODERS else "bare")
     tokenizer(frame, **({"pad_token": "<pad>"} if family in ENCODERS else {})).save_pretrained(folder)
     return folder
@@ -103,7 +105,7 @@ def embedder(design: str = "multi-layer-bidirectional", family: str = "qwen2", *
     if DESIGNS[design].has_latents:
         options.setdefault("pooler", SMALL)
     frame, dtype = options.pop("frame", None), options.pop("base_dtype", torch.float32)
-    folder = base(family, frame, dtype)
+    folder = base(family, frame, dtype, options.pop("num_hidden_layers", L))
     torch.manual_seed(0)  # of the pool's start
     made = load(folder, design, device="cpu", **options)
     shake(made[1])

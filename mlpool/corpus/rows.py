@@ -19,6 +19,7 @@ from typing import Any
 
 from ..files import json_fault
 from ..options import near
+from ..show import plain
 
 KINDS = (".txt", ".jsonl", ".csv", ".ndjson", ".json", ".tsv", ".parquet")
 TEXT = "text"  # the column of a .txt file
@@ -227,7 +228,7 @@ def _csv_records(path: Path, delimiter: str) -> Rows:
             if fields and header is None:
                 header = fields = [name.strip() for name in fields]
                 if len(set(header)) < len(header):
-                    raise ValueError(f"{path}:{line}: the header names a column twice: {', '.join(header)}")
+                    raise ValueError(f"{path}:{line}: the header names a column twice: {', '.join(map(plain, header))}")
             if fields:
                 yield line, fields
     finally:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..corpus.rows import BATCH, BadRow
 from ..corpus.sources import Part
-from ..show import shorten
+from ..show import plain, shorten
 from .columns import Columns, count, find_columns, missing_column, texts_of
 
 _LISTED = 5  # bad rows shown in an error
@@ -78,7 +78,7 @@ class Source:
 
     def __str__(self) -> str:
         text = f"{self.name}: {count(self.written, 'pair')} of {count(self.read, 'row')} ({' or '.join(self.taken)}"
-        text += f"; ignored: {', '.join(self.ignored)})" if self.ignored else ")"
+        text += f"; ignored: {', '.join(map(plain, self.ignored))})" if self.ignored else ")"
         if self.weight != 1:
             text += f", × {self.weight:g}"
         if self.dropped:

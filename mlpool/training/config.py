@@ -55,7 +55,9 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """The flat form, as it may be written in YAML."""
-        nested = {name: getattr(self, name) for name in _OURS if getattr(self, name) not in (None, {})}
+        ours = {name: getattr(self, name) for name in _OURS}
+        # An empty `lora` is LoRA as it is by default; without the key all weights are trained.
+        nested = {name: value for name, value in ours.items() if value is not None and (value != {} or name == "lora")}
         return {**nested, **self.options, **self.arguments}
 
     @property

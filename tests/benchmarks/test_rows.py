@@ -285,7 +285,7 @@ def test_check_names_what_is_missing_or_too_old(tmp_path, monkeypatch, capsys):
         "MISSING there is no CUDA GPU here",
         "MISSING sentence-transformers 6.0.1 is too old for gpu-encode, gpu-train; pip install "
         "'sentence-transformers>=6.2'",
-        "MISSING peft is missing: gpu-train cannot run; pip install 'peft>=0.19.1'",
+        "MISSING peft is missing: gpu-train cannot run; pip install 'peft>=0.20'",
     ]
     assert "ok      triton 3.6.0" in lines
 

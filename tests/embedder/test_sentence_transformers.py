@@ -103,7 +103,9 @@ def test_push_to_hub(embedder, loaded, tmp_path, monkeypatch):
     def upload(self, repo_id, folder_path, **_):
         sent[repo_id] = {p.relative_to(folder_path).as_posix(): p.read_bytes() for p in Path(folder_path).rglob("*")
                          if p.is_file()}  # fmt: skip
-        return CommitInfo("https://hf.co/org/mine/commit/1", "", "", "1")
+        return CommitInfo(
+            commit_url="https://huggingface.co/org/mine/commit/1", commit_message="", commit_description="", oid="1"
+        )
 
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
     monkeypatch.setattr(HfApi, "upload_folder", upload)

@@ -135,7 +135,7 @@ def test_randomisation_agrees_with_scipy():
     found = randomise(a - b, 20_000)
     expected = stats.permutation_test(
         (a, b), lambda x, y, axis: np.mean(x - y, axis), vectorized=True, permutation_type="samples",
-        n_resamples=20_000, rng=np.random.default_rng(1),
+        n_resamples=20_000, random_state=np.random.default_rng(1),
     )  # fmt: skip
     assert found.p == pytest.approx(expected.pvalue, abs=0.01)
     assert 0.01 < found.p < 0.5

@@ -164,6 +164,7 @@ def test_folder_that_differs_is_not_left_behind(tmp_path, monkeypatch):
 # --- one file ---------------------------------------------------------------------------------------------------------
 
 LIMIT = 40
+TRACED = {"num_hidden_layers": 2}  # every layer is traced, slowly
 ALONE = """
 import json, sys
 for name in ("mlpool", "mlpool_kernels", "transformers", "sentence_transformers"):
@@ -216,7 +217,7 @@ def by_equations(made, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def programs(tmp_path_factory):
     """One file for every design with a trained pooler; the embedders they were made from."""
     folder = tmp_path_factory.mktemp("programs")
-    transformer("qwen2", num_hidden_layers=2).save_pretrained(folder / "base")  # every layer is traced
+    transformer("qwen2", **TRACED).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
     made = {}
     for design in TRAINED:
@@ -267,7 +268,7 @@ def test_program_is_its_embedder(programs):
 def test_program_with_tokens_that_are_not_pooled(tmp_path):
     """A third input; packing and training mode come back."""
     made = embedder(
-        "mean-bidirectional", "llama", frame="bos", prompts=PROMPTS, include_prompt=False, include_bos=False
+        "mean-bidirectional", "llama", frame="bos", prompts=PROMPTS, include_prompt=False, include_bos=False, **TRACED
     )
     made.train()
     before = made.encode(TEXTS)
@@ -290,13 +291,13 @@ def test_program_of_unit_means(tmp_path, monkeypatch):
         "unit-means",
         Design("unit-means", None, "bidirectional", DESIGNS["multi-layer-causal"].pool, "unit_mean"),
     )
-    made = embedder("unit-means", "llama", frame="bos", include_bos=False, max_seq_length=LIMIT)
+    made = embedder("unit-means", "llama", frame="bos", include_bos=False, max_seq_length=LIMIT, **TRACED)
     export_program(made, tmp_path / "out.pt2")
     exported = load_exported(tmp_path / "out.pt2")
     found = exported(*exported.tokenize(TEXTS))
     assert difference(found, made.encode(TEXTS)) < 1e-5
     monkeypatch.setitem(DESIGNS, "unit-means", replace(DESIGNS["unit-means"], token_pooling="mean"))
-    plain = embedder("unit-means", "llama", frame="bos", include_bos=False, max_seq_length=LIMIT)
+    plain = embedder("unit-means", "llama", frame="bos", include_bos=False, max_seq_length=LIMIT, **TRACED)
     assert difference(found, plain.encode(TEXTS)) > 1e-3  # so that the two can be told apart
 
 
@@ -330,7 +331,7 @@ def test_program_refuses(programs, tmp_path):
 
 def test_program_refuses_ids_without_their_frame(tmp_path):
     """A plain tokenizer's ids, without EOS, were embedded wrongly by 0.49 without a word; the file has the rule."""
-    made = embedder("multi-layer-bidirectional", "llama", frame="bos", packing="never")
+    made = embedder("multi-layer-bidirectional", "llama", frame="bos", packing="never", **TRACED)
     export_program(made, tmp_path / "out.pt2")
     files = {"embedder.json": ""}
     program = torch.export.load(tmp_path / "out.pt2", extra_files=files).module()

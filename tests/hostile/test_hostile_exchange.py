@@ -1,17 +1,14 @@
 """Malformed input at every door of exchange, evaluation and analysis: an error of ours, or a result without NaN.
 
-Seeded, so that a failure comes again; MLPOOL_HOSTILE=20 tries twenty times as much.
+The inputs are drawn in given.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,74 +16,11 @@ import torch
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("peft")
+from given import cases, mangled, tried
 from made import sentence, write_jsonl
 from safetensors.torch import save_file
 
 from mlpool import cli
-
-TIMES = int(os.environ.get("MLPOOL_HOSTILE", "1"))
-OURS = (ValueError, OSError)  # what `mlpool` prints as one line
-# Texts that are JSON, or nearly, and what a field may hold.
-VALUES = [
-    "null", "true", "NaN", "-Infinity", "1e400", "1" + "0" * 400, "9" * 5000, '""', '"\\ud83d"', '"\\u2028"', "[]",
-    "{}", "[[[]]]", "[" * 3000, '{"a":' * 3000, '"' + "x" * 70_000 + '"', '"\\u0000"', "0", "-1", "0.5", '"0"',
-]  # fmt: skip
-BYTES = [
-    b"",
-    b"\xff\xfe",
-    b"\x00" * 20,
-    b"\xef\xbb\xbf",
-    b"\r",
-    b"\n\n",
-    "\u2028".encode(),
-    b'{"',
-    b"]",
-    b"\t",
-    b",",
-    b'"',
-]
-
-
-def mangled(content: bytes, rng: random.Random) -> bytes:
-    """One to three faults: cut, flipped, doubled, or with something foreign put in."""
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(content) + 1)
-        kind = rng.randrange(5)
-        if kind == 0:
-            content = content[:at]
-        elif kind == 1 and content:
-            at = min(at, len(content) - 1)
-            content = content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
-        elif kind == 2:
-            content = content[:at] + content[max(0, at - rng.randint(1, 30)) :]
-        elif kind == 3:
-            content = content[:at] + rng.choice(BYTES) + content[at:]
-        else:
-            lines = content.split(b"\n")
-            line = rng.randrange(len(lines))
-            value = rng.choice(VALUES).encode()
-            key, colon, _ = lines[line].partition(b":")
-            lines[line] = key + colon + value + b"}" if colon else value
-            content = b"\n".join(lines)
-    return content
-
-
-def tried(call: Callable[[], Any], shown: object) -> Any:
-    """The call's result, or None for an error of ours, which has a message."""
-    try:
-        return call()
-    except OURS as error:
-        if not str(error).strip():
-            raise AssertionError(f"{type(error).__name__} without a word on {shown!r:.2000}") from error
-        return None
-    except Exception as error:
-        raise AssertionError(f"{type(error).__name__}: {error}\non {shown!r:.2000}") from error
-
-
-def cases(count: int, seed: int) -> Iterator[random.Random]:
-    for case in range(count * TIMES):
-        yield random.Random(f"{seed} {case}")
-
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
@@ -250,7 +184,7 @@ def test_exported_files(tmp_path):
 
     from mlpool.exchange.export import export_program, load_exported
 
-    export_program(embedder("eos-causal", "qwen2"), tmp_path / "good.pt2")
+    export_program(embedder("eos-causal", "qwen2", num_hidden_layers=1), tmp_path / "good.pt2")
     good = (tmp_path / "good.pt2").read_bytes()
     for rng in cases(25, 6):
         (tmp_path / "bad.pt2").write_bytes(mangled(good, rng))

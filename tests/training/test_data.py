@@ -359,6 +359,19 @@ def test_bad_bytes(tmp_path):
         load_pairs(path)
 
 
+def test_bad_bytes_in_a_column_name(tmp_path, caplog):
+    """What is told of the column is text that can be written anywhere."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"query,positive,caf\xe9,prix \xc3\xa9lev\xc3\xa9\nq,p,,\n,p,,\n")
+    told = load_pairs(path, on_error="skip").info.description
+    assert r"ignored: 'caf\udce9', prix élevé); left out 1 row" in told
+    assert told.encode()
+    assert caplog.text.encode()
+    path.write_bytes(b"query,positive,caf\xe9,caf\xe9\nq,p,,\n")
+    with pytest.raises(ValueError, match=r"a.csv:1: the header names a column twice: query, positive, 'caf\\udce9', '"):
+        load_pairs(path)
+
+
 def test_only_the_first_bad_rows_are_listed(tmp_path):
     path = lines(tmp_path / "a.jsonl", *([pair()] * 2500), *["broken", pair(query=1)] * 4)
     with pytest.raises(ValueError, match="8 of 2,508 rows") as caught:

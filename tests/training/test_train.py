@@ -119,6 +119,7 @@ def test_short_forms(place):
         "limit": 5,
     }
     assert read_config({**base, "lora": True}).lora == {}
+    assert read_config(read_config({**base, "lora": True}).as_dict()).lora == {}
     assert read_config({**base, "lora": False}).lora is None
 
 

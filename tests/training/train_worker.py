@@ -28,8 +28,12 @@ def shard_on_the_cpu() -> None:
         FSDP_CPU_RAM_EFFICIENT_LOADING="false",
         FSDP_OFFLOAD_PARAMS="false",
     )
+    import torch
     from accelerate import PartialState
     from accelerate.utils import DistributedType
+
+    # Declared an accelerator, the CPU has a number, and torch 2.11 saves it as "cpu:0", which it cannot read.
+    torch.serialization.register_package(0, lambda _: None, lambda storage, at: storage if at == "cpu:0" else None)
 
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
