@@ -77,7 +77,10 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
         {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 2},
     ],
-    "contrast_stages": [{"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3}],
+    "contrast_stages": [
+        {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 32, "GROUP": 8, "num_warps": 8, "num_stages": 2},
+    ],
     "gate": [{"BLOCK_R": 16, "BLOCK_F": 128, "num_warps": 4}, {"BLOCK_R": 16, "BLOCK_F": 256, "num_warps": 8}],
 }
 
@@ -88,6 +91,8 @@ def candidates(kernel: str, capability: int | None) -> list[Tile]:
         # The registers of sm_90 hold the tallest; AMD's masks take more than NVIDIA's.
         tallest = 64 if capability is None else 256 if 90 <= capability < 100 else 128
         return [t for t in TILES[kernel] if t["BLOCK_N"] <= tallest]
+    if kernel == "contrast_stages":
+        return TILES[kernel][1:] if capability is not None and capability >= 100 else TILES[kernel]
     if kernel != "feed_forward_tma":
         return TILES[kernel]
     if capability is None or capability < 90:
