@@ -167,7 +167,7 @@ class Trainer:
             ),
             PEER: MultipleNegativesRankingLoss(peer, scale=scale),
             OURS: InfoNCE(ours, TEMPERATURE, cached=False, mini_batch_tokens=None),
-            OURS_CACHED: InfoNCE(ours, TEMPERATURE, mini_batch_tokens=case.mini_batch),
+            OURS_CACHED: InfoNCE(ours, TEMPERATURE, cached=True, mini_batch_tokens=case.mini_batch),
         }  # fmt: skip
         self.parts = {
             part: [p for p in module.parameters() if p.requires_grad]

@@ -331,3 +331,27 @@ def test_make_gpu_runs_every_step_and_fails_if_one_failed():
     steps = "gpu-check gpu-test gpu-tune gpu-throughput gpu-choices gpu-encode gpu-train gpu-attention gpu-summary"
     assert f"not done: {steps}" in done.stderr
     assert subprocess.run(["make", "gpu", "PY=true"], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_contrast_compares_losses_and_gradients(benchmarks, tmp_path, monkeypatch, capsys):
+    """At toy size; a wrong loss has no speed."""
+    import contrast
+    import summary
+
+    monkeypatch.setattr(contrast, "BUDGET", {"cpu": 0.0})
+    monkeypatch.setattr(contrast, "HIDDEN", 64)
+    one = ["--sizes", "48x96", "--device", "cpu", "--threads", "1", "--results"]
+    assert contrast.main([*one, str(tmp_path / "right"), "--kind", "prefixes"]) == 0
+    rows = rows_of(tmp_path / "right")
+    assert len(rows) == 3 * len(contrast.MODES)
+    ours = [row for row in rows if row["provider"] == "mlpool"]
+    assert all(float(row["error"]) < 1e-6 and float(row["median_ms"]) > 0 for row in ours)
+    assert all(float(row["gradient_error"]) < 2e-6 for row in ours if row["mode"] != "forward")
+    capsys.readouterr()
+    assert summary.main([str(tmp_path / "right")]) == 0
+    assert "48x96 prefixes forward+backward" in capsys.readouterr().out
+    right = contrast.contrast
+    monkeypatch.setattr(contrast, "contrast", lambda *args, **options: 1.001 * right(*args, **options))
+    assert contrast.main([*one, str(tmp_path / "wrong"), "--kind", "masks", "--mode", "forward"]) == 1
+    assert all(row["median_ms"] == "" for row in rows_of(tmp_path / "wrong") if row["provider"] == "mlpool")
+    assert "WRONG: 48x96 masks forward mlpool" in capsys.readouterr().out

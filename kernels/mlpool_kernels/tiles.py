@@ -75,11 +75,13 @@ TILES: dict[str, list[Tile]] = {
     "embed": [{"num_warps": 4}, {"num_warps": 8}],
     # Tall: of what a row and a column carry beside the product, a thread holds more for columns.
     "contrast": [
-        {"BLOCK_N": 256, "BLOCK_M": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
         {"BLOCK_N": 128, "BLOCK_M": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
         {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 2},
     ],
-    "contrast_stages": [{"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3}],
+    "contrast_stages": [
+        {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "GROUP": 8, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 32, "GROUP": 8, "num_warps": 8, "num_stages": 1},
+    ],
     "gate": [{"BLOCK_R": 16, "BLOCK_F": 128, "num_warps": 4}, {"BLOCK_R": 16, "BLOCK_F": 256, "num_warps": 8}],
 }
 
@@ -87,9 +89,9 @@ TILES: dict[str, list[Tile]] = {
 def candidates(kernel: str, capability: int | None) -> list[Tile]:
     """The tiles of `kernel` that suit a GPU: capability 90 for sm_90, None where it is not NVIDIA's."""
     if kernel == "contrast":
-        # The registers of sm_90 hold the tallest; AMD's masks take more than NVIDIA's.
-        tallest = 64 if capability is None else 256 if 90 <= capability < 100 else 128
-        return [t for t in TILES[kernel] if t["BLOCK_N"] <= tallest]
+        return TILES[kernel][1:] if capability is None else TILES[kernel]  # AMD's masks take more than NVIDIA's
+    if kernel == "contrast_stages":
+        return TILES[kernel][1:] if capability is not None and capability >= 100 else TILES[kernel]
     if kernel != "feed_forward_tma":
         return TILES[kernel]
     if capability is None or capability < 90:

@@ -1,6 +1,7 @@
 """InfoNCE: the formula text by text in float64, cached against plain, mini-batches, memory, sentence-transformers."""
 
 import copy
+import importlib
 import itertools
 import math
 
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mlpool import MultiLayerPool
-from mlpool.training import losses
+from mlpool.training import losses, memory
 from mlpool.training.losses import InfoNCE
+from mlpool.training.mini_batches import text_keys
 
 transformers = pytest.importorskip("transformers")
 
@@ -180,8 +182,15 @@ def test_formula(shape, masks, columns):
     for dims, weights in ((None, None), ([6, 4, 2], [1.0, 0.5, 0.25])):
         model = Table()
         loss = InfoNCE(
-            model, 0.1, mini_batch_tokens=16, matryoshka_dims=dims, matryoshka_weights=weights, **options, **masks
-        )
+            model,
+            0.1,
+            cached=True,
+            mini_batch_tokens=16,
+            matryoshka_dims=dims,
+            matryoshka_weights=weights,
+            **options,
+            **masks,
+        )  # fmt: skip
         got = run(loss, [column(t) for t in texts])
 
         def embed(text, model=model):
@@ -198,8 +207,8 @@ def test_formula(shape, masks, columns):
 
 def test_text_keys_do_not_depend_on_padding():
     texts = [[5, 6, 7], [5, 6], [7, 6, 5], [5, 6, PAD]]
-    right, left = (losses._text_keys([column(texts, side)])[0] for side in ("right", "left"))
-    wide = losses._text_keys([column([*texts, list(range(2, 30))])])[0][:4]
+    right, left = (text_keys([column(texts, side)])[0] for side in ("right", "left"))
+    wide = text_keys([column([*texts, list(range(2, 30))])])[0][:4]
     assert right.equal(left)
     assert right.equal(wide)
     assert len(set(right.tolist())) == 4
@@ -216,7 +225,7 @@ def test_blocks_of_scores(shape, masks, monkeypatch):
     columns = [column(t) for t in with_duplicates()]
     loss = InfoNCE(Table(), matryoshka_dims=[6, 3], **shape, **masks)
     want = run(loss, columns)
-    monkeypatch.setattr(losses, "SCORES_AT_ONCE", 2 * 21)
+    monkeypatch.setattr(importlib.import_module("mlpool_kernels.contrast"), "CACHED_NUMBERS", 2 * 21)
     assert_same(run(loss, columns), want, 1e-12)
 
 
@@ -305,7 +314,7 @@ def test_cached_equals_plain_minilm(minilm, variant):
         run(InfoNCE(minilm, cached=c, mini_batch_tokens=40, **VARIANTS[variant]), columns) for c in (True, False)
     )
     assert_same(got, want)
-    other = run(InfoNCE(minilm, mini_batch_tokens=40, **VARIANTS[variant]), columns, seed=1)
+    other = run(InfoNCE(minilm, cached=True, mini_batch_tokens=40, **VARIANTS[variant]), columns, seed=1)
     assert abs(other[0] - want[0]) > 1e-4, "dropout is not on"
 
 
@@ -318,10 +327,10 @@ def test_cached_equals_plain_llama(variant, side):
         run(InfoNCE(model, cached=c, mini_batch_tokens=24, **VARIANTS[variant]), columns) for c in (True, False)
     )
     assert_same(got, want)
-    other = run(InfoNCE(model, mini_batch_tokens=24, **VARIANTS[variant]), columns, seed=1)
+    other = run(InfoNCE(model, cached=True, mini_batch_tokens=24, **VARIANTS[variant]), columns, seed=1)
     assert abs(other[0] - want[0]) > 1e-4, "dropout is not on"
     model.eval()  # without dropout also against one forward of everything
-    got = run(InfoNCE(model, mini_batch_tokens=24, **VARIANTS[variant]), columns)
+    got = run(InfoNCE(model, cached=True, mini_batch_tokens=24, **VARIANTS[variant]), columns)
     assert_same(got, run(InfoNCE(model, cached=False, mini_batch_tokens=None, **VARIANTS[variant]), columns))
 
 
@@ -359,15 +368,16 @@ def test_scores_are_float32_under_autocast():
     assert_same((value, {"model.table": loss.model.table.grad}), want, 1e-6)
 
 
+@pytest.mark.parametrize("cached", [True, "auto"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant):
+def test_gradient_checkpointing(reentrant, cached):
     columns = [column(t) for t in random_texts()]
     want = run(InfoNCE(TinyLlama().train(), cached=False, mini_batch_tokens=24), columns)
     model = TinyLlama().train()
     model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.model.enable_input_require_grads()
-    got = run(InfoNCE(model, mini_batch_tokens=24), columns)
+    got = run(InfoNCE(model, cached=cached, mini_batch_tokens=24), columns)
     assert_same(got, want)
 
 
@@ -377,7 +387,7 @@ def test_one_gradient_per_parameter_and_backward():
     arrivals = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrivals.append(name))
-    run(InfoNCE(model, mini_batch_tokens=24), [column(t) for t in random_texts()])
+    run(InfoNCE(model, cached=True, mini_batch_tokens=24), [column(t) for t in random_texts()])
     assert len(arrivals) == len(set(arrivals)) > 20
 
 
@@ -385,7 +395,7 @@ def test_scaled_accumulated_and_interleaved():
     """Scaled losses, sums of micro-batches, two forwards before one backward, torch.autograd.grad."""
     first, second = ([column(t) for t in random_texts(seed=s)] for s in (1, 2))
     model = TinyLlama().eval()
-    loss = InfoNCE(model, mini_batch_tokens=24)
+    loss = InfoNCE(model, cached=True, mini_batch_tokens=24)
     a, b = run(loss, first), run(loss, second)
     want = {n: 0.5 * a[1][n] + 0.25 * b[1][n] for n in a[1]}
     loss.zero_grad()
@@ -503,6 +513,83 @@ def test_inputs_are_left_as_they_were():
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("variant", ["hard negatives", "masks"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_what_fits_is_kept_and_the_rest_embedded_twice(share, variant, monkeypatch):
+    """The same numbers as both extremes, with dropout on; nothing runs twice where everything fits."""
+    columns, model, runs = [column(t) for t in random_texts()], TinyLlama().train(), []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))  # the second forward stops at the last tensor needed
+    results, counts = {}, {}
+    needed: list[int] = []
+
+    def free(_) -> int:
+        return int((share * sum(needed) + needed[0] + gradients) / memory.SHARE) + 1
+
+    gradients = sum(p.nbytes for p in model.parameters())
+    how_many = memory.how_many
+
+    def judge(first, tokens, *rest):
+        needed[:] = [first * n // tokens[0] + 1 for n in tokens[1:]]
+        needed.insert(0, first)
+        return how_many(first, tokens, *rest)
+
+    monkeypatch.setattr(memory, "free_bytes", free)
+    monkeypatch.setattr(losses, "how_many", judge)
+    for cached in ("auto", True, False):
+        runs.clear()
+        results[cached] = run(InfoNCE(model, cached=cached, mini_batch_tokens=24, **VARIANTS[variant]), columns)
+        counts[cached] = len(runs)
+    assert_same(results["auto"], results[True], 1e-6)
+    assert_same(results["auto"], results[False], 1e-6)
+    assert counts[True] == 2 * counts[False]
+    if share == 1:
+        assert counts["auto"] == counts[False]
+    elif share == 0:
+        assert counts["auto"] == counts[True] - 1
+    else:
+        assert counts[False] < counts["auto"] < counts[True] - 1
+
+
+def test_what_a_token_costs_is_what_autograd_keeps():
+    """Against the profiler's record of what is alive behind a forward."""
+    model, features = TinyLlama().train(), column([[2 + i % 48 for i in range(60)]] * 8)
+    with memory.saved_bytes(model) as saved:
+        value = model(features)["sentence_embedding"].sum()
+    count = saved()
+    del value
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        value = model(features)["sentence_embedding"].sum()
+    alive = sum(e.nbytes() for e in profiler.kineto_results.events() if e.name() == "[memory]")
+    assert value.requires_grad
+    assert 0.8 * alive < count < 1.2 * alive
+
+
+def test_how_many_mini_batches_fit(monkeypatch):
+    """A fifth is left, gradients that are still to come, and one mini-batch more."""
+    model = nn.Linear(10, 10, bias=False)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 10_000)
+    device = torch.device("cpu")
+    assert memory.how_many(1000, [100] * 20, model, device) == 1 + (8000 - 400 - 1000) // 1000
+    model.weight.grad = torch.zeros(10, 10)
+    assert memory.how_many(1000, [100, 50, 50, 50], model, device) == 4
+    assert memory.how_many(7000, [100, 50, 10], model, device) == 1
+    assert memory.how_many(9000, [100, 1], model, device) == 1
+
+
+def test_free_memory_is_the_system_s_within_the_container(monkeypatch, tmp_path):
+    device = torch.device("cpu")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    whole = memory.free_bytes(device)
+    assert 1 << 20 < whole < 1 << 50
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(device) > 1 << 20
+    (tmp_path / "memory.max").write_text("4000000\n")
+    assert memory.free_bytes(device) == 1_000_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_bytes(device) == 250_000
+
+
 def peak(run) -> int:
     """Most bytes alive at once during `run` beyond those alive before, from the profiler's record."""
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
@@ -522,8 +609,8 @@ def test_memory_falls_with_mini_batch_tokens():
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
 
-    def step(**options):
-        loss = InfoNCE(model, **options)
+    def step(cached=True, **options):
+        loss = InfoNCE(model, cached=cached, **options)
         return peak(lambda: loss(columns, None).backward())
 
     step(mini_batch_tokens=512)
@@ -573,7 +660,8 @@ def test_trainer(minilm, tmp_path):
         ({"temperature": math.nan}, "temperature must be above 0"),
         ({"temperature": -1.0}, "got -1.0"),
         ({"mini_batch_tokens": 0}, "mini_batch_tokens must be an integer of at least 1, got 0"),
-        ({"mini_batch_tokens": None}, "cached=True needs mini_batch_tokens"),
+        ({"mini_batch_tokens": None}, "cached=auto needs mini_batch_tokens"),
+        ({"cached": "always"}, r"cached must be one of \('auto', True, False\), got 'always'"),
         ({"false_negatives": "all"}, r"must be one of \('none', 'duplicates', 'margin'\), got 'all'"),
         ({"margin": 0.1}, "need false_negatives='margin', got 'none'"),
         ({"factor": 0.9, "false_negatives": "duplicates"}, "need false_negatives='margin', got 'duplicates'"),

@@ -95,7 +95,7 @@ def compare(rank: int, wrapper: str) -> None:
         apart = [alone(plain, [part(texts, r)], **options) for r in range(WORLD)]
         separate = [sum(a[0] for a in apart) / WORLD, {n: (apart[0][1][n] + apart[1][1][n]) / WORLD for n in want[1]}]
         assert abs(separate[0] - want[0]) > 0.1, "gathering changes nothing"
-        for cached in (True, False):
+        for cached in (True, False, "auto"):
             for gather, expected in ((True, want), (False, separate)):
                 loss = InfoNCE(wrapped, gather_across_devices=gather, cached=cached, mini_batch_tokens=40, **options)
                 optimiser.zero_grad()
@@ -118,7 +118,7 @@ def accumulate(rank: int, wrapper: str) -> None:
     plain = TinyLlama().eval()
     want = alone(plain, [[column(t) for t in texts] for texts in batches])
     wrapped = WRAPPERS[wrapper](copy.deepcopy(plain))
-    loss = InfoNCE(wrapped, gather_across_devices=True, mini_batch_tokens=40)
+    loss = InfoNCE(wrapped, gather_across_devices=True, cached=True, mini_batch_tokens=40)
     total = 0.0
     for last, texts in enumerate(batches):
         if wrapper == "fsdp2":
