@@ -1,0 +1,139 @@
+"""What a cut model saves, and what its top should be: a base at some depths, encoding, training and read untrained.
+
+    python benchmarks/depth.py --base bases/smollm2 --depth 10 18 --sts 300
+    python benchmarks/depth.py --base bases/smollm2 --depth 18 --rounds 5 --sts 0          speeds alone
+
+The whole model and the cut ones are timed in turns, round by round, in one process; the medians are printed. Encoding:
+texts of squad_sentences through a pool of all kept layers. Training: a step of LoRA (rank 16), InfoNCE over pairs, the
+optimizer's step included. Read untrained: Spearman on the first --sts pairs of STS-B dev, STS16 test and SICK-R dev,
+mean of them, of layer k alone: its raw mean, each of its tokens at unit length first, and the mean of its tokens behind
+the base's final norm, which is what `mean-causal` reads of a cut model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+
+import mlpool
+from mlpool import LayerWeightsPool, MultiLayerPool
+from mlpool.show import aligned, progress
+from mlpool.training.losses import InfoNCE
+from mlpool.training.trainer import prepare
+
+STS = ("stsb/dev", "sts16/test", "sickr/dev")
+POOL = {"num_latents": 64, "num_heads": 8, "head_dim": 64}
+
+
+def read(path: Path, most: int) -> list[dict]:
+    if not path.is_file():
+        raise SystemExit(f"no data at {path}; pass --data with folders pairs/ and sts/ of JSONL files")
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line, _ in zip(file, range(most), strict=False)]
+
+
+def seconds(run: Any) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+class Step:
+    """One step of training: pairs in, the optimizer's step made."""
+
+    def __init__(self, base: str, depth: int, pairs: list[dict], tokens: int) -> None:
+        self.embedder = mlpool.add_lora(mlpool.load(base, "depth-mean", POOL, depth=depth, max_seq_length=tokens))
+        prepare(self.embedder)
+        self.embedder.train()
+        self.loss = InfoNCE(self.embedder)
+        self.columns = [[row[side] for row in pairs] for side in ("query", "positive")]
+        weights = [p for p in self.embedder.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(weights, lr=1e-5)
+
+    def __call__(self) -> None:
+        self.loss([self.embedder.preprocess(texts) for texts in self.columns]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def speeds(args: argparse.Namespace, depths: list[int]) -> None:
+    rows = read(args.data / "pairs/squad_sentences/train.jsonl", max(args.texts, args.pairs))
+    texts = [row["positive"] for row in rows[: args.texts]]
+    times: dict[str, dict[int, list[float]]] = {"encode": {}, "train": {}}
+    encoders = {k: mlpool.load(args.base, "depth-mean", POOL, depth=k, max_seq_length=args.tokens) for k in depths}
+    due: dict[str, dict[int, Any]] = {"encode": {k: lambda m=m: m.encode(texts) for k, m in encoders.items()}}
+    due["train"] = {k: Step(args.base, k, rows[: args.pairs], args.tokens) for k in depths}
+    with progress("depth", "run", 2 * len(depths) * (args.rounds + 1)) as bar:
+        for turn in range(args.rounds + 1):  # the first does what only a first call does
+            for what, runs in due.items():
+                for depth, run in runs.items():
+                    took = seconds(run)
+                    times[what].setdefault(depth, []).extend([took] if turn else [])
+                    bar.update()
+    lines = []
+    for depth in depths:
+        cells = [f"{depth} of {depths[0]}", f"{sum(p.numel() for p in encoders[depth].parameters()) / 1e6:.1f}"]
+        for what, count in (("encode", args.texts), ("train", 2 * args.pairs)):
+            took, whole = median(times[what][depth]), median(times[what][depths[0]])
+            cells += [f"{count / took:.2f}", f"{whole / took:.2f}x"]
+        lines.append(cells)
+    print(aligned(["layers", "M parameters", "encode texts/s", "", "train texts/s", ""], lines))
+    print(f"{args.texts} texts, {args.pairs} pairs a step, {args.rounds} rounds, {torch.get_num_threads()} threads")
+
+
+@torch.no_grad()
+def scores(args: argparse.Namespace, depths: list[int]) -> None:
+    sets = [read(args.data / f"sts/{name}.jsonl", args.sts) for name in STS]
+    kinds = {"raw mean": "depth-raw", "unit tokens": "depth-unit", "final norm": "mean-causal"}
+    lines = []
+    for depth in depths:
+        cells = [f"{depth} of {depths[0]}"]
+        for design in kinds.values():
+            chosen: dict[str, Any] = {"depth": depth} if design == "mean-causal" else {"layers": [depth - 1]}
+            model = mlpool.load(args.base, design, max_seq_length=args.tokens, **chosen)
+            found = []
+            for rows in sets:
+                one, two = (model.encode([r[side] for r in rows]) for side in ("sentence1", "sentence2"))
+                found.append(float(spearmanr((one * two).sum(1), [r["score"] for r in rows]).statistic))
+            cells.append(f"{mean(found):.4f}")
+            del model
+            gc.collect()
+        lines.append(cells)
+    print(aligned(["top layer", *kinds], lines))
+    print(f"Spearman, untrained, causal, mean of {', '.join(STS)}, the first {args.sts} pairs of each")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="a folder with a decoder")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--depth", type=int, nargs="+", help="layers to keep (default: 0.6 of them)")
+    parser.add_argument("--texts", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=96, help="texts are cut there")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sts", type=int, default=300, help="pairs of each STS set; 0: no scores")
+    args = parser.parse_args()
+    for name, pool, rows in (
+        ("depth-mean", MultiLayerPool, "mean"), ("depth-raw", LayerWeightsPool, "mean"),
+        ("depth-unit", LayerWeightsPool, "unit_mean"),
+    ):  # fmt: skip
+        mlpool.register_design(name, "causal", pool, rows)
+    whole = json.loads((Path(args.base) / "config.json").read_text())["num_hidden_layers"]
+    depths = [whole, *(k for k in args.depth or [int(0.6 * whole)] if k != whole)]
+    if args.rounds:
+        speeds(args, depths)
+    if args.sts:
+        scores(args, depths)
+
+
+if __name__ == "__main__":
+    main()
