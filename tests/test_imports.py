@@ -27,6 +27,7 @@ EXTRAS = {
     "mlpool/corpus": "st",
     "mlpool/exchange": "st",
     "mlpool/training": "train",
+    "mlpool/fitting": "train",
     "mlpool/evaluation": "eval",
     "mlpool/analysis": "eval",
     "mlpool/study": "eval",
