@@ -50,7 +50,7 @@ def analyse(
     texts: Sequence[str] | None = None,
     pairs: Pairs | Mapping[str, Pairs] | None = None,
     *,
-    token_pooling: str = "both",
+    token_pooling: str = "all",
     **options: Any,
 ) -> LayerReport:
     """Look inside a model's layers.
@@ -59,7 +59,7 @@ def analyse(
         model: any SentenceTransformer whose layers are found; an embedder of `mlpool.load` for the pool's profile.
         texts: for correlations and profile. None: those of the pairs, in the same pass.
         pairs: for the scores; a data set, or several by name.
-        token_pooling: "last", "mean" or "both".
+        token_pooling: "last", "mean", "unit_mean" or "all".
         options: window (texts whose states are in memory at once, and over which a term of the CKA is taken), prompt,
             token_budget, seed, progress; see `mlpool.analysis.states.windows`.
 
@@ -96,7 +96,7 @@ def analyse(
 
 
 def layer_scores(
-    model: SentenceTransformer, pairs: Pairs | Mapping[str, Pairs], *, token_pooling: str = "both", **options: Any
+    model: SentenceTransformer, pairs: Pairs | Mapping[str, Pairs], *, token_pooling: str = "all", **options: Any
 ) -> LayerScores:
     """The score of every layer alone. Arguments and errors: see `analyse`."""
     sets = _checked(pairs)
@@ -194,11 +194,41 @@ class LayerScores:
     """Scores by layer.
 
     sets: names of the data sets. values: by token pooling, [sets, L+1]. own: [sets], of the model's own embedding.
+    metrics: what the scores are.
     """
 
     sets: list[str]
     values: dict[str, NDArray[np.float64]]
     own: NDArray[np.float64]
+    metrics: tuple[str, ...] = ("Spearman",)
+
+    def __add__(self, other: LayerScores) -> LayerScores:
+        """Those of further data sets behind these."""
+        values = {pooling: np.concatenate([rows, other.values[pooling]]) for pooling, rows in self.values.items()}
+        metrics = tuple(dict.fromkeys((*self.metrics, *other.metrics)))
+        return LayerScores([*self.sets, *other.sets], values, np.concatenate([self.own, other.own]), metrics)
+
+    def __str__(self) -> str:
+        """The mean over the data sets by layer, the best of each token pooling starred."""
+        lines = [
+            [str(layer), *(f"{self.mean(p)[layer]:.4f}{'*' if layer == self.best(p) else ' '}" for p in self.values)]
+            for layer in range(len(self.mean(next(iter(self.values)))))
+        ]
+        return "\n".join([aligned(["layer", *self.values], lines, left=0), "", self.reading()])
+
+    def reading(self) -> str:
+        """What the scores are, in a line."""
+        sets = f"mean over {len(self.sets)} data sets" if len(self.sets) > 1 else self.sets[0]
+        return (
+            f"Score: {', '.join(self.metrics)}, {sets}; * the best, chosen on this data. The model's own embedding: "
+            f"{self.own.mean():.4f}"
+        )
+
+    def best_depth(self) -> tuple[str, int]:
+        """Token pooling and layer of the highest mean, the embedding (layer 0) aside: where a model may be cut."""
+        best = {p: int(self.mean(p)[1:].argmax()) + 1 for p in self.values}
+        pooling = max(best, key=lambda p: self.mean(p)[best[p]])
+        return pooling, best[pooling]
 
     def mean(self, pooling: str) -> NDArray[np.float64]:
         """[L+1], over the data sets."""
@@ -229,7 +259,7 @@ class LayerScores:
                 writer.writerow([name, "embedding", "", f"{score:.6f}", ""])
         layer_curves(
             {pooling: self.mean(pooling) for pooling in self.values}, float(self.own.mean()),
-            "Spearman, " + (f"mean of {len(self.sets)} data sets" if several else self.sets[0]),
+            ", ".join(self.metrics) + ", " + (f"mean of {len(self.sets)} data sets" if several else self.sets[0]),
             path.with_suffix(".png"),
         )  # fmt: skip
         return [path, path.with_suffix(".png")]
@@ -240,7 +270,7 @@ class LayerReport:
     """What `analyse` found; prints as a table.
 
     Attributes:
-        texts: how many the correlations are of. token_poolings: "last", "mean" or both.
+        texts: how many the correlations are of. token_poolings: those of `analyse`.
         correlation: by (kind, token pooling), kind "pearson" or "cka": [L+1, L+1].
         scores: of the pairs, or None. profile: of the pool, or None.
         notes: what was not defined, cut or left out. seconds: the whole analysis took.
@@ -309,11 +339,7 @@ class LayerReport:
     def _reading(self) -> list[str]:
         lines = [f"{self.texts} texts; layer 0 is the embedding. r: Pearson's over dimensions; CKA: linear, unbiased."]
         if self.scores:
-            sets = f"mean over {len(self.scores.sets)} data sets" if len(self.scores.sets) > 1 else self.scores.sets[0]
-            lines.append(
-                f"Score: Spearman, {sets}; * the best, chosen on these pairs. The model's own embedding: "
-                f"{self.scores.own.mean():.4f}"
-            )
+            lines.append(self.scores.reading())
         lines += [str(self.profile)] if self.profile else []
         lines += [f"Note: {note}" for note in self.notes]
         if self.encode_seconds:

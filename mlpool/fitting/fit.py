@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from ..embedder import Embedder, load
 from ..embedder.designs import build_pool
 from ..embedder.folder import recover
-from ..files import check_folder_name, read_json, sha256, write_json
+from ..files import check_folder_name, check_room, read_json, sha256, write_json
 from ..pooling.base import WEIGHTS_NAME, Pool
 from ..pooling.registry import find_pool
 from ..show import aligned, progress
@@ -35,7 +35,7 @@ from ..training.columns import count
 from ..training.data import load_pairs
 from ..training.train import column_prompts, load_scored
 from .config import Candidate, FitConfig, read_fit_config
-from .states import KeptStates, Text, check_room, disk_need, missing, plan_of, take_states
+from .states import ROOM, KeptStates, Text, disk_need, missing, plan_of, take_states
 from .trials import DevSet, Trial, try_pool
 
 RESULTS, TRIALS, TRIAL = "fit.json", "trials", "trial.json"
@@ -102,7 +102,7 @@ def fit(
     plan = plan_of(embedder, texts)
     print(_describe(config, embedder, table, plan, folder), flush=True)  # builds every pool: faults show here
     need = disk_need(plan, sum(count for _, count in missing(folder, plan)))
-    check_room(folder, need)
+    check_room(folder, need, ROOM)
     if dry_run:
         return None
     states = take_states(embedder, texts, folder)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +26,15 @@ from torch import Tensor
 from ..embedder import Embedder
 from ..embedder.adapters import has_adapter
 from ..embedder.identity import identity
-from ..files import check_folder_name, read_json, replacing, sha256, write_json, write_text
+from ..files import check_folder_name, check_room, read_json, replacing, sha256, write_json, write_text
 from ..show import progress
 
 PLAN = "states.json"
-PART = 2048  # rows
+PART = 512  # rows
+ROOM = (
+    "the layer states of the texts; name a folder on a larger disk (states:), or take fewer texts (data.limit) or "
+    "layers (layers, depth)"
+)
 _TOP = 14  # a row's numbers are brought below 2^14: float16 ends at 2^16, and loses digits below 2^-14 alone
 Text = tuple[str, str]  # its prompt, which may be empty, and the text
 
@@ -89,7 +92,7 @@ def take_states(
     folder = Path(folder)
     plan = plan_of(embedder, texts)
     todo = missing(folder, plan)
-    check_room(folder, disk_need(plan, sum(count for _, count in todo)))
+    check_room(folder, disk_need(plan, sum(count for _, count in todo)), ROOM)
     if not (folder / PLAN).is_file():
         write_json(folder / PLAN, plan)
     taker = Embedder(modules=OrderedDict(backbone=embedder[0], rows=_Rows()), device=str(embedder.device)).eval()  # type: ignore[arg-type]
@@ -150,17 +153,6 @@ def missing(folder: Path, plan: dict[str, Any]) -> list[tuple[Path, int]]:
 def disk_need(plan: dict[str, Any], rows: int | None = None) -> int:
     """Bytes of so many rows; of all by default."""
     return (plan["texts"] if rows is None else rows) * plan["layers"] * (plan["hidden_size"] + 1) * 2
-
-
-def check_room(folder: Path, need: int) -> None:
-    """Raises OSError where the file system of `folder` has not `need` bytes."""
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if need > free:
-        raise OSError(
-            f"{folder} needs {need / 1e9:.2f} GB for the layer states, and {free / 1e9:.2f} GB are free there; name a "
-            "folder on a larger disk (states:), or take fewer texts (data.limit), fewer layers (layers, depth)"
-        )
 
 
 def _parts(folder: Path, texts: int) -> list[tuple[Path, int]]:

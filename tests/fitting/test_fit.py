@@ -130,7 +130,7 @@ def test_states_of_another_model_or_text_are_refused(tmp_path):
 
 def test_a_full_disk_is_said_before(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(100, 99, 1))
-    with pytest.raises(OSError, match=r"needs 0\.00 GB .* larger disk"):
+    with pytest.raises(OSError, match=r"needs 0\.00 GB.* larger disk"):
         take_states(embedder(), TEXTS, tmp_path / "states")
     assert not (tmp_path / "states").exists()
 
