@@ -8,6 +8,7 @@ model the row of layer L is final-normed, as transformers' hidden_states[-1] is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,8 +88,11 @@ def _rows(model: nn.Module, depth: int) -> Tensor:
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     weight = embedding.weight
     ids = torch.arange(_PROBE, device=weight.device)[None] % weight.shape[0]
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with Taps(model, layers=range(depth), final_norm=False) as taps:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        if "use_cache" in inspect.signature(type(taps.trunk).forward).parameters:
+            call["use_cache"] = False  # type: ignore[assignment]  # kinds of caches are looked up by layer
+        model(**call)
         return taps.take()
 
 
