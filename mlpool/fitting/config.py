@@ -89,7 +89,7 @@ def read_fit_config(source: str | Path | Mapping[str, Any], overrides: Sequence[
     values = schema.check(_keys(), values)
     lacking = [name for name in ("model", "output_dir", "dev", "candidates") if not values.get(name)]
     if lacking or not values.get("data", {}).get("train"):
-        raise ValueError(f"the config lacks {', '.join(lacking or ['data'])}; see configs/fit.yaml")
+        raise ValueError(f"the config lacks {', '.join(lacking or ['data'])}; see configs/fit/smollm2.yaml")
     dev, seeds, rate = values["dev"], values.get("seeds", 1), values.pop("learning_rate", None)
     values["dev"] = [dev] if isinstance(dev, str) else dev
     values["seeds"] = list(range(seeds)) if isinstance(seeds, int) else seeds

@@ -25,6 +25,7 @@ from mlpool.show import progress
 
 WORDS = ["how", "many", "layers", "does", "the", "pool", "read", "all", "of", "them", "and", "last", "one", "twice"]
 TEXTS = [("", text) for text in tiny.TEXTS] + [("query: ", "all of them")]
+CONFIGS = Path(__file__).resolve().parents[2] / "configs/fit"
 SMALL = {"num_latents": 4, "num_heads": 2, "head_dim": 8}
 
 
@@ -299,6 +300,11 @@ def test_a_pool_of_ones_own(data, tmp_path):
     pool = mlpool.load(tmp_path, device="cpu")[1].pool
     assert type(pool) is ScaledTop
     assert not torch.equal(pool.weight, torch.ones(D))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_ready_configs_are_valid(path):
+    assert len(read_fit_config(path).candidates) > 1
 
 
 def test_the_command(data, tmp_path, capsys):

@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from given import ROOT, hostile, ours
 
+from mlpool.fitting.config import _keys as _fit_keys
+from mlpool.fitting.config import read_fit_config
 from mlpool.study import read_study
 from mlpool.training.config import _keys, read_config
 from mlpool.training.data import load_pairs
@@ -81,8 +83,18 @@ def test_a_ready_config_with_a_few_bytes_changed(place, path, at, new, removed):
     with ours():
         if "study" in path.parts:
             read_study(place / "changed.yaml", base=place / "base", data_dir=place / "data", output=place / "out")
+        elif "fit" in path.parts:
+            read_fit_config(place / "changed.yaml")
         else:
             read_config(place / "changed.yaml")
+
+
+@hostile(150)
+@given(st.dictionaries(st.sampled_from(sorted(_fit_keys().__origin__.__annotations__)), VALUES, min_size=1, max_size=3))
+def test_values_of_any_kind_in_a_fit(place, values):
+    fit = {**least(place), "dev": "dev.jsonl", "candidates": [{"pooler": {"num_heads": 2}}], "learning_rate": 1e-3}
+    with ours():
+        read_fit_config({**fit, **values})
 
 
 @hostile(100)
