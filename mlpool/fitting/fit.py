@@ -101,9 +101,8 @@ def fit(
     folder = Path(config.states or output / "states")
     plan = plan_of(embedder, texts)
     print(_describe(config, embedder, table, plan, folder), flush=True)  # builds every pool: faults show here
-    need = disk_need(plan, sum(count for _, count in missing(folder, plan)))
-    check_room(folder, need, ROOM)
     if dry_run:
+        check_room(folder, disk_need(plan, sum(rows for _, rows in missing(folder, plan))), ROOM)
         return None
     states = take_states(embedder, texts, folder)
     trials = _Trials(config, embedder, states, table, dev, output / TRIALS)
