@@ -20,7 +20,7 @@ from ..evaluation.evaluate import evaluate_once
 from ..files import check_room
 from ..show import progress
 from ..taps import find_layers
-from .layers import LayerScores
+from .scores import LayerScores
 from .states import poolings_of, windows
 
 if TYPE_CHECKING:
