@@ -3,7 +3,8 @@
     python benchmarks/depth.py --base bases/smollm2 --depth 10 18 --sts 300
     python benchmarks/depth.py --base bases/smollm2 --depth 18 --rounds 5 --sts 0          speeds alone
 
-The whole model and the cut ones are timed in turns, round by round, in one process; the medians are printed. Encoding:
+The whole model and the cut ones are timed in turns, round by round, in one process; the medians are printed, with one
+thread (OMP_NUM_THREADS=1) of the processor's time, otherwise of the wall clock's. Encoding:
 texts of squad_sentences through a pool of all kept layers. Training: a step of LoRA (rank 16), InfoNCE over pairs, the
 optimizer's step included. Read untrained: Spearman on the first --sts pairs of STS-B dev, STS16 test and SICK-R dev,
 mean of them, of layer k alone: its raw mean, each of its tokens at unit length first, and the mean of its tokens behind
@@ -13,7 +14,6 @@ the base's final norm, which is what `mean-causal` reads of a cut model.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import time
 from pathlib import Path
@@ -21,11 +21,13 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from scipy.stats import spearmanr
 
 import mlpool
-from mlpool import LayerWeightsPool, MultiLayerPool
+from mlpool import MultiLayerPool, gather
 from mlpool.show import aligned, progress
+from mlpool.taps import find_layers
 from mlpool.training.losses import InfoNCE
 from mlpool.training.trainer import prepare
 
@@ -41,9 +43,11 @@ def read(path: Path, most: int) -> list[dict]:
 
 
 def seconds(run: Any) -> float:
-    began = time.perf_counter()
+    """With one thread the processor's time: others may be at work on this machine."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     run()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 class Step:
@@ -91,24 +95,45 @@ def speeds(args: argparse.Namespace, depths: list[int]) -> None:
 
 @torch.no_grad()
 def scores(args: argparse.Namespace, depths: list[int]) -> None:
+    """Three readings of each layer from one pass of the whole model; the last is held against a model that is cut."""
     sets = [read(args.data / f"sts/{name}.jsonl", args.sts) for name in STS]
-    kinds = {"raw mean": "depth-raw", "unit tokens": "depth-unit", "final norm": "mean-causal"}
-    lines = []
-    for depth in depths:
-        cells = [f"{depth} of {depths[0]}"]
-        for design in kinds.values():
-            chosen: dict[str, Any] = {"depth": depth} if design == "mean-causal" else {"layers": [depth - 1]}
-            model = mlpool.load(args.base, design, max_seq_length=args.tokens, **chosen)
-            found = []
-            for rows in sets:
-                one, two = (model.encode([r[side] for r in rows]) for side in ("sentence1", "sentence2"))
-                found.append(float(spearmanr((one * two).sum(1), [r["score"] for r in rows]).statistic))
-            cells.append(f"{mean(found):.4f}")
-            del model
-            gc.collect()
-        lines.append(cells)
+    texts = list(dict.fromkeys(row[side] for rows in sets for row in rows for side in ("sentence1", "sentence2")))
+    model = mlpool.load(args.base, "mean-causal", packing="never", max_seq_length=args.tokens)
+    trunk, layers = find_layers(model[0].model)  # type: ignore[arg-type]
+    norm: Any = next(module for name, module in trunk.named_children() if "norm" in name or name == "ln_f")
+    states: dict[int, torch.Tensor] = {}
+    for k in depths:
+        layers[k - 1].register_forward_hook(lambda module, args, out, k=k: states.__setitem__(k, first_of(out)))
+    kinds = {"raw mean": lambda x: x, "unit tokens": lambda x: F.normalize(x, dim=-1), "final norm": norm}
+    rows: dict[tuple[int, str], list[torch.Tensor]] = {(k, kind): [] for k in depths for kind in kinds}
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in progress("read", "batch", iterable=range(0, len(texts), 16)):
+        features = model.preprocess([texts[i] for i in order[start : start + 16]])
+        model[0](features)
+        for (k, kind), found in rows.items():
+            found.append(gather([kinds[kind](states[k])], features["attention_mask"], token_pooling="mean")[:, 0])
+    place = {texts[i]: at for at, i in enumerate(order)}
+    units = {key: F.normalize(torch.cat(found), dim=-1) for key, found in rows.items()}
+    cut = mlpool.load(args.base, "mean-causal", depth=depths[-1], max_seq_length=args.tokens)
+    own = cut.encode(texts[:4], convert_to_tensor=True)
+    torch.testing.assert_close(
+        own, units[depths[-1], "final norm"][[place[text] for text in texts[:4]]], atol=1e-5, rtol=0
+    )
+
+    def score(unit: torch.Tensor) -> float:
+        found = []
+        for lines in sets:
+            one, two = (unit[[place[line[side]] for line in lines]] for side in ("sentence1", "sentence2"))
+            found.append(float(spearmanr((one * two).sum(1), [line["score"] for line in lines]).statistic))
+        return mean(found)
+
+    lines = [[f"{k} of {len(layers)}", *(f"{score(units[k, kind]):.4f}" for kind in kinds)] for k in depths]
     print(aligned(["top layer", *kinds], lines))
     print(f"Spearman, untrained, causal, mean of {', '.join(STS)}, the first {args.sts} pairs of each")
+
+
+def first_of(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def main() -> None:
@@ -122,11 +147,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sts", type=int, default=300, help="pairs of each STS set; 0: no scores")
     args = parser.parse_args()
-    for name, pool, rows in (
-        ("depth-mean", MultiLayerPool, "mean"), ("depth-raw", LayerWeightsPool, "mean"),
-        ("depth-unit", LayerWeightsPool, "unit_mean"),
-    ):  # fmt: skip
-        mlpool.register_design(name, "causal", pool, rows)
+    mlpool.register_design("depth-mean", "causal", MultiLayerPool, "mean")
     whole = json.loads((Path(args.base) / "config.json").read_text())["num_hidden_layers"]
     depths = [whole, *(k for k in args.depth or [int(0.6 * whole)] if k != whole)]
     if args.rounds:
