@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
     from sentence_transformers import SentenceTransformer
 
+_METRICS = {"cosine_spearman": "Spearman"}  # as the scores of pairs are called
+
 
 def task_scores(
     model: SentenceTransformer, tasks: Sequence[AbsTask], *, token_pooling: str = "all", scratch: str | None = None,
@@ -67,7 +69,7 @@ def task_scores(
             task.unload_data()  # mteb leaves what it did not read
     found = LayerScores(
         [name_of(task) for task in tasks], {p: np.array(v) for p, v in values.items()}, np.array(own),
-        tuple(dict.fromkeys(task.metadata.main_score for task in tasks)),
+        tuple(dict.fromkeys(_METRICS.get(score := task.metadata.main_score, score) for task in tasks)),
     )  # fmt: skip
     return found, texts
 

@@ -576,7 +576,7 @@ def test_the_command_scores_tasks_and_names_the_depth(decoder, local, capsys):
     assert main([*command, "--tasks", "sts/made,retrieval/made", "-o", str(local / "out")]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == ["layer", "last", "mean", "unit_mean"]
-    assert "Score: cosine_spearman, ndcg_at_10, mean over 2 data sets" in out
+    assert "Score: Spearman, ndcg_at_10, mean over 2 data sets" in out
     assert "Best depth: " in out
     assert "of the whole model's" in out
     rows = table(local / "out/layers_score.csv")
@@ -584,7 +584,7 @@ def test_the_command_scores_tasks_and_names_the_depth(decoder, local, capsys):
     assert main([*command, "--tasks", "sts/made", "--pairs", str(local / "sts/made/dev.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "CKA to last" in out
-    assert "Score: Spearman, cosine_spearman, mean over 2 data sets" in out
+    assert "Score: Spearman, mean over 2 data sets" in out
     for arguments, message in [
         (["--tasks", "sts/none"], "no task 'sts/none'"),
         (["--tasks", "sts/made", "--split", "test"], "no "),
