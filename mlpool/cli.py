@@ -13,6 +13,7 @@ from typing import Any
 COMMANDS = {
     "encode": ("mlpool.corpus.command", "embed a file of texts, in shards, resumable", "st"),
     "train": ("mlpool.training.command", "fine-tune an embedder from a YAML config", "train"),
+    "fit": ("mlpool.fitting.command", "train pools alone on kept states of a frozen base", "train"),
     "merge": ("mlpool.exchange.commands:merge", "fold a LoRA adapter into the weights", "train"),
     "export": ("mlpool.exchange.commands:export", "write a folder or file that serving tools read", "st"),
     "import-released": ("mlpool.exchange.commands:import_released", "make the paper's released folder ours", "train"),

@@ -170,6 +170,18 @@ def check_link(path: Path) -> None:
         )
 
 
+def check_room(folder: Path, need: int, what: str) -> None:
+    """Raises OSError where the file system of `folder`, which need not be there yet, has not `need` bytes.
+
+    Args:
+        what: what they are for and what else may be done, for the message.
+    """
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise OSError(f"{folder} needs {need / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there: {what}")
+
+
 def check_folder_name(folder: Path) -> None:
     """Raises NotADirectoryError, FileNotFoundError where a folder to write to is a file, or a link to nothing."""
     check_link(folder)

@@ -54,6 +54,8 @@ class Taps:
             the mean of them brought to unit length; for the backward of that one the hidden states are kept.
         layers: which of the L layers, by index, negatives counting from the end; None is all of them.
         skip_tokens: how many of each text's first tokens are left out of a mean; see `mlpool.gather`.
+        final_norm: whether the last layer's row is of the last state, behind the final norm; False: of its raw output,
+            as of the layers below.
 
     Raises:
         ValueError: an unknown token_pooling, skip_tokens without a mean, layers that do not exist or repeat, a model
@@ -67,9 +69,10 @@ class Taps:
         token_pooling: str = "last",
         layers: Sequence[int] | None = None,
         skip_tokens: int = 0,
+        final_norm: bool = True,
     ):
         check_token_pooling(token_pooling, skip_tokens)
-        self.token_pooling, self.skip_tokens = token_pooling, skip_tokens
+        self.token_pooling, self.skip_tokens, self.final_norm = token_pooling, skip_tokens, final_norm
         self.trunk, modules = find_layers(model)
         self.num_layers = len(modules)
         self.layers = _check_indices(layers, self.num_layers)
@@ -152,7 +155,9 @@ class Taps:
 
     def _attach(self, modules: nn.ModuleList) -> None:
         # The last state is the trunk's output, behind the final norm, not the last layer's.
-        self._tapped = {index: modules[index] for index in self.layers if index != self.num_layers - 1}
+        self._reads_last = self.final_norm and self.num_layers - 1 in self.layers
+        inner = self.layers if not self._reads_last else [i for i in self.layers if i != self.num_layers - 1]
+        self._tapped = {index: modules[index] for index in inner}
         if any(_MARK in module.__dict__ for module in (self.trunk, *self._tapped.values())):
             raise RuntimeError(f"this {type(self.trunk).__name__} has taps already; detach them first")
         self.trunk.__dict__[_MARK] = self
@@ -176,7 +181,7 @@ class Taps:
             call = {**dict(zip(self._forward.names, args, strict=False)), **kwargs}
             self._tokens = self._select(call, expected)
             output = forward(*args, **kwargs)
-            if self.num_layers - 1 in self.layers:
+            if self._reads_last:
                 last = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
                 self._tap(self.num_layers - 1, last)
             missing = [index for index in self.layers if index not in self._rows]

@@ -19,6 +19,7 @@ ABSENT = (
 MISSING = {
     "encode": ["none.txt", "-m", ".", "-o", "out"],
     "train": ["none.yaml"],
+    "fit": ["none.yaml"],
     "merge": ["./none", "-o", "out"],
     "export": ["./none", "-o", "out"],
     "import-released": ["./none", "-o", "out", "--base", "."],
@@ -111,6 +112,7 @@ def test_what_to_install_is_said(tmp_path):
     there = {
         "encode": ["x.txt", "-m", ".", "-o", "out"],
         "train": ["x.yaml"],
+        "fit": ["x.yaml"],
         "merge": [".", "-o", "out"],
         "export": [".", "-o", "out"],
         "import-released": [".", "-o", "out", "--base", "."],

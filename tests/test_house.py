@@ -19,6 +19,7 @@ FLOORS = [
     ("mlpool.embedder",),
     ("mlpool.corpus",),
     ("mlpool.training",),
+    ("mlpool.fitting",),
     ("mlpool.exchange",),
     ("mlpool.evaluation",),
     ("mlpool.analysis",),

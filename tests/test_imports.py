@@ -28,6 +28,7 @@ EXTRAS = {
     "mlpool/corpus/sources.py": "train",  # tables and the Hub: the datasets library
     "mlpool/exchange": "st",
     "mlpool/training": "train",
+    "mlpool/fitting": "train",
     "mlpool/evaluation": "eval",
     "mlpool/analysis": "eval",
     "mlpool/study": "eval",

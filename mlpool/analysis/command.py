@@ -1,8 +1,9 @@
 """`mlpool layers`: how alike a model's layers are, which of them scores best, and which ones its pool reads.
 
 Layers are counted as transformers counts hidden_states: 0 is the embedding, L the last, behind the final norm. The
-state of a text in a layer is that of its last token (EOS, SEP) or the mean over its tokens, prompt and special tokens
-included unless the model's settings leave them out. All layers are read in one pass (see states.py).
+state of a text in a layer is that of its last token (EOS, SEP), the mean over its tokens, or the mean of them each
+brought to unit length (unit_mean); prompt and special tokens included unless the model's settings leave them out. All
+layers are read in one pass (see states.py).
 
 Correlation of layers i and j
     pearson   Pearson's r of a text's two states over their D numbers, averaged over texts: do the layers write the
@@ -15,18 +16,22 @@ Correlation of layers i and j
               bias; where one window holds all texts, it is that. May be slightly negative.
 
 Score of a layer
-    Spearman's correlation of cosines with the gold scores of pairs, without any training (the paper's figure 2). With
-    several data sets, their mean. The best layer is chosen on these very pairs, so its lead is flattering.
+    Without any training (the paper's figure 2): Spearman's correlation of cosines with the gold scores of --pairs, and
+    mteb's main score on the --tasks of --local, of any kind; every layer and token pooling from one pass over the
+    texts. With several data sets, their mean. The best layer is chosen on this very data, so its lead is flattering.
+    A model cut there (mlpool.load(..., depth=k)) is as fast as the last line says, by the time spent in each layer.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from .. import options
 from ..corpus.text_files import find_files
-from . import FEWEST, WINDOW
+from ..evaluation.local import SPLITS
+from . import FEWEST, POOLINGS, WINDOW
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text-column", metavar="NAME", help="of .jsonl, .csv and .parquet (default: text, or the only one)")
     add("--pairs", metavar="FILE", nargs="+", default=[], help=".jsonl with sentence1, sentence2 and score, for the "
         "score of each layer; several are averaged")  # fmt: skip
-    add("--token-pooling", choices=("last", "mean", "both"), default="both", help="(default: %(default)s)")
+    add("--tasks", metavar="NAME[,NAME]", help="tasks of --local, sts/stsb, or a kind of them (default: all)")
+    add("--local", metavar="DIR", help="score the layers on the tasks in DIR, as of `mlpool eval --local`")
+    add("--split", choices=SPLITS, default="dev", help="of --local (default: %(default)s)")
+    add("--token-pooling", choices=(*POOLINGS, "all"), default="all", help="(default: %(default)s)")
     add("--attention", choices=("causal", "bidirectional"), help="of a base model (default: its own)")
     add("--prompt", help="put before each text (default: the model's default prompt)")
     add("--limit", type=int, metavar="N", help="of each file take N rows at random")
@@ -68,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     if args.limit is not None and args.limit < FEWEST:
         raise ValueError(f"--limit must be at least {FEWEST}, got {args.limit}")
+    if args.tasks and not args.local:
+        raise ValueError("--tasks names folders in DIR of --local DIR; pass it, too")
     if args.texts:
         find_files(args.texts)
     options.check_place(args.model)
@@ -79,8 +89,8 @@ def run(args: argparse.Namespace) -> int | None:
         paths.insert(0, args.texts)
     elif args.texts:
         texts = sample(read_texts(args.texts, args.text_column), args.limit, args.seed)
-    if not paths and texts is None:
-        raise ValueError("no texts: name a file with --texts, with --pairs, or both")
+    if not paths and texts is None and not args.local:
+        raise ValueError("no texts: name a file with --texts or --pairs, or tasks with --local")
     sets = {}
     for name, path in zip(name_sets(paths), paths, strict=True):
         pairs = read_pairs(path)
@@ -89,16 +99,59 @@ def run(args: argparse.Namespace) -> int | None:
     checked(sets)  # before a model is loaded
     if texts is not None:
         check_count(len(texts), "texts")
+    tasks = _tasks(args)
     model = load_model(args.model, args.attention, args.device, args.dtype, args.max_seq_length)
     used = {"prompt": args.prompt, "token_budget": args.token_budget}
     every = [*(texts or []), *(text for first, second, _ in sets.values() for text in (*first, *second))]
-    before = time_encode(model, every, used) if args.time else 0.0
-    report = analyse(
-        model, texts, sets, token_pooling=args.token_pooling, window=args.window, seed=args.seed, **used
-    )  # fmt: skip
-    if args.time:
-        report.encode_seconds = (before + time_encode(model, every, used)) / 2
-    print(report)
+    report = scores = None  # of what was not asked for
+    if every:
+        before = time_encode(model, every, used) if args.time else 0.0
+        report = analyse(
+            model, texts, sets, token_pooling=args.token_pooling, window=args.window, seed=args.seed, **used
+        )  # fmt: skip
+        if args.time:
+            report.encode_seconds = (before + time_encode(model, every, used)) / 2
+        scores = report.scores
+    if tasks:
+        from .task_scores import task_scores
+
+        found, some = task_scores(
+            model, tasks, token_pooling=args.token_pooling, window=args.window, token_budget=args.token_budget
+        )  # fmt: skip
+        scores, every = found if scores is None else scores + found, every or some
+    if report is not None:
+        report.scores = scores
+    print(scores if report is None else report)
+    if scores is not None:
+        print(_depth(model, scores, every, used))
     if args.output:
-        print("wrote", *report.save(args.output), file=sys.stderr)
+        print("wrote", *(report or scores).save(args.output), file=sys.stderr)  # type: ignore[union-attr]
     return None
+
+
+def _tasks(args: argparse.Namespace) -> list[Any]:
+    """Those of --local, read when they are scored."""
+    if not args.local:
+        return []
+    from ..evaluation.local import local_tasks
+    from ..evaluation.tasks import import_mteb
+
+    import_mteb()
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()] if args.tasks else None
+    return local_tasks(args.local, names, args.split)
+
+
+def _depth(model: Any, scores: Any, texts: list[str], used: dict[str, Any]) -> str:
+    """Where the model may be cut, and what that gains."""
+    from .speed import MOST, seconds_by_depth
+
+    step = -(-len(texts) // MOST)
+    some = texts[::step]
+    pooling, layer = scores.best_depth()
+    seconds = seconds_by_depth(model, some, **used)
+    best, last = scores.mean(pooling)[layer], scores.mean(pooling)[-1]
+    return (
+        f"Best depth: {layer} of {len(seconds) - 1} layers, {pooling} of tokens, {best:.4f} (all layers: {last:.4f}); "
+        f"cut there by depth={layer}, {len(some) / seconds[layer]:.3g} texts/s, {seconds[-1] / seconds[layer]:.2f}x "
+        f"of the whole model's {len(some) / seconds[-1]:.3g}"
+    )

@@ -15,7 +15,7 @@ from ..corpus.rows import kind_of
 from ..corpus.text_files import find_columns, find_files, read_file
 from ..evaluation.local import read_jsonl, scored_fault
 from ..options import check_place
-from .layers import Pairs
+from .scores import Pairs
 
 logger = logging.getLogger("mlpool")
 

@@ -8,32 +8,22 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..files import write_csv
 from ..show import aligned
 from .correlation import Correlations
 from .profiles import PoolProfile, reader_of
-from .states import FEWEST, Window, poolings_of, windows
+from .scores import LayerScores, Pairs, Scorer
+from .states import FEWEST, poolings_of, windows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger("mlpool")
-_NARROW = 1e-6  # range of cosines, below which there is nothing but rounding
-
-
-class Pairs(NamedTuple):
-    """A data set of pairs with gold scores, all of one length."""
-
-    first: Sequence[str]
-    second: Sequence[str]
-    scores: Sequence[float]
 
 
 # --- the API ----------------------------------------------------------------------------------------------------------
@@ -44,7 +34,7 @@ def analyse(
     texts: Sequence[str] | None = None,
     pairs: Pairs | Mapping[str, Pairs] | None = None,
     *,
-    token_pooling: str = "both",
+    token_pooling: str = "all",
     **options: Any,
 ) -> LayerReport:
     """Look inside a model's layers.
@@ -53,7 +43,7 @@ def analyse(
         model: any SentenceTransformer whose layers are found; an embedder of `mlpool.load` for the pool's profile.
         texts: for correlations and profile. None: those of the pairs, in the same pass.
         pairs: for the scores; a data set, or several by name.
-        token_pooling: "last", "mean" or "both".
+        token_pooling: "last", "mean", "unit_mean" or "all".
         options: window (texts whose states are in memory at once, and over which a term of the CKA is taken), prompt,
             token_budget, seed, progress; see `mlpool.analysis.states.windows`.
 
@@ -67,7 +57,7 @@ def analyse(
         raise ValueError("no texts: give texts, pairs or both")
     if texts is not None:
         check_count(len(texts), "texts")
-    alike, scorer, notes = Correlations(poolings), _Scorer(poolings, sets), []
+    alike, scorer, notes = Correlations(poolings), Scorer(poolings, sets), []
     reader = reader_of(model)
     if reader is None:
         notes.append("no profile: the model has no pool that reads several layers")
@@ -90,13 +80,13 @@ def analyse(
 
 
 def layer_scores(
-    model: SentenceTransformer, pairs: Pairs | Mapping[str, Pairs], *, token_pooling: str = "both", **options: Any
+    model: SentenceTransformer, pairs: Pairs | Mapping[str, Pairs], *, token_pooling: str = "all", **options: Any
 ) -> LayerScores:
     """The score of every layer alone. Arguments and errors: see `analyse`."""
     sets = checked(pairs)
     if not sets:
         raise ValueError("no pairs: a layer's score needs pairs of texts with gold scores")
-    scorer = _Scorer(poolings_of(token_pooling), sets)
+    scorer = Scorer(poolings_of(token_pooling), sets)
     _pass(model, scorer.groups, scorer.poolings, [scorer], options)
     found = scorer.scores()
     for note in scorer.notes():
@@ -134,99 +124,7 @@ def checked(pairs: Pairs | Mapping[str, Pairs] | None) -> dict[str, Pairs]:
     return sets
 
 
-# --- scores over windows ----------------------------------------------------------------------------------------------
-
-
-class _Scorer:
-    """Cosines of every layer for all pairs of all sets: [pairs, P, L+1] numbers are kept, no states."""
-
-    def __init__(self, poolings: Sequence[str], sets: Mapping[str, Pairs]):
-        self.poolings, self.sets = poolings, sets
-        self.groups = [pair for first, second, _ in sets.values() for pair in zip(first, second, strict=True)]
-        self._cosines: Any = None
-        self._own = np.zeros(len(self.groups))
-        self._notes: list[str] = []
-
-    @torch.inference_mode()
-    def add(self, window: Window) -> None:
-        cosines = F.cosine_similarity(window.states[0].float(), window.states[1].float(), dim=-1).cpu().numpy()
-        if self._cosines is None:
-            self._cosines = np.zeros((len(self.groups), *cosines.shape[1:]), np.float32)
-        self._cosines[window.rows] = cosines
-        self._own[window.rows] = F.cosine_similarity(*window.embeddings.float()).cpu().numpy()
-
-    def scores(self) -> LayerScores:
-        values: dict[str, list[NDArray[np.float64]]] = {pooling: [] for pooling in self.poolings}
-        own, start = [], 0
-        for name, (first, _, gold) in self.sets.items():
-            rows = slice(start, start := start + len(first))
-            for i, pooling in enumerate(self.poolings):
-                columns = self._cosines[rows, i].T
-                values[pooling].append(
-                    np.array([self._spearman(gold, c, f"{name}, {pooling}, layer {n}") for n, c in enumerate(columns)])
-                )
-            own.append(self._spearman(gold, self._own[rows], f"{name}, the model's embedding"))
-        return LayerScores(list(self.sets), {p: np.stack(v) for p, v in values.items()}, np.array(own))
-
-    def _spearman(self, gold: Sequence[float], cosines: NDArray[Any], what: str) -> float:
-        from scipy.stats import spearmanr
-
-        if np.ptp(cosines) <= _NARROW:
-            self._notes.append(f"{what}: every pair has the same cosine; no correlation is defined, given as 0")
-            return 0.0
-        return float(spearmanr(gold, cosines).statistic)
-
-    def notes(self) -> list[str]:
-        return list(dict.fromkeys(self._notes))
-
-
 # --- what comes out ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerScores:
-    """Scores by layer.
-
-    sets: names of the data sets. values: by token pooling, [sets, L+1]. own: [sets], of the model's own embedding.
-    """
-
-    sets: list[str]
-    values: dict[str, NDArray[np.float64]]
-    own: NDArray[np.float64]
-
-    def mean(self, pooling: str) -> NDArray[np.float64]:
-        """[L+1], over the data sets."""
-        return self.values[pooling].mean(0)
-
-    def best(self, pooling: str) -> int:
-        """The layer with the highest mean; of several equal ones the first."""
-        return int(self.mean(pooling).argmax())
-
-    def save(self, directory: str | Path) -> list[Path]:
-        """Write layers_score.csv (data_set, token_pooling, layer, score, best) and layers_score.png.
-
-        The model's own embedding has the token pooling "embedding" and no layer; several sets have a "mean".
-        """
-        from .plots import layer_curves
-
-        path = Path(directory) / "layers_score.csv"
-        several = len(self.sets) > 1
-        names = [*self.sets, "mean"] if several else self.sets
-        rows: list[list[Any]] = [
-            [name, pooling, layer, f"{score:.6f}", int(layer == row.argmax())]
-            for pooling, values in self.values.items()
-            for name, row in zip(names, [*values, values.mean(0)], strict=False)
-            for layer, score in enumerate(row)
-        ]
-        own = zip(names, [*self.own, self.own.mean()], strict=False)
-        rows += [[name, "embedding", "", f"{score:.6f}", ""] for name, score in own]
-        write_csv(path, ["data_set", "token_pooling", "layer", "score", "best"], rows)
-        layer_curves(
-            {pooling: self.mean(pooling) for pooling in self.values}, float(self.own.mean()),
-            "Spearman, " + (f"mean of {len(self.sets)} data sets" if several else self.sets[0]),
-            path.with_suffix(".png"),
-        )  # fmt: skip
-        return [path, path.with_suffix(".png")]
 
 
 @dataclass
@@ -234,7 +132,7 @@ class LayerReport:
     """What `analyse` found; prints as a table.
 
     Attributes:
-        texts: how many the correlations are of. token_poolings: "last", "mean" or both.
+        texts: how many the correlations are of. token_poolings: those of `analyse`.
         correlation: by (kind, token pooling), kind "pearson" or "cka": [L+1, L+1].
         scores: of the pairs, or None. profile: of the pool, or None.
         notes: what was not defined, cut or left out. seconds: the whole analysis took.
@@ -303,11 +201,7 @@ class LayerReport:
     def _reading(self) -> list[str]:
         lines = [f"{self.texts} texts; layer 0 is the embedding. r: Pearson's over dimensions; CKA: linear, unbiased."]
         if self.scores:
-            sets = f"mean over {len(self.scores.sets)} data sets" if len(self.scores.sets) > 1 else self.scores.sets[0]
-            lines.append(
-                f"Score: Spearman, {sets}; * the best, chosen on these pairs. The model's own embedding: "
-                f"{self.scores.own.mean():.4f}"
-            )
+            lines.append(self.scores.reading())
         lines += [str(self.profile)] if self.profile else []
         lines += [f"Note: {note}" for note in self.notes]
         if self.encode_seconds:

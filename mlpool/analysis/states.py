@@ -1,9 +1,10 @@
 """One row per text of every layer, for many texts: one pass of the model, in the memory of one window of them.
 
 The model runs as `encode` runs it (its own batches, packed where it is packed), with hooks that read the states on the
-way: the last token's or the tokens' mean of the input of layer 1 (called layer 0, the embedding), of the output of
-layers 1 … L-1, and of the last state, behind the final norm. These are transformers' hidden_states[0 … L].
-`mlpool.taps` has neither layer 0 nor both poolings at once; what it has more, gradients, no analysis needs.
+way: the last token's, the tokens' mean or the mean of unit tokens, of the input of layer 1 (called layer 0, the
+embedding), of the output of layers 1 … L-1, and of the last state, behind the final norm. These are transformers'
+hidden_states[0 … L]. `mlpool.taps` has neither layer 0 nor several poolings at once; what it has more, gradients, no
+analysis needs.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import show
-from ..pooling.base import TOKEN_POOLINGS, gather_tokens
+from ..pooling.base import gather_tokens
 from ..pooling.tokens import Tokens, select_tokens
 from ..taps import find_layers
-from . import FEWEST, WINDOW
+from . import FEWEST, POOLINGS, WINDOW
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -44,22 +45,19 @@ class Window:
     embeddings: Tensor
 
 
-BOTH = ("last", "mean")
-
-
 def poolings_of(token_pooling: str) -> tuple[str, ...]:
-    """The token poolings that "last", "mean" or "both" names; anything else is a ValueError."""
-    if token_pooling == "both":
-        return BOTH
-    if token_pooling not in TOKEN_POOLINGS:
-        raise ValueError(f'token_pooling must be "last", "mean" or "both", got {token_pooling!r}')
+    """The token poolings that a name, or "all", means; anything else is a ValueError."""
+    if token_pooling == "all":
+        return POOLINGS
+    if token_pooling not in POOLINGS:
+        raise ValueError(f'token_pooling must be one of {POOLINGS} or "all", got {token_pooling!r}')
     return (token_pooling,)
 
 
 def windows(
     model: SentenceTransformer,
     groups: Sequence[tuple[str, ...]],
-    token_poolings: Sequence[str] = BOTH,
+    token_poolings: Sequence[str] = POOLINGS,
     *,
     window: int = WINDOW,
     prompt: str | None = None,

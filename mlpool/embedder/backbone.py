@@ -24,6 +24,7 @@ from ..pooling.base import broken_weights, check_choice, check_positive, check_t
 from ..schema import arguments, check, section
 from ..taps import Taps, find_layers
 from .adapters import check_base, fingerprint, has_adapter, load_adapter
+from .depth import cut
 from .designs import DESIGNS, find_design
 from .folder import MANIFEST, check_folder, check_index
 from .texts import TextTokenizer, TokenIds, Truncated
@@ -47,6 +48,7 @@ class Backbone(InputModule):
             can; "always" or an error; "never".
         sliding_window: of bidirectional designs, see `mlpool.bidirectional`.
         skip_tokens: first tokens of a text that are left out of the mean of each layer, as the pool is told too.
+        depth: how many layers are kept, see depth.py; None for the whole model.
 
     Raises:
         ValueError: a causal design on an encoder, and what `bidirectional`, `TextTokenizer`, `find_layers` raise.
@@ -55,7 +57,7 @@ class Backbone(InputModule):
     config_file_name = CONFIG_NAME
     config_keys: list[str] = [  # noqa: RUF012  (declared so by sentence-transformers)
         "design", "layers", "max_seq_length", "append_eos", "include_prompt", "include_bos", "packing",
-        "sliding_window", "skip_tokens",
+        "sliding_window", "skip_tokens", "depth",
     ]  # fmt: skip
     save_in_root = True
 
@@ -72,12 +74,13 @@ class Backbone(InputModule):
         packing: str = "auto",
         sliding_window: str = "keep",
         skip_tokens: int = 0,
+        depth: int | None = None,
     ) -> None:
         super().__init__()
         check_choice("packing", packing, PACKING)
         if max_seq_length is not None:
             check_positive(max_seq_length=max_seq_length)
-        self.model = model
+        self.model, self.depth = model if depth is None else cut(model, depth), depth
         self._design = find_design(design)
         self.design, self.append_eos, self.packing = self._design.name, append_eos, packing
         self.sliding_window, self.layers = sliding_window, None if layers is None else list(layers)
@@ -147,7 +150,12 @@ class Backbone(InputModule):
         # Only while the model runs: a tapped model cannot be pickled, and multi-process encoding pickles it.
         if not self._design.reads_all_layers:
             return nullcontext()
-        return Taps(self.model, self._design.token_pooling, self.layers, self.skip_tokens)
+        return Taps(self.model, self._design.token_pooling, self.layers, self.skip_tokens, self.reads_final_norm)
+
+    @property
+    def reads_final_norm(self) -> bool:
+        """Whether the last state is pooled, behind the final norm; a cut model's layers are read raw, see depth.py."""
+        return self.depth is None or not self._design.reads_all_layers
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
@@ -299,7 +307,7 @@ class Backbone(InputModule):
         expected = config.pop("base_fingerprint", None)
         model, tokenizer = load_model(
             model_name_or_path, {**hub, "trust_remote_code": trust_remote_code}, model_kwargs, subfolder,
-            processor_kwargs, config_kwargs, expected,
+            processor_kwargs, config_kwargs, expected, config.get("depth"),
         )  # fmt: skip
         backbone = cls(model, tokenizer, **config)
         backbone.base_fingerprint = expected
@@ -321,12 +329,13 @@ def load_model(
     tokenizer_kwargs: dict[str, Any] | None = None,
     config_kwargs: dict[str, Any] | None = None,
     expected: str | None = None,
+    depth: int | None = None,
 ) -> tuple[nn.Module, Any]:
     """A bare model in evaluation mode, in the dtype it was saved in, with its adapter if it has one; its tokenizer.
 
     Args:
         model_kwargs: of `AutoModel.from_pretrained`; "base" replaces the base model that an adapter names.
-        expected: the fingerprint of the base model that an adapter needs.
+        expected: the fingerprint of the base model that an adapter needs. depth: layers to keep, None for all.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
     from transformers.utils.hub import cached_file, extract_commit_hash
@@ -366,6 +375,8 @@ def load_model(
         held = {key: place.get(key) for key in ("cache_dir", "token", "local_files_only", "revision")}
         config_file = cached_file(source, "config.json", subfolder=place.get("subfolder", ""), **held)
         model.config._commit_hash = extract_commit_hash(config_file, None)  # for `add_lora`; not saved
+    if depth is not None:
+        cut(model, depth)  # an adapter and its fingerprint are of the cut model
     if adapter is not None:
         check_base(model, expected, str(source), name)
         load_adapter(model, name, {**shared, "revision": hub["revision"], "subfolder": subfolder})

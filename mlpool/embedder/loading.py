@@ -6,15 +6,17 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..attention.check import is_encoder
 from ..files import confined, read_json
 from ..options import check_place, near
 from ..pooling.base import check_choice
+from ..pooling.layers import select_layers
 from ..schema import check
 from ..taps import find_layers
 from .backbone import PACKING, Backbone, load_model
+from .depth import resolve_depth
 from .designs import build_pool, find_design
 from .embedder import Embedder
 from .folder import check_folder
@@ -29,6 +31,7 @@ def load(
     pooler: str | Mapping[str, Any] = "default",
     *,
     layers: Sequence[int] | None = None,
+    depth: int | Literal["auto"] = "auto",
     max_seq_length: int | None = None,
     prompts: Mapping[str, str] | None = None,
     append_eos: bool = True,
@@ -62,6 +65,8 @@ def load(
             design 5 starts at the even mix of all layers on a language model as it was pretrained, and at exactly mean
             pooling on an encoder or a sentence-transformers model; {"start": "last"} is the latter, whatever the base.
         layers: indices of the layers to read, increasing, for designs that read all.
+        depth: how many layers to keep, from the bottom; those above are not computed, trained or saved. "auto": up to
+            the highest that is read, so that `layers` implies it. What a cut model's top is: see `depth.py`.
         max_seq_length: tokens, EOS counted. None: what was saved, or the model's own limit.
         prompts: texts put before queries, documents or others, e.g. {"query": "Instruct: ...\\nQuery: "}; stored.
         append_eos: append EOS where the tokenizer does not. include_prompt, include_bos: whether they are pooled.
@@ -73,8 +78,8 @@ def load(
         trust_remote_code: for base models whose own code is on the Hub; a saved embedder needs none.
 
     Raises:
-        ValueError: no or an unknown design, a causal design on an encoder, options that a saved folder has decided, a
-            damaged file (named), an adapter for another base model.
+        ValueError: no or an unknown design, a causal design on an encoder, a depth of 0, above the model's or below
+            one of `layers`, options that a saved folder has decided, a damaged file (named), another adapter's base.
         FileNotFoundError: no such folder (nearest names) nor Hub model, a missing file (named).
     """
     name = os.path.expanduser(model)
@@ -91,8 +96,8 @@ def load(
     modules = read_modules(name, hub)
     if modules is not None and any(module["type"] in _OURS for module in modules):
         decided = {
-            "pooler": pooler != "default", "layers": layers is not None, "append_eos": not append_eos,
-            "include_prompt": not include_prompt, "include_bos": not include_bos,
+            "pooler": pooler != "default", "layers": layers is not None, "depth": depth != "auto",
+            "append_eos": not append_eos, "include_prompt": not include_prompt, "include_bos": not include_bos,
             "sliding_window": sliding_window != "keep",
         }  # fmt: skip
         if wrong := [option for option, given in decided.items() if given]:
@@ -133,9 +138,13 @@ def load(
         raise FileNotFoundError(
             f"{name} is no folder here{near(Path(name))} and no model on the Hub: {reason}"
         ) from error
+    count = len(find_layers(transformer)[1])
+    if layers is not None and chosen.reads_all_layers:
+        layers = select_layers(layers, count)  # counted in the whole model, also where the end of it is cut off
+    kept = resolve_depth(depth, count, layers if chosen.reads_all_layers else None)
     backbone = Backbone(
         transformer, tokenizer, chosen.name, layers, max_seq_length, append_eos, include_prompt, include_bos, packing,
-        sliding_window, pooler.get("skip_tokens", 0) if isinstance(pooler, Mapping) else 0,
+        sliding_window, pooler.get("skip_tokens", 0) if isinstance(pooler, Mapping) else 0, kept,
     )  # fmt: skip
     untuned = modules is None and not is_encoder(*find_layers(backbone.model))
     pool = build_pool(chosen, backbone.hidden_size, backbone.num_layers, pooler, layers, untuned)

@@ -240,6 +240,7 @@ def make_encoder(
     token_budget: int | None = None,
     batch_size: int = 32,
     progress: bool = True,
+    embed: Callable[[list[str], str | None, str | None], NDArray[Any]] | None = None,
 ) -> Any:
     """An mteb encoder for `model`, filed under `label` and, as its revision, the identity of model and prompts.
 
@@ -247,6 +248,7 @@ def make_encoder(
         cache: folder for the documents of retrieval and reranking; None keeps none.
         token_budget: largest number of tokens to a forward, where `model.encode` takes one; else `batch_size` counts.
         progress: a bar for encodings of more than 10,000 texts.
+        embed: of texts, prompt and kind (as in `Prompts.of`), in the place of the model's own `encode`.
 
     Returns: an `AbsEncoder` with `texts` and `seconds`: what it has encoded so far and how long that took.
     """
@@ -287,16 +289,19 @@ def make_encoder(
 
         def _encode(self, texts: list[str], prompt: str | None, kind: str | None) -> NDArray[Any]:
             start = time.perf_counter()
-            # Models may route queries and documents through modules of their own.
-            encode = {"query": model.encode_query, "document": model.encode_document}.get(kind or "", model.encode)
-            # An empty prompt, unlike None, also keeps the model's default prompt away.
-            bar = progress and len(texts) > 10_000
-            embeddings = encode(texts, prompt=prompt, convert_to_numpy=True, show_progress_bar=bar, **sizes)
+            embeddings = (embed or self._by_model)(texts, prompt, kind)
             self.texts, self.seconds = self.texts + len(texts), self.seconds + time.perf_counter() - start
             if wrong := np.flatnonzero(~np.isfinite(embeddings).all(1)).tolist():
                 raise ValueError(
                     f"{label} embeds {len(wrong)} texts as NaN or infinity, the first: {texts[wrong[0]][:80]!r}"
                 )
             return embeddings
+
+        def _by_model(self, texts: list[str], prompt: str | None, kind: str | None) -> NDArray[Any]:
+            # Models may route queries and documents through modules of their own.
+            encode = {"query": model.encode_query, "document": model.encode_document}.get(kind or "", model.encode)
+            # An empty prompt, unlike None, also keeps the model's default prompt away.
+            bar = progress and len(texts) > 10_000
+            return encode(texts, prompt=prompt, convert_to_numpy=True, show_progress_bar=bar, **sizes)
 
     return Encoder()

@@ -223,6 +223,14 @@ def _how_to_get(missing: dict[str, str]) -> str:
     )
 
 
+def evaluate_once(encoder: Any, task: AbsTask) -> float:
+    """The main score of an encoder of `make_encoder` on a task; nothing is kept of it."""
+    if not task.data_loaded:
+        _load(task)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _score_of(_mteb_evaluate(encoder, task, None, Path(scratch), afresh=True), task)
+
+
 def _mteb_evaluate(encoder: Any, task: AbsTask, store: Path | None, predictions: Path, afresh: bool) -> Any:
     mteb = import_mteb()
     cache = mteb.ResultCache(store) if store else None

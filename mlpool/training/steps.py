@@ -58,7 +58,7 @@ def _epochs(pairs: datasets.Dataset, arguments: Any, size: int, whole: int, epoc
     if arguments.batch_sampler in _WITHOUT_DUPLICATES:
         texts = text_ids(pairs)
         if not always_fills(texts, size, whole):
-            rows: Any = _Rows(texts)
+            rows: Any = Rows(texts)
             sampler = NoDuplicatesBatchSampler(
                 rows, size, arguments.dataloader_drop_last, generator=torch.Generator(), seed=arguments.seed
             )
@@ -92,7 +92,7 @@ def always_fills(texts: np.ndarray, size: int, whole: int) -> bool:
     return sure >= whole or (sure > 0 and 3 * sure >= whole)
 
 
-class _Rows:
+class Rows:
     """Rows of ids in memory, in the place of a Dataset of texts."""
 
     def __init__(self, ids: np.ndarray) -> None:

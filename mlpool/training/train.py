@@ -86,7 +86,7 @@ def train(
     prepare(embedder)
     if first:
         print(plan(config, embedder, pairs, steps), flush=True)
-    arguments.prompts = _column_prompts(embedder, pairs.column_names)
+    arguments.prompts = column_prompts(embedder, pairs.column_names)
     arguments.learning_rate_mapping |= _pool_rate(config, embedder)
     with _removed_if_empty(output):
         trainer = EmbedderTrainer(
@@ -188,7 +188,7 @@ def plan(config: TrainConfig, embedder: Embedder, pairs: Any, steps: Steps) -> s
     )
 
 
-def _column_prompts(embedder: Embedder, columns: Sequence[str]) -> dict[str, str] | None:
+def column_prompts(embedder: Embedder, columns: Sequence[str]) -> dict[str, str] | None:
     """The stored prompts as the columns' prompts: query for anchors, document for the rest."""
     query, document = (embedder.prompts.get(name) or "" for name in ("query", "document"))
     prompts = {name: query if name == "anchor" else document for name in columns}

@@ -134,9 +134,9 @@ def prepare(embedder: Embedder) -> None:
     highest = max(i % len(layers) for i in backbone.layers) if backbone.layers is not None else len(layers) - 1
     for layer in list(layers)[highest + 1 :]:
         layer.requires_grad_(False)
-    if highest < len(layers) - 1:
+    if highest < len(layers) - 1 or not backbone.reads_final_norm:
         for name, module in trunk.named_children():
-            if "norm" in name:
+            if "norm" in name or name == "ln_f":
                 module.requires_grad_(False)
     for parameter in embedder.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):

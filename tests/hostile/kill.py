@@ -1,6 +1,6 @@
-"""`make hostile-kill`: kill -9 at random moments of train (full weights, LoRA), encode and study.
+"""`make hostile-kill`: kill -9 at random moments of train (full weights, LoRA), fit, encode and study.
 
-    python tests/hostile/kill.py [--kills 20] [--seed 0] [--only train-full train-lora encode study]
+    python tests/hostile/kill.py [--kills 20] [--seed 0] [--only train-full train-lora fit encode study]
 
 Each starts again where it was killed, with the same arguments, until it ends; then its results must be those of a run
 that nobody disturbed, to the last bit. A run that ended is begun anew until there were enough kills. The moments are
@@ -38,6 +38,8 @@ from mlpool.corpus.embedding_folder import load_embeddings, load_ids  # noqa: E4
 from mlpool.corpus.encode import encode_files  # noqa: E402
 from mlpool.embedder import load  # noqa: E402
 from mlpool.evaluation import evaluate, results  # noqa: E402, F401  (imported before the forks)
+from mlpool.fitting import states  # noqa: E402
+from mlpool.fitting.fit import fit  # noqa: E402
 from mlpool.study import runs, study  # noqa: E402
 from mlpool.training.train import train  # noqa: E402
 
@@ -73,6 +75,15 @@ def weights(place: Path, out: Path) -> str:
         for name, tensor in sorted(load_file(file).items()):
             digest.update(f"{file.name} {name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def fitted(place: Path, out: Path) -> None:
+    states.PART = 16  # of 200 texts
+    fit({
+        "model": str(place / "base"), "design": "multi-layer-bidirectional", "output_dir": str(out), "device": "cpu",
+        "data": {"train": str(place / "pairs.jsonl")}, "dev": str(place / "sts/made/dev.jsonl"), "seeds": 3,
+        "candidates": [{"pooler": POOLER, "learning_rate": [1e-3, 1e-2]}], "batch_size": 16, "max_steps": 10,
+    })  # fmt: skip
 
 
 def encode(place: Path, out: Path) -> None:
@@ -113,6 +124,7 @@ def scores(place: Path, out: Path) -> str:
 KINDS: dict[str, tuple[Callable[[Path, Path], None], Callable[[Path, Path], str]]] = {
     "train-full": (train_full, weights),
     "train-lora": (train_lora, weights),
+    "fit": (fitted, weights),
     "encode": (encode, shards),
     "study": (studied, scores),
 }

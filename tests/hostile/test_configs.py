@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from given import OURS, ROOT, WORDS, cases, mangled, scalar, text, tried, value
 
+from mlpool.fitting.config import _keys as _fit_keys
+from mlpool.fitting.config import read_fit_config
 from mlpool.study import read_study
 from mlpool.training.config import _keys, read_config
 from mlpool.training.data import load_pairs
@@ -77,6 +79,8 @@ def test_a_ready_config_with_a_few_bytes_changed(place):
         changed.write_bytes(mangled(path.read_bytes(), rng))
         if "study" in path.parts:
             call = lambda: read_study(changed, base=study["base"], data_dir=study["data"], output=study["out"])  # noqa: E731
+        elif "fit" in path.parts:
+            call = lambda: read_fit_config(changed)  # noqa: E731
         else:
             call = lambda: read_config(changed)  # noqa: E731
         tried(call, changed.read_bytes(), foreign=False)
@@ -96,6 +100,14 @@ def test_what_is_accepted_can_be_written_and_makes_arguments(place):
             if name in simple:
                 tried(lambda config=config: training_arguments(config), given, ())
     assert accepted
+
+
+def test_values_of_any_kind_in_a_fit(place):
+    keys = sorted(_fit_keys().__origin__.__annotations__)
+    for rng in cases(150, "fit"):
+        fit = {**least(place), "dev": "dev.jsonl", "candidates": [{"pooler": {"num_heads": 2}}], "learning_rate": 1e-3}
+        fit |= {rng.choice(keys): anything(rng) for _ in range(rng.randint(1, 3))}
+        tried(lambda fit=fit: read_fit_config(fit), fit, foreign=False)
 
 
 STUDY = [

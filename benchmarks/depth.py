@@ -1,0 +1,160 @@
+"""What a cut model saves, and what its top should be: a base at some depths, encoding, training and read untrained.
+
+    python benchmarks/depth.py --base bases/smollm2 --depth 10 18 --sts 300
+    python benchmarks/depth.py --base bases/smollm2 --depth 18 --rounds 5 --sts 0          speeds alone
+
+The whole model and the cut ones are timed in turns, round by round, in one process; the medians are printed, with one
+thread (OMP_NUM_THREADS=1) of the processor's time, otherwise of the wall clock's. Encoding:
+texts of squad_sentences through a pool of all kept layers. Training: a step of LoRA (rank 16), InfoNCE over pairs, the
+optimizer's step included. Read untrained: Spearman on the first --sts pairs of STS-B dev, STS16 test and SICK-R dev,
+mean of them, of layer k alone: its raw mean, each of its tokens at unit length first, and the mean of its tokens behind
+the base's final norm, which is what `mean-causal` reads of a cut model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+
+import mlpool
+from mlpool import MultiLayerPool, gather
+from mlpool.show import aligned, progress
+from mlpool.taps import find_layers
+from mlpool.training.losses import InfoNCE
+from mlpool.training.trainer import prepare
+
+STS = ("stsb/dev", "sts16/test", "sickr/dev")
+POOL = {"num_latents": 64, "num_heads": 8, "head_dim": 64}
+
+
+def read(path: Path, most: int) -> list[dict]:
+    if not path.is_file():
+        raise SystemExit(f"no data at {path}; pass --data with folders pairs/ and sts/ of JSONL files")
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line, _ in zip(file, range(most), strict=False)]
+
+
+def seconds(run: Any) -> float:
+    """With one thread the processor's time: others may be at work on this machine."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
+    run()
+    return clock() - began
+
+
+class Step:
+    """One step of training: pairs in, the optimizer's step made."""
+
+    def __init__(self, base: str, depth: int, pairs: list[dict], tokens: int) -> None:
+        self.embedder = mlpool.add_lora(mlpool.load(base, "depth-mean", POOL, depth=depth, max_seq_length=tokens))
+        prepare(self.embedder)
+        self.embedder.train()
+        self.loss = InfoNCE(self.embedder)
+        self.columns = [[row[side] for row in pairs] for side in ("query", "positive")]
+        weights = [p for p in self.embedder.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(weights, lr=1e-5)
+
+    def __call__(self) -> None:
+        self.loss([self.embedder.preprocess(texts) for texts in self.columns]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def speeds(args: argparse.Namespace, depths: list[int]) -> None:
+    rows = read(args.data / "pairs/squad_sentences/train.jsonl", max(args.texts, args.pairs))
+    texts = [row["positive"] for row in rows[: args.texts]]
+    times: dict[str, dict[int, list[float]]] = {"encode": {}, "train": {}}
+    encoders = {k: mlpool.load(args.base, "depth-mean", POOL, depth=k, max_seq_length=args.tokens) for k in depths}
+    due: dict[str, dict[int, Any]] = {"encode": {k: lambda m=m: m.encode(texts) for k, m in encoders.items()}}
+    due["train"] = {k: Step(args.base, k, rows[: args.pairs], args.tokens) for k in depths}
+    with progress("depth", "run", 2 * len(depths) * (args.rounds + 1)) as bar:
+        for turn in range(args.rounds + 1):  # the first does what only a first call does
+            for what, runs in due.items():
+                for depth, run in runs.items():
+                    took = seconds(run)
+                    times[what].setdefault(depth, []).extend([took] if turn else [])
+                    bar.update()
+    lines = []
+    for depth in depths:
+        cells = [f"{depth} of {depths[0]}", f"{sum(p.numel() for p in encoders[depth].parameters()) / 1e6:.1f}"]
+        for what, count in (("encode", args.texts), ("train", 2 * args.pairs)):
+            took, whole = median(times[what][depth]), median(times[what][depths[0]])
+            cells += [f"{count / took:.2f}", f"{whole / took:.2f}x"]
+        lines.append(cells)
+    print(aligned(["layers", "M parameters", "encode texts/s", "", "train texts/s", ""], lines))
+    print(f"{args.texts} texts, {args.pairs} pairs a step, {args.rounds} rounds, {torch.get_num_threads()} threads")
+
+
+@torch.no_grad()
+def scores(args: argparse.Namespace, depths: list[int]) -> None:
+    """Three readings of each layer from one pass of the whole model; the last is held against a model that is cut."""
+    sets = [read(args.data / f"sts/{name}.jsonl", args.sts) for name in STS]
+    texts = list(dict.fromkeys(row[side] for rows in sets for row in rows for side in ("sentence1", "sentence2")))
+    model = mlpool.load(args.base, "mean-causal", packing="never", max_seq_length=args.tokens)
+    trunk, layers = find_layers(model[0].model)  # type: ignore[arg-type]
+    norm: Any = next(module for name, module in trunk.named_children() if "norm" in name or name == "ln_f")
+    states: dict[int, torch.Tensor] = {}
+    for k in depths:
+        layers[k - 1].register_forward_hook(lambda module, args, out, k=k: states.__setitem__(k, first_of(out)))
+    kinds = {"raw mean": lambda x: x, "unit tokens": lambda x: F.normalize(x, dim=-1), "final norm": norm}
+    rows: dict[tuple[int, str], list[torch.Tensor]] = {(k, kind): [] for k in depths for kind in kinds}
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in progress("read", "batch", iterable=range(0, len(texts), 16)):
+        features = model.preprocess([texts[i] for i in order[start : start + 16]])
+        model[0](features)
+        for (k, kind), found in rows.items():
+            found.append(gather([kinds[kind](states[k])], features["attention_mask"], token_pooling="mean")[:, 0])
+    place = {texts[i]: at for at, i in enumerate(order)}
+    units = {key: F.normalize(torch.cat(found), dim=-1) for key, found in rows.items()}
+    cut = mlpool.load(args.base, "mean-causal", depth=depths[-1], max_seq_length=args.tokens)
+    own = cut.encode(texts[:4], convert_to_tensor=True)
+    torch.testing.assert_close(
+        own, units[depths[-1], "final norm"][[place[text] for text in texts[:4]]], atol=1e-5, rtol=0
+    )
+
+    def score(unit: torch.Tensor) -> float:
+        found = []
+        for lines in sets:
+            one, two = (unit[[place[line[side]] for line in lines]] for side in ("sentence1", "sentence2"))
+            found.append(float(spearmanr((one * two).sum(1), [line["score"] for line in lines]).statistic))
+        return mean(found)
+
+    lines = [[f"{k} of {len(layers)}", *(f"{score(units[k, kind]):.4f}" for kind in kinds)] for k in depths]
+    print(aligned(["top layer", *kinds], lines))
+    print(f"Spearman, untrained, causal, mean of {', '.join(STS)}, the first {args.sts} pairs of each")
+
+
+def first_of(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True, help="a folder with a decoder")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--depth", type=int, nargs="+", help="layers to keep (default: 0.6 of them)")
+    parser.add_argument("--texts", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=96, help="texts are cut there")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sts", type=int, default=300, help="pairs of each STS set; 0: no scores")
+    args = parser.parse_args()
+    mlpool.register_design("depth-mean", "causal", MultiLayerPool, "mean")
+    whole = json.loads((Path(args.base) / "config.json").read_text())["num_hidden_layers"]
+    depths = [whole, *(k for k in args.depth or [int(0.6 * whole)] if k != whole)]
+    if args.rounds:
+        speeds(args, depths)
+    if args.sts:
+        scores(args, depths)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The pool alone, on layer states of a frozen base that are taken once: many candidates in minutes. `mlpool fit`."""
