@@ -178,7 +178,7 @@ def assert_close_to_equations(
     """Forward and every gradient of `pool` against the equations in float64.
 
     float32: 1e-5 absolute forward, 1e-4 relative gradients. Lower precision, or autocast: at most twice (gradients
-    three times) the error that the equations make when computed eagerly in that precision.
+    four times) the error that the equations make when computed eagerly in that precision.
     """
     pool = pool.to(dtype)
     # A pool of the last layer gives the others no gradient.
@@ -196,7 +196,7 @@ def assert_close_to_equations(
             # Where eager happens to round to the exact value, half a unit in the last place is still no error.
             floor = torch.finfo(autocast or dtype).eps / 4
             eager = errors(equations(pool, states, mask, dtype), exact)
-            limits = {name: max((2 if name == "output" else 3) * e, floor) for name, e in eager.items()}
+            limits = {name: max((2 if name == "output" else 4) * e, floor) for name, e in eager.items()}
     # "not <=": NaN is wrong too.
     wrong = {name: f"{e:.1e} > {limits[name]:.1e}" for name, e in wrong.items() if not e <= limits[name]}
     assert not wrong, wrong
