@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from sentence_transformers.base.modules import InputModule
@@ -55,6 +55,7 @@ class Backbone(InputModule):
     """
 
     config_file_name = CONFIG_NAME
+    older: ClassVar[dict[str, Any]] = {"depth": None}  # as `mlpool.pooling.base.Pool.older`
     config_keys: list[str] = [  # noqa: RUF012  (declared so by sentence-transformers)
         "design", "layers", "max_seq_length", "append_eos", "include_prompt", "include_bos", "packing",
         "sliding_window", "skip_tokens", "depth",

@@ -89,9 +89,9 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         own: dict[str, Any] = {"class": type(module).__qualname__ if name else ""}  # the root may be a subclass
         config = getattr(module, "config", None)
         if isinstance(module, Pool):
-            own["config"] = _plain(module.config())
+            own["config"] = _plain(_counted(module, module.config()))
         elif hasattr(module, "get_config_dict"):  # sentence-transformers' modules
-            own["config"] = _plain(module.get_config_dict())
+            own["config"] = _plain(_counted(module, module.get_config_dict()))
         else:
             own["attributes"] = _plain_attributes(module)
         if hasattr(config, "to_dict") and id(config) not in configs:
@@ -103,6 +103,12 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         described[f"model.{name}"] = _plain(getattr(model, name, None))
     described["tokenizer"] = _tokenizer(getattr(model, "tokenizer", None))
     return described
+
+
+def _counted(module: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """What embeddings depend on: not where a pool started, nor an argument that says what was so before there was it."""
+    absent, older = object(), getattr(module, "older", {})
+    return {name: v for name, v in config.items() if name != "start" and v != older.get(name, absent)}
 
 
 def _tokenizer(tokenizer: Any) -> Any:

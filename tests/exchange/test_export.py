@@ -204,7 +204,7 @@ def by_equations(made, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         states = [state.double() for state in states]
         if design.name == "layer-weights-bidirectional":
             rows = reference.gather(states, mask, "mean")
-            return normalize((pool.weights.double().softmax(0)[:, None] * rows).sum(1)).float()
+            return normalize((pool.weights.double()[:, None] * normalize(rows, dim=-1)).sum(1)).float()
         parameters = {name: p.double() for name, p in pool.named_parameters()}
         if design.reads_all_layers:
             out = reference.multi_layer_pool(states, mask, parameters, pool.num_heads, design.token_pooling)
@@ -219,9 +219,9 @@ def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     transformer("qwen2", **TRACED).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
-    made = {}
+    made, other = {}, {"last-layer-causal": True, "multi-layer-causal": False}
     for design in TRAINED:
-        sizes = {**SMALL, "residual": design != "multi-layer-causal"} if DESIGNS[design].has_latents else "default"
+        sizes = {**SMALL, "residual": other.get(design, "mix")} if DESIGNS[design].has_latents else "default"
         options = {"packing": "never", "max_seq_length": LIMIT, "prompts": PROMPTS, "device": "cpu"}
         made[design] = load(folder / "base", design, sizes, **options)
         shake(made[design][1])

@@ -5,6 +5,7 @@ The interpreter must be chosen before Triton is imported, so these tests have a 
     TRITON_INTERPRET=1 pytest tests/kernels/test_interpreter.py
 """
 
+import functools
 import importlib
 import itertools
 import os
@@ -51,6 +52,8 @@ CONTRASTIVE, EMBED, feed_forward = (
 # NumPy warns: lanes past the end of a softmax row, never stored, divide zero by zero; some tests feed Inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
+# The form that gathers in the pool's own kernel; residual="mix" brings its rows to one length before.
+multi = functools.partial(multi, residual=True)
 GATHER, ATTEND = (importlib.import_module(f"mlpool_kernels.{name}") for name in ("gather", "attend"))
 LAYERS, HIDDEN, LATENTS = (1, 6, 24, 28, 36, 80), (64, 384, 896, 1536), (1, 7, 64)
 # Every pair of two sizes; 768 latents at a small D. The forms take turns.
@@ -359,6 +362,13 @@ def test_states_out_of_range_are_nan_and_not_zeros(launches, monkeypatch):
     got = use_rows(pool, [rows])
     assert got[1].isnan().all()
     assert torch.equal(got[::2], want[::2])
+
+
+@pytest.mark.parametrize("launches", cost_model.LAUNCHES)
+@pytest.mark.parametrize("how", ["last", "mean"])
+def test_a_mix_of_layers(how, launches):
+    pool = multi(24, 3, INTERPRETER, residual="mix", token_pooling=how, choices={"launches": launches})
+    assert_close_to_equations(pool, make_states(3, (2, 3, 24)), make_mask(2, 3))
 
 
 @pytest.mark.parametrize("form", FORMS[::5], ids=name)
