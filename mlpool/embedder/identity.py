@@ -106,7 +106,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
 
 
 def _counted(module: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-    """What embeddings depend on: not where a pool started, nor an argument that says what was so before there was it."""
+    """What embeddings depend on: not where a pool started, nor an argument that says what was so before it was one."""
     absent, older = object(), getattr(module, "older", {})
     return {name: v for name, v in config.items() if name != "start" and v != older.get(name, absent)}
 
