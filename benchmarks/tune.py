@@ -6,8 +6,8 @@
 
 A tile is chosen by the geometric mean, over the sizes, of its time relative to the best; one whose result is out of
 bounds or that does not fit the device is not chosen. A rate is the geometric mean, over the sizes, of what is left of
-the time after launch and memory (`mlpool_kernels.plan`): of the kernels at their chosen tiles, and of plain products. A
-CPU, where no kernel runs, has rates alone.
+the time after the launch (`mlpool_kernels.plan`): of the kernels at their chosen tiles, and of plain products. A CPU,
+where no kernel runs, has rates alone.
 
 The exit status is 1 where a result is wrong, a candidate fails by anything but the device's limits, or a kernel has no
 candidate left; the others are measured all the same. An error that the GPU does not recover from ends the run; tiles
@@ -202,7 +202,9 @@ def gate_job(new: Maker, batch: int, latents: int, width: int) -> Job:
         return [feed_forward.gate_mean(x, triton), *feed_forward.gate_backward(x, grad, triton, overwrite=False)]
 
     sizes = f"B={batch} R={latents} F={width}, forward and backward"
-    return Job("gate", sizes, lambda: run(both, True), lambda: run(both.float(), False))
+    # The backward reads and writes what the forward reads: three times its work.
+    cost = Operation("gate", 3 * both.numel(), 0)
+    return Job("gate", sizes, lambda: run(both, True), lambda: run(both.float(), False), cost)
 
 
 def contrast_jobs(new: Maker, anchors: int, documents: int, hidden: int) -> Iterator[Job]:
@@ -354,19 +356,20 @@ def fit(rows: list[Row], kernels: bool) -> dict[str, float] | None:
         return None
     launch = min(r["median_us"] for r in by_unit["launch"]) / LAUNCHES / 1e6
 
-    def mean_rate(unit: str, amount: str, memory: float) -> float:
+    def mean_rate(unit: str, amount: str) -> float:
         logs = []
         for row in by_unit[unit]:
             seconds = row["median_us"] / 1e6
-            # Where launch and memory explain nearly all of it, what is left is noise: a tenth at least is the unit's.
-            logs.append(math.log(row[amount] / max(seconds - launch - row["bytes"] / memory, seconds / 10)))
+            # Where a launch explains nearly all of it, what is left is noise: a half at least is the unit's.
+            logs.append(math.log(row[amount] / max(seconds - launch, seconds / 2)))
         return math.exp(sum(logs) / len(logs))
 
-    memory = mean_rate("memory", "bytes", math.inf)
-    rates = {"launch": launch, "memory": memory, "product": mean_rate("product", "flops", memory)}
+    memory = mean_rate("memory", "bytes")
+    rates = {"launch": launch, "memory": memory, "product": mean_rate("product", "flops")}
     for unit in ("attend", "mix", "feed_forward"):
         # Where no kernel runs its rate decides nothing.
-        rates[unit] = mean_rate(unit, "flops", memory) if by_unit[unit] else rates["product"]
+        rates[unit] = mean_rate(unit, "flops") if by_unit[unit] else rates["product"]
+    rates["gate"] = mean_rate("gate", "flops") if by_unit["gate"] else memory / 4
     return {unit: float(f"{rates[unit]:.4g}") for unit in tiles.RATE_FIELDS}
 
 

@@ -51,10 +51,13 @@ def build_pool(preset: Preset, device: torch.device | str, dtype: torch.dtype) -
 
 
 def randomised(pool: nn.Module) -> nn.Module:
-    """Gate, norms and biases away from their start, which would hide errors: a gate of zero hides the whole pooler."""
+    """Gate, norms, biases and what is zero away from their start, which would hide errors: behind a zero the whole
+    pooler, and in low precision a gradient that ought to be none is noise."""
     with torch.no_grad():
         for name, p in pool.named_parameters():
-            if name == "gate" or name == "layer_weights" or "norm" in name or name.endswith("bias"):
+            if name.endswith("_weight") and not p.any():
+                p.normal_(std=p.shape[1] ** -0.5)
+            elif name == "gate" or name == "layer_weights" or "norm" in name or name.endswith("bias"):
                 p.add_(torch.randn_like(p), alpha=1.0 if name == "gate" else 0.2)
     return pool
 
