@@ -55,7 +55,7 @@ def randomised(pool: nn.Module) -> nn.Module:
     pooler, and in low precision a gradient that ought to be none is noise."""
     with torch.no_grad():
         for name, p in pool.named_parameters():
-            if name.endswith("_weight") and not p.any():
+            if name in ("output_weight", "ff_out_weight") and getattr(pool, "residual", None) == "mix":
                 p.normal_(std=p.shape[1] ** -0.5)
             elif name == "gate" or name == "layer_weights" or "norm" in name or name.endswith("bias"):
                 p.add_(torch.randn_like(p), alpha=1.0 if name == "gate" else 0.2)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .feed_forward import _capability
-from .runtime import ceil_div, direct, dot_options, jit, tl, use_triton
+from .runtime import ceil_div, direct, dot_options, jit, tl, untraced, use_triton
 from .tiles import tile
 
 # As torch.nn.functional.normalize: a vector of zeros has cosine 0 to everything.
@@ -232,6 +233,18 @@ def _torch_step(device: torch.device, prefixes: int) -> tuple[int, int]:
 # --- forward -------------------------------------------------------------------------------------------------------
 
 
+def _without_autocast(function: Any) -> Any:
+    """Products take their operands' dtype, also where a backward runs inside autocast."""
+
+    @wraps(function)
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest)
+
+    return run
+
+
+@_without_autocast
 def forward(
     rows: Tensor, others: Tensor, partners: Tensor, row_keys: Tensor | None, other_keys: Tensor | None,
     bound: Tensor | None, dims: Sequence[int], temperature: float, backend: str,
@@ -301,6 +314,7 @@ def _scores_torch(
 # --- backward ------------------------------------------------------------------------------------------------------
 
 
+@_without_autocast
 def backward(
     grad_logs: Tensor, grad_partners: Tensor, logs: Tensor, rows: Tensor, others: Tensor, partners: Tensor,
     row_keys: Tensor | None, other_keys: Tensor | None, bound: Tensor | None, dims: Sequence[int], temperature: float,
@@ -457,14 +471,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(output[0], *tensors)
 
 
-def _gradient(ctx: Any, grad_logs: Tensor, grad_partners: Tensor) -> tuple[Any, ...]:
+def _gradient(ctx: Any, grad_logs: Tensor, grad_partners: Tensor, run: Any = _contrast_backward_op) -> tuple[Any, ...]:
     logs, *tensors = ctx.saved_tensors
-    options = (ctx.dims, ctx.temperature, ctx.backend)
-    grads = _contrast_backward_op(grad_logs, grad_partners, logs, *tensors, *options)
+    grads = run(grad_logs, grad_partners, logs, *tensors, ctx.dims, ctx.temperature, ctx.backend)
     return *(g.to(x.dtype) for g, x in zip(grads, tensors, strict=False)), *(None,) * 7
 
 
 _contrast_op.register_autograd(_gradient, setup_context=_setup)
+
+
+class _ContrastFunction(torch.autograd.Function):
+    """`_contrast_op` where nothing traces it."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output = forward(*arguments)
+        _setup(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        of_logs, of_partners = grads
+        return _gradient(ctx, of_logs, of_partners, backward)
 
 
 @torch.no_grad()
@@ -519,7 +548,9 @@ def contrast(
     judged = margin is not None or factor is not None
     bound = highest_allowed(rows, others, partners, margin, factor) if judged else None
     arguments = (rows, others, partners, row_keys, other_keys, bound, dims, float(temperature), backend)
-    return losses(*(forward if direct([rows, others]) else _contrast_op)(*arguments))
+    if direct([rows, others]):
+        return losses(*forward(*arguments))
+    return losses(*(_ContrastFunction.apply if untraced([rows, others]) else _contrast_op)(*arguments))
 
 
 def _check(

@@ -176,12 +176,12 @@ def _padded(
         keep = keep & (keep.cumsum(1) > skip_tokens)
     if token_mask is not None:
         keep = keep & _as_bool(token_mask)
-    # Each of these is a launch on a GPU: as few as can be. Behind a text's last token is a row's number, or 0 for none.
-    behind = (keep * torch.arange(1, batch * length + 1, device=keep.device).view(batch, length)).amax(1)
-    starts = torch.arange(0, batch * length, length, device=keep.device)
+    # The place behind a text's last token, counted from 1; 0 for none.
+    behind = (keep * torch.arange(1, length + 1, device=keep.device)).amax(1)
+    starts = torch.arange(batch, device=keep.device) * length
     checks.append(_any_token(behind, source))
     flat = (keep.sum(1), keep.reshape(-1))
-    return Tokens(starts, starts + length, behind - 1, *flat, (batch, length), False, length, tuple(checks))
+    return Tokens(starts, starts + length, starts + behind - 1, *flat, (batch, length), False, length, tuple(checks))
 
 
 def _packed(shape, cu_seqlens: Tensor, token_mask: Tensor | None, skip_tokens: int) -> Tokens:

@@ -556,7 +556,7 @@ def test_manifests_of_another_kind(copy, broken):
      ("backbone_config.json", {"append_eos": [1]}, r"append_eos is \[1\], expected"),
      ("backbone_config.json", {"design": None}, "design is None, expected a string"),
      ("1_Pooler/config.json", {"gain": 1}, "unknown key 'gain'"),
-     ("1_Pooler/config.json", {"residual": "no"}, "residual must be True or False, got 'no'"),
+     ("1_Pooler/config.json", {"residual": "no"}, 'residual must be "mix", True or False'),
      ("1_Pooler/config.json", {"choices": [1]}, r"choices must be a dict such as .*, got \[1\]"),
      ("config_sentence_transformers.json", {"prompts": ["a"]}, "prompts is .*, expected")],
 )  # fmt: skip
