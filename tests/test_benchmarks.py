@@ -328,7 +328,7 @@ def test_make_gpu_runs_every_step_and_fails_if_one_failed():
     done = subprocess.run(["make", "gpu", "PY=false"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stdout.count("false benchmarks/") == 10
-    names = "check test tune throughput choices encode train attention contrast summary".split()
+    names = ["check", "test", "tune", "throughput", "choices", "encode", "train", "attention", "contrast", "summary"]
     assert f"not done: {' '.join(f'gpu-{name}' for name in names)}" in done.stderr
     assert subprocess.run(["make", "gpu", "PY=true"], cwd=ROOT, capture_output=True).returncode == 0
 
