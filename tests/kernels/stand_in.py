@@ -36,6 +36,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.backends.nvidia import driver as nvidia
 
+# Bytes of stack a thread may take. Triton before 3.7 leaves a few numbers there, of the loss's tiles above all.
+SPILL = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 32
 FIRST_ADDRESS = 1 << 40  # as in stand_in.c
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -107,7 +109,7 @@ class _Driver(nvidia.CudaDriver):
 
     def _load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
         spilled = _stack(binary)
-        assert spilled == 0, f"{name} for sm_{device} spills registers to {spilled} bytes of stack"
+        assert spilled <= SPILL, f"{name} for sm_{device} spills registers to {spilled} bytes of stack"
         return nvidia.CudaUtils.instance.load_binary(name, binary, shared, device)
 
 
