@@ -262,13 +262,13 @@ def _unit_mean(state: Tensor, kept: Sequence[slice | Tensor]) -> Tensor:
     flat = state.flatten(0, -2)
     wide, step = _wide(flat), _cached_rows(flat)
     sums = torch.zeros(len(kept), flat.shape[1], dtype=wide, device=flat.device)
-    for total, rows in zip(sums, kept, strict=True):
+    tiny = torch.finfo(wide).tiny  # a row of zeros adds zeros, whatever it is multiplied by
+    for total, rows in zip(sums.unbind(), kept, strict=True):
         x = flat[rows]
-        for first in range(0, len(x), step):
-            block = x[first : first + step].to(wide)
-            total.addmv_(block.T, _inverse_lengths(block))
-        total /= len(x)
-    return sums.to(state.dtype)
+        for block in (x,) if len(x) <= step else x.split(step):
+            block = block if block.dtype == wide else block.to(wide)
+            total.addmv_(block.T, torch.linalg.vector_norm(block, dim=1).clamp_min_(tiny).reciprocal_())
+    return sums.div_(_counts(kept, sums)).to(state.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
