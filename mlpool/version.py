@@ -1,5 +1,6 @@
 """The version, where every floor may read it, and those of what it ran with."""
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
@@ -10,7 +11,8 @@ def versions(*packages: str) -> dict[str, str]:
     found = {}
     for name in packages:
         try:
-            found[name] = version(name)
+            # A module that is there says more: torch names the CUDA that it was built for.
+            found[name] = getattr(sys.modules.get(name.replace("-", "_")), "__version__", None) or version(name)
         except PackageNotFoundError:
             continue
     return found

@@ -238,6 +238,8 @@ def _without_autocast(function: Any) -> Any:
 
     @wraps(function)
     def run(first: Tensor, *rest: Any) -> Any:
+        if not torch.amp.is_autocast_available(first.device.type):
+            return function(first, *rest)
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *rest)
 

@@ -23,6 +23,7 @@ from mlpool.analysis.inputs import load_model, name_sets, read_pairs, read_texts
 from mlpool.analysis.layers import Pairs, analyse, layer_scores  # noqa: E402
 from mlpool.analysis.profiles import pool_profile  # noqa: E402
 from mlpool.cli import main  # noqa: E402
+from mlpool.embedder import DESIGNS  # noqa: E402
 
 pytest_plugins = ["evaluation_fixtures"]
 L, D = 3, 32
@@ -563,6 +564,8 @@ def test_tasks_score_layers_as_eval_scores_models(decoder, local, monkeypatch):
     own = evaluate_local(model, local, names, label="own", split="dev", progress=False)
     assert found.own == pytest.approx([row.score for row in own], abs=1e-6)
     for name, pooling in (("layers-mean", "mean"), ("layers-last", "last"), ("layers-unit", "unit_mean")):
+        monkeypatch.setitem(DESIGNS, name, None)  # taken away again behind this test
+        del DESIGNS[name]
         mlpool.register_design(name, "causal", mlpool.LayerWeightsPool, pooling)
         one = mlpool.load(decoder, name, layers=[1], device="cpu", prompts={"query": "film "})
         rows = evaluate_local(one, local, names, label=name, split="dev", progress=False)

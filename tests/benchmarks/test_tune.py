@@ -85,14 +85,15 @@ def test_rates_and_tiles_are_written_and_read_again(tune, monkeypatch, tmp_path)
 
 def test_rates_are_those_that_made_the_times(tune):
     """Rows whose times follow from known rates give these back, by geometric mean where they differ."""
-    rates = {"product": 2e12, "attend": 1e12, "mix": 5e11, "feed_forward": 3e12, "memory": 1e11, "launch": 1e-6}
+    rates = {"product": 2e12, "attend": 1e12, "mix": 5e11, "feed_forward": 3e12, "gate": 4e11, "memory": 1e11}
+    rates["launch"] = 1e-6
 
     def row(unit, flops, moved, factor=1.0):
-        seconds = rates["launch"] + moved / rates["memory"] + factor * flops / rates[unit]
+        seconds = rates["launch"] + max(moved / rates["memory"], factor * flops / rates[unit])
         return {"unit": unit, "flops": flops, "bytes": moved, "median_us": seconds * 1e6}
 
     rows = [row("memory", 0, 1e9), {"unit": "launch", "flops": 0, "bytes": 0, "median_us": 1e6 * 1e-6 * tune.LAUNCHES}]
-    for unit in ("product", "attend", "mix", "feed_forward"):
+    for unit in ("product", "attend", "mix", "feed_forward", "gate"):
         rows += [row(unit, 1e10, 1e6, factor=2.0), row(unit, 3e11, 1e8, factor=0.5)]
         rows.append(row(unit, 1e9, 1e6, factor=100) | {"chosen": False})
     assert tune.fit(rows, kernels=True) == pytest.approx(rates, rel=1e-3)

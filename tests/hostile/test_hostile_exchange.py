@@ -136,7 +136,7 @@ def test_folders_of_the_authors(released, tmp_path):
     from mlpool.exchange.released import import_released
 
     names = ["adapter_config.json", "adapter_model.safetensors", "attn_pool.pt"]
-    loaded = 0
+    assert import_released(released / "good", released / "base", 5, 2, device="cpu") is not None
     for rng in cases(60, 4):
         folder = tmp_path / "bad"
         shutil.rmtree(folder, ignore_errors=True)
@@ -148,10 +148,8 @@ def test_folders_of_the_authors(released, tmp_path):
             lambda folder=folder: import_released(folder, released / "base", 5, 2, device="cpu"), (name, content[:300])
         )
         if made is not None:
-            loaded += 1
             rows = tried(lambda made=made: made.encode(["a text"]), name)
             assert rows is None or np.isfinite(rows).all(), name
-    assert loaded  # a flipped bit of a weight's tail is a weight
 
 
 def test_tensors_of_the_authors(released, tmp_path):

@@ -313,7 +313,7 @@ def test_plan_predicts_by_the_rates(monkeypatch):
     assert pool.plan(16, training=True).seconds > report.seconds
     # A device of endless memory bandwidth and FLOP that counts its launches, and one that counts FLOP alone.
     for launch, product, values in ((1.0, 1e30, "absorbed"), (1e-30, 1.0, "early")):
-        rates = Rates(product, 1e30, 1e30, 1e30, 1e30, launch, "fitted for a test")
+        rates = Rates(product, 1e30, 1e30, 1e30, 1e30, 1e30, launch, "fitted for a test")
         monkeypatch.setattr(trainable, "fitted_rates", lambda device, r=rates: {torch.float32: r})
         report = MultiLayerPool(256, 4).plan(8)
         assert report.plan.values == values
