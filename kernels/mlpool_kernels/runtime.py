@@ -79,8 +79,8 @@ def direct(tensors: Iterable[Tensor | None]) -> bool:
 def untraced(tensors: Iterable[Tensor | None]) -> bool:
     """Whether nothing traces, wraps or transforms what runs on these tensors.
 
-    An op may then be an autograd function of its own: what a registered op adds for tracing takes longer than the
-    launches of a small pool (on an H200 4 of 8 ms, forward and backward of the default pool).
+    An op may then be an autograd function of its own: what a registered op adds for tracing takes the host longer than
+    the launches of a small pool (by a profile on an H200 about half of a forward and backward).
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
