@@ -48,6 +48,7 @@ from mlpool_kernels import Plan, Sizes, attend, feed_forward, mix, tiles
 from mlpool_kernels.contrast import backward as contrast_backward
 from mlpool_kernels.contrast import forward as contrast_forward
 from mlpool_kernels.plan import Operation, feed_forward_operations, key_operations, value_operations
+from mlpool_kernels.runtime import capability
 from rows import Rows, run_cases
 from torch import Tensor
 
@@ -297,7 +298,7 @@ def candidates(kernel: str, device: torch.device) -> list[tiles.Tile]:
     """The tiles to try; a plain operation has one, empty."""
     if kernel not in tiles.TILES:
         return [{}]
-    return tiles.candidates(kernel, feed_forward._capability(torch.empty(0, device=device)))
+    return tiles.candidates(kernel, capability(torch.empty(0, device=device)))
 
 
 def trial(job: Job, tile: tiles.Tile, clock: Clock | None) -> Row:

@@ -64,7 +64,7 @@ def randomised(pool: nn.Module) -> nn.Module:
 
 @contextmanager
 def through_dispatcher() -> Iterator[None]:
-    """Calls of the pool go through torch.ops, as they do with gradients, also where they would go direct."""
+    """Calls of the pool go through torch.ops, as they do where something traces."""
     module = importlib.import_module("mlpool_kernels.pool")
     original = module._forward
 

@@ -32,8 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .feed_forward import _capability
-from .runtime import ceil_div, direct, dot_options, jit, tl, untraced, use_triton
+from .runtime import capability, ceil_div, direct, dot_options, jit, tl, untraced, use_triton, wide_dtype
 from .tiles import tile
 
 # As torch.nn.functional.normalize: a vector of zeros has cosine 0 to everything.
@@ -203,10 +202,6 @@ def _ranks(row_keys: Tensor | None, other_keys: Tensor | None) -> tuple[Tensor |
     return ranks[: len(row_keys)], ranks[len(row_keys) :]
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _segments(stages: Sequence[int]) -> Iterator[slice]:
     """The columns that each stage adds to the one before."""
     yield from map(slice, (0, *stages[:-1]), stages)
@@ -214,7 +209,7 @@ def _segments(stages: Sequence[int]) -> Iterator[slice]:
 
 def _inverse_lengths(x: Tensor, stages: Sequence[int]) -> Tensor:
     """1 / length of every prefix, [S,N]."""
-    parts = [torch.linalg.vector_norm(x[:, part], dim=1, dtype=_wide(x)).square() for part in _segments(stages)]
+    parts = [torch.linalg.vector_norm(x[:, part], dim=1, dtype=wide_dtype(x)).square() for part in _segments(stages)]
     return torch.stack(parts).cumsum(0).sqrt().clamp_(min=NORM_EPS).reciprocal()
 
 
@@ -255,7 +250,7 @@ def forward(
     t, stages = _texts(rows, others, partners, row_keys, other_keys, bound, dims)
     triton = use_triton(backend, rows, others)
     n, m, prefixes = len(rows), len(others), len(dims)
-    logs = rows.new_full((prefixes, n), -math.inf, dtype=_wide(rows))
+    logs = rows.new_full((prefixes, n), -math.inf, dtype=wide_dtype(rows))
     positives = torch.zeros_like(logs)
     step = _torch_step(rows.device, prefixes)
     if triton:
@@ -326,7 +321,7 @@ def backward(
     t, stages = _texts(rows, others, partners, row_keys, other_keys, bound, dims)
     triton = use_triton(backend, rows, others)
     n, m, prefixes = len(rows), len(others), len(dims)
-    wide = _wide(rows)
+    wide = wide_dtype(rows)
     # H between -1 and 1, whatever the lengths of vectors and of the gradient: half precision has no more to give.
     grads = torch.stack([grad_logs, grad_partners]).to(wide)
     scale = grads.abs().amax() * t.row_scale.amax() * t.other_scale.amax()
@@ -417,7 +412,7 @@ def _weights_torch(
 def _tile(t: Texts, stages: Sequence[int]) -> dict[str, int]:
     """Between stages a tile waits in registers beside what becomes of it: smaller ones."""
     name = "contrast" if len(stages) == 1 else "contrast_stages"
-    return tile(name, t.rows.shape[1], wide=t.rows.dtype == torch.float32, capability=_capability(t.rows))
+    return tile(name, t.rows.shape[1], wide=t.rows.dtype == torch.float32, capability=capability(t.rows))
 
 
 def _launch(
@@ -449,7 +444,7 @@ def _contrast_op(
 
 @_contrast_op.register_fake
 def _(rows, others, partners, row_keys, other_keys, bound, dims, temperature, backend):
-    logs = rows.new_empty(len(dims), rows.shape[0], dtype=_wide(rows))
+    logs = rows.new_empty(len(dims), rows.shape[0], dtype=wide_dtype(rows))
     return logs, torch.empty_like(logs)
 
 
@@ -465,7 +460,7 @@ def _contrast_backward_op(
 
 @_contrast_backward_op.register_fake
 def _(grad_logs, grad_partners, logs, rows, others, *rest):
-    return tuple(x.new_empty(x.shape, dtype=_wide(x)) for x in (rows, others))
+    return tuple(x.new_empty(x.shape, dtype=wide_dtype(x)) for x in (rows, others))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -506,13 +501,18 @@ def highest_allowed(
 
     Of both the lower. Computed over all of D, row by row.
     """
-    wide, width = _wide(rows), rows.shape[1]
+    wide, width = wide_dtype(rows), rows.shape[1]
     cosines = rows.new_empty(len(rows), dtype=wide)
     step = max(1, CACHED_NUMBERS // width)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         a, b = rows[part].to(wide), others[partners[part]].to(wide)
         cosines[part] = (a * b).sum(1) * _inverse_lengths(a, [width])[0] * _inverse_lengths(b, [width])[0]
+    return bound_of(cosines, margin, factor)
+
+
+def bound_of(cosines: Tensor, margin: float | None, factor: float | None) -> Tensor:
+    """The lower of the partners' cosines + margin and × factor, of those that are given."""
     bounds = [cosines + margin] if margin is not None else []
     bounds += [cosines * factor] if factor is not None else []
     return torch.stack(bounds).amin(0)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .runtime import ceil_div, dot_options, jit, tl, triton
+from .runtime import capability, ceil_div, dot_options, jit, tl, triton, wide_dtype
 from .tiles import tile
 
 TensorDescriptor: Any = None
@@ -136,7 +136,7 @@ def gate_mean(both: Tensor, triton: bool) -> Tensor:
     """[a|g] [B,R,2F] -> ū [B,F], at least float32."""
     if not triton:
         a, g = both.chunk(2, dim=-1)
-        return F.gelu(g).mul_(a).mean(1, dtype=_wide(both))
+        return F.gelu(g).mul_(a).mean(1, dtype=wide_dtype(both))
     batch, num_latents, width = both.shape[0], both.shape[1], both.shape[2] // 2
     out = both.new_empty(batch, width, dtype=torch.float32)
     t = tile("gate")
@@ -162,11 +162,7 @@ def gate_backward(both: Tensor, grad: Tensor, triton: bool, overwrite: bool) -> 
     da = F.gelu(g).mul_(du)
     dg = torch.ops.aten.gelu_backward(a * du, g)
     out[..., :width], out[..., width:] = da, dg
-    return out, out.sum((0, 1), dtype=_wide(both))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return out, out.sum((0, 1), dtype=wide_dtype(both))
 
 
 def _expand(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -199,7 +195,7 @@ def _feed_forward_cpu(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Blocks of units and of texts: what a block makes stays in the cache, and its memory is used again."""
     batch, num_latents, _ = normed.shape
     width = weight.shape[0] // 2
-    out = normed.new_empty(batch, width, dtype=_wide(normed))
+    out = normed.new_empty(batch, width, dtype=wide_dtype(normed))
     step = max(1, CACHED_NUMBERS // (num_latents * CPU_UNITS))
     for unit in range(0, width, CPU_UNITS):
         part = slice(unit, min(unit + CPU_UNITS, width))
@@ -211,20 +207,10 @@ def _feed_forward_cpu(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def _capability(normed: Tensor) -> int | None:
-    """Of an NVIDIA GPU, 90 for sm_90; None of another's. The interpreter does as sm_90."""
-    if not normed.is_cuda:
-        return 90
-    if torch.version.hip:
-        return None
-    major, minor = torch.cuda.get_device_capability(normed.device)
-    return 10 * major + minor
-
-
 def takes_descriptors(normed: Tensor, weight: Tensor) -> bool:
     """Whether the copy engine of sm_90 and later can read the tiles: 16-bit rows that start every 16 bytes."""
-    capability = _capability(normed)
-    if capability is None or capability < 90 or normed.element_size() != 2 or normed.shape[2] % 8:
+    found = capability(normed)
+    if found is None or found < 90 or normed.element_size() != 2 or normed.shape[2] % 8:
         return False
     # The engine's coordinates are of 32 bits.
     return len(normed) * normed.shape[1] < 2**31 and all(t.data_ptr() % 16 == 0 for t in (normed, weight))
@@ -237,7 +223,7 @@ def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor, descripto
     out = normed.new_empty(batch, width, dtype=torch.float32)
     descriptors = takes_descriptors(normed, weight) if descriptors is None else descriptors
     name = "feed_forward_tma" if descriptors else "feed_forward"
-    t = tile(name, hidden, wide=normed.dtype == torch.float32, capability=_capability(normed))
+    t = tile(name, hidden, wide=normed.dtype == torch.float32, capability=capability(normed))
     rows = num_latents if t["BLOCK_R"] % num_latents == 0 else t["BLOCK_R"]
     tiles = ceil_div(batch, t["BLOCK_R"] // rows) * ceil_div(width, t["BLOCK_F"])
     x, w = normed.contiguous(), weight.contiguous()
@@ -266,7 +252,7 @@ def feed_forward_backward(
         dboth = dboth.flatten(0, 1)
         return (dboth @ weight).view_as(normed), dboth.T @ normed.flatten(0, 1), dbias
     dnormed = torch.empty_like(normed, memory_format=torch.contiguous_format)
-    dweight, dbias = torch.zeros_like(weight), bias.new_zeros(bias.shape, dtype=_wide(bias))
+    dweight, dbias = torch.zeros_like(weight), bias.new_zeros(bias.shape, dtype=wide_dtype(bias))
     for first in range(0, len(normed), step):
         part = slice(first, first + step)
         chunk = _expand(normed[part], weight, bias) if both is None else both[part]

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .runtime import ceil_div, direct, jit, tl, untraced, use_triton
+from .runtime import ceil_div, direct, jit, tl, untraced, use_triton, wide_dtype
 from .tiles import tile, whole_rows
 
 # Programs that fill a large GPU several times over (132 multiprocessors), the fewest rows worth one, and the tile that
@@ -260,7 +260,7 @@ def _pool_torch(state: Tensor, last: tuple[Tensor, ...], count: Tensor, text: Te
 def _unit_mean(state: Tensor, kept: Sequence[slice | Tensor]) -> Tensor:
     """One layer's unit mean [B, D], text by text: what comes from memory for the lengths is summed from the cache."""
     flat = state.flatten(0, -2)
-    wide, step = _wide(flat), _cached_rows(flat)
+    wide, step = wide_dtype(flat), _cached_rows(flat)
     sums = torch.zeros(len(kept), flat.shape[1], dtype=wide, device=flat.device)
     tiny = torch.finfo(wide).tiny  # a row of zeros adds zeros, whatever it is multiplied by
     for total, rows in zip(sums.unbind(), kept, strict=True):
@@ -269,10 +269,6 @@ def _unit_mean(state: Tensor, kept: Sequence[slice | Tensor]) -> Tensor:
             block = block if block.dtype == wide else block.to(wide)
             total.addmv_(block.T, torch.linalg.vector_norm(block, dim=1).clamp_min_(tiny).reciprocal_())
     return sums.div_(_counts(kept, sums)).to(state.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _cached_rows(flat: Tensor) -> int:
@@ -338,7 +334,7 @@ def _unit_backward(grad: Tensor, state: Tensor, kept: Sequence[slice | Tensor], 
     """One layer's gradient [rows, D] from that of its unit mean [B, D]."""
     flat = state.flatten(0, -2)
     out = torch.empty_like(flat, memory_format=torch.contiguous_format) if added is None else added.clone()
-    wide, step = _wide(flat), _cached_rows(flat)
+    wide, step = wide_dtype(flat), _cached_rows(flat)
     # One block for all: fresh memory for each costs more than the arithmetic.
     work = torch.empty(step, flat.shape[1], dtype=wide, device=flat.device)
     done = 0

@@ -80,7 +80,7 @@ def untraced(tensors: Iterable[Tensor | None]) -> bool:
     """Whether nothing traces, wraps or transforms what runs on these tensors.
 
     An op may then be an autograd function of its own: what a registered op adds for tracing takes the host longer than
-    the launches of a small pool (by a profile on an H200 about half of a forward and backward).
+    the launches of a small pool.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
@@ -107,6 +107,21 @@ def product_by_head(x: Tensor, weight: Tensor) -> Tensor:
         return out
     # A CPU's product of rows that lie H·a apart takes twice as long as copying them together first (measured).
     return out.copy_(torch.bmm(x.transpose(0, 1).contiguous(), weight).transpose(0, 1))
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What sums over `x` are kept in: float32, or float64 of float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def capability(x: Tensor) -> int | None:
+    """Of an NVIDIA GPU, 90 for sm_90; None of another's. The interpreter does as sm_90."""
+    if not x.is_cuda:
+        return 90
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 def power_of_2(n: int, least: int = 1) -> int:

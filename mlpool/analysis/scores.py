@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ..files import replacing
+from ..files import write_csv
 from ..show import aligned
 from .states import Window
 
@@ -87,15 +86,15 @@ class LayerScores:
         path = Path(directory) / "layers_score.csv"
         several = len(self.sets) > 1
         names = [*self.sets, "mean"] if several else self.sets
-        with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["data_set", "token_pooling", "layer", "score", "best"])
-            for pooling, values in self.values.items():
-                for name, row in zip(names, [*values, values.mean(0)], strict=False):
-                    for layer, score in enumerate(row):
-                        writer.writerow([name, pooling, layer, f"{score:.6f}", int(layer == row.argmax())])
-            for name, score in zip(names, [*self.own, self.own.mean()], strict=False):
-                writer.writerow([name, "embedding", "", f"{score:.6f}", ""])
+        rows: list[list[Any]] = [
+            [name, pooling, layer, f"{score:.6f}", int(layer == row.argmax())]
+            for pooling, values in self.values.items()
+            for name, row in zip(names, [*values, values.mean(0)], strict=False)
+            for layer, score in enumerate(row)
+        ]
+        own = zip(names, [*self.own, self.own.mean()], strict=False)
+        rows += [[name, "embedding", "", f"{score:.6f}", ""] for name, score in own]
+        write_csv(path, ["data_set", "token_pooling", "layer", "score", "best"], rows)
         layer_curves(
             {pooling: self.mean(pooling) for pooling in self.values}, float(self.own.mean()),
             ", ".join(self.metrics) + ", " + (f"mean of {len(self.sets)} data sets" if several else self.sets[0]),

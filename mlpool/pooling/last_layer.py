@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoints
-from .base import check_choice, gather_tokens
+from .base import check_choice, check_range, gather_tokens
 from .layers import last_state
 from .tokens import Tokens, select_tokens
 from .trainable import PAPER, TrainablePool
@@ -98,6 +98,7 @@ class LastLayerPool(TrainablePool):
             keys, key_mask = base, None
         else:
             keys, key_mask = (t.to(home) for t in _padded_keys(state, tokens))
+            check_range(keys)
         product, y_mean, attention, _ = self._cross_attend([keys], None, key_mask, output_attentions)
         embedding = self._embed(product, y_mean, keys if base is None else base, state.dtype)
         return embedding if attention is None else (embedding, attention)

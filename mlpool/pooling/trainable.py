@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from mlpool_kernels import Plan, Sizes, Weights, choose, cross_attend, embed, fold_queries, fold_values
@@ -252,8 +252,6 @@ class TrainablePool(Pool):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """W2 ū and ȳ [B, D], of which `_embed` makes the embedding; A [B, H, R, n] where asked; X0 where gathered."""
         batch, keys = (rows.shape[0], len(states)) if rows is not None else states[0].shape[:2]
-        if rows is None:
-            check_range(states[0])
         training = torch.is_grad_enabled() and any(t.requires_grad for t in chain(states, self.parameters()))
         if self.folded and training:
             raise RuntimeError("a folded pool is for inference; use the pool it was folded from to train")
@@ -279,20 +277,23 @@ class TrainablePool(Pool):
         return [self.query_weight, self.key_weight, self.latent_norm_weight, self.latent_norm_bias]
 
     def _rows(self, x0: Tensor) -> Tensor:
-        """What the pool reads of X0 [B, n, D]: with residual="mix" every row at the same length."""
-        return x0 if self.mix_weights is None else unit_rows(x0)
+        """What the pool reads of X0 [B, n, D], its range checked: with residual="mix" every row at the same length."""
+        if self.mix_weights is not None:
+            return unit_rows(x0)
+        check_range(x0)
+        return x0
 
     def _embed(self, product: Tensor, y_mean: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """What the pooler is added to, on the rows [B, n, D] of states that were of `dtype`; and unit length."""
-        base = None
+        base, bias = None, cast(Tensor, self.ff_out_bias)
         if self.gate is not None:
             base = rows[:, -1]
         elif self.mix_weights is not None:
             base = mix_rows(self.mix_weights, rows)
             # Less what the latents alone would give, all texts the same; rounded as in the pool.
-            y_mean = y_mean - self.latents.to(self._compute_dtype()).mean(0, dtype=y_mean.dtype)
+            bias = bias.to(y_mean.dtype) - self.latents.to(self._compute_dtype()).mean(0, dtype=y_mean.dtype)
         dtype = torch.promote_types(dtype, self._compute_dtype())
-        return embed(product, self.ff_out_bias, y_mean, base, self.gate, self.normalize, dtype, self.backend)
+        return embed(product, bias, y_mean, base, self.gate, self.normalize, dtype, self.backend)
 
     def _plan_keys(self, tokens: int | None) -> int:
         raise NotImplementedError

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from mlpool_kernels import contrast
+from mlpool_kernels.contrast import bound_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -229,17 +230,11 @@ class InfoNCE(nn.Module):
         if self.false_negatives == "margin":
             with torch.no_grad():
                 scores = cosines(anchors.shape[1])
-                hidden = hidden | (scores > self._bound(scores[:, :1]))
+                hidden = hidden | (scores > bound_of(scores[:, :1], self.margin, self.factor))
         hidden[:, 0] = False
         targets = torch.zeros_like(hidden[:, 0], dtype=torch.int64)
         each = [(cosines(dim) / self.temperature).masked_fill(hidden, -math.inf) for dim in dims]
         return torch.stack([F.cross_entropy(scores, targets, reduction="none") for scores in each])
-
-    def _bound(self, positive: Tensor) -> Tensor:
-        """The score above which a negative is taken for a second positive."""
-        bounds = [positive + self.margin] if self.margin is not None else []
-        bounds += [positive * self.factor] if self.factor is not None else []
-        return torch.stack(bounds).amin(0)
 
     # --- what the trainer and the model card ask -----------------------------------------------------------------
 
