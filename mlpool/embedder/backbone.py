@@ -91,6 +91,7 @@ class Backbone(InputModule):
         self.texts = self._text_tokenizer(tokenizer, include_prompt, include_bos)
         self.max_seq_length = self._limit() if max_seq_length is None else max_seq_length
         self.attn_implementation = backend_of(find_layers(model)[0].config)
+        self.untuned = False  # a language model as it was pretrained: where `build_pool` starts a default pool
         self.base_fingerprint: str | None = None  # of the base model, once there is an adapter on it
         self._arranged_for: tuple[torch.device, torch.dtype, str] | None = None
         self._one_at_a_time = _Lock()

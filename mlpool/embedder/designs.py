@@ -1,4 +1,4 @@
-"""The designs: which attention, which pool. 1 to 5 are the paper's (arXiv 2409.02727), three are controls."""
+"""The designs: which attention, which pool. 1 to 5 are the paper's (arXiv 2409.02727), four are controls."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ DESIGNS = {
         Design("multi-layer-bidirectional", 5, "bidirectional", MultiLayerPool, "mean"),
         Design("mean-causal", None, "causal", MeanPool, "mean"),
         Design("mean-bidirectional", None, "bidirectional", MeanPool, "mean"),
+        Design("multi-layer-causal-mean", None, "causal", MultiLayerPool, "mean"),
         Design("layer-weights-bidirectional", None, "bidirectional", LayerWeightsPool, "mean"),
     )
 }

@@ -146,8 +146,8 @@ def load(
         transformer, tokenizer, chosen.name, layers, max_seq_length, append_eos, include_prompt, include_bos, packing,
         sliding_window, pooler.get("skip_tokens", 0) if isinstance(pooler, Mapping) else 0, kept,
     )  # fmt: skip
-    untuned = modules is None and not is_encoder(*find_layers(backbone.model))
-    pool = build_pool(chosen, backbone.hidden_size, backbone.num_layers, pooler, layers, untuned)
+    backbone.untuned = modules is None and not is_encoder(*find_layers(backbone.model))
+    pool = build_pool(chosen, backbone.hidden_size, backbone.num_layers, pooler, layers, backbone.untuned)
     embedder = Embedder(
         modules=OrderedDict(  # type: ignore[arg-type]
             backbone=backbone, pooler=Pooler(pool)

@@ -41,6 +41,7 @@ class FitConfig:
         model: base model or saved embedder. options: of `mlpool.load`, but `pooler`. output_dir: a folder.
         candidates: pools by learning rates. seeds: each candidate is trained with each.
         data: of `load_pairs`, with "train". dev: JSONL files of sentence1, sentence2, score; the mean Spearman decides.
+        test: files alike, which decide nothing: their mean stands beside it in the table.
         loss: of `InfoNCE`. states: the folder of the kept states, None for one in output_dir.
         batch_size: pairs a step. max_steps, warmup_steps, weight_decay: of AdamW, the rate falling to 0.
     """
@@ -50,6 +51,7 @@ class FitConfig:
     candidates: list[Candidate]
     data: dict[str, Any]
     dev: list[str]
+    test: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     options: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
@@ -90,8 +92,9 @@ def read_fit_config(source: str | Path | Mapping[str, Any], overrides: Sequence[
     lacking = [name for name in ("model", "output_dir", "dev", "candidates") if not values.get(name)]
     if lacking or not values.get("data", {}).get("train"):
         raise ValueError(f"the config lacks {', '.join(lacking or ['data'])}; see configs/fit/smollm2.yaml")
-    dev, seeds, rate = values["dev"], values.get("seeds", 1), values.pop("learning_rate", None)
-    values["dev"] = [dev] if isinstance(dev, str) else dev
+    seeds, rate = values.get("seeds", 1), values.pop("learning_rate", None)
+    for name in ("dev", "test"):
+        values[name] = [values[name]] if isinstance(values.get(name), str) else values.get(name) or []
     values["seeds"] = list(range(seeds)) if isinstance(seeds, int) else seeds
     values["candidates"] = [c for given in values["candidates"] for c in _candidates(given, rate)]
     known = [dataclasses.asdict(candidate) for candidate in values["candidates"]]
@@ -139,7 +142,7 @@ def _keys() -> Any:
         | {
             "model": str, "output_dir": str, "states": str | None, "learning_rate": rates,
             "candidates": list[candidate], "data": schema.section("key in data", pairs), "dev": str | list[str],
-            "seeds": _COUNT | Annotated[list[_SEED], Field(min_length=1)],
+            "test": str | list[str] | None, "seeds": _COUNT | Annotated[list[_SEED], Field(min_length=1)],
             "loss": schema.section("key in loss", schema.arguments(InfoNCE, "model")) | None,
             "batch_size": Annotated[int, Field(ge=2)], "max_steps": _COUNT,
             "warmup_steps": Annotated[int, Field(ge=0)], "weight_decay": Annotated[float, Field(ge=0)],

@@ -39,6 +39,7 @@ from .states import ROOM, KeptStates, Text, disk_need, missing, plan_of, take_st
 from .trials import DevSet, Trial, try_pool
 
 RESULTS, TRIALS, TRIAL = "fit.json", "trials", "trial.json"
+_RULE = 2  # how a trial is trained; what was trained by another rule is another trial
 
 
 class Found:
@@ -59,19 +60,24 @@ class Found:
         self.seed = whole[self.best].index(max(whole[self.best]))
 
     def __str__(self) -> str:
-        return aligned(
-            ["pool", "learning rate", "dev, untrained", "dev", "ms a step", ""], map(self._line, self.trials), left=1
-        )
+        tested = any(trial.test is not None for found in self.trials.values() for trial in found)
+        heads = ["pool", "learning rate", "dev, untrained", "dev", *["test"] * tested, "ms a step", ""]
+        return aligned(heads, (self._line(candidate, tested) for candidate in self.trials), left=1)
 
-    def _line(self, candidate: Candidate) -> list[str]:
+    def _line(self, candidate: Candidate, tested: bool) -> list[str]:
         found = self.trials[candidate]
-        scores = [trial.dev for trial in found if trial.dev is not None]
-        spread = f" ± {stdev(scores):.4f}" if len(scores) > 1 else ""
         return [
             candidate.name, f"{candidate.learning_rate:g}", f"{mean(trial.start for trial in found):.4f}",
-            "diverged" if len(scores) < len(found) else f"{mean(scores):.4f}{spread}",
+            _spread([trial.dev for trial in found]), *[_spread([trial.test for trial in found])] * tested,
             f"{1e3 * mean(trial.seconds_a_step for trial in found):.0f}", "*" if candidate == self.best else "",
         ]  # fmt: skip
+
+
+def _spread(scores: Sequence[float | None]) -> str:
+    whole = [score for score in scores if score is not None]
+    if len(whole) < len(scores):
+        return "diverged"
+    return f"{mean(whole):.4f}" + (f" ± {stdev(whole):.4f}" if len(whole) > 1 else "")
 
 
 def fit(
@@ -95,9 +101,10 @@ def fit(
     check_folder_name(output)
     recover(output)
     pairs = load_pairs(config.data["train"], **config.pairs)
-    scored = [load_scored(path) for path in config.dev]
+    scored = [load_scored(path) for path in (*config.dev, *config.test)]
     embedder = load(config.model, **_with_skipped(config))
-    texts, table, dev = _index(embedder, pairs, scored)
+    texts, table, sets = _index(embedder, pairs, scored)
+    dev, test = sets[: len(config.dev)], sets[len(config.dev) :]
     folder = Path(config.states or output / "states")
     plan = plan_of(embedder, texts)
     print(_describe(config, embedder, table, plan, folder), flush=True)  # builds every pool: faults show here
@@ -105,7 +112,7 @@ def fit(
         check_room(folder, disk_need(plan, sum(rows for _, rows in missing(folder, plan))), ROOM)
         return None
     states = take_states(embedder, texts, folder)
-    trials = _Trials(config, embedder, states, table, dev, output / TRIALS)
+    trials = _Trials(config, embedder, states, table, dev, test, output / TRIALS)
     found = trials.run()
     print(found, flush=True)
     embedder[1].pool, seed = trials.pool(found.best, config.seeds[found.seed]), config.seeds[found.seed]
@@ -133,7 +140,7 @@ def _with_skipped(config: FitConfig) -> dict[str, Any]:
 
 
 def _index(embedder: Embedder, pairs: Any, scored: Sequence[Any]) -> tuple[list[Text], NDArray[np.int64], list[DevSet]]:
-    """Every text once, with its prompt; pairs [pairs, columns] and dev sets as rows of them."""
+    """Every text once, with its prompt; pairs [pairs, columns] and scored sets as rows of them."""
     rows: dict[Text, int] = {}
 
     def row(text: str, prompt: str) -> int:
@@ -142,7 +149,7 @@ def _index(embedder: Embedder, pairs: Any, scored: Sequence[Any]) -> tuple[list[
     prompts = column_prompts(embedder, pairs.column_names) or {}
     columns = [[row(text, prompts.get(name, "")) for text in pairs[name]] for name in pairs.column_names]
     plain = embedder.prompts.get(embedder.default_prompt_name or "") or ""  # as `encode` embeds them
-    dev = [
+    sets = [
         DevSet(
             np.array([row(a, plain) for a, _, _ in lines]),
             np.array([row(b, plain) for _, b, _ in lines]),
@@ -150,7 +157,7 @@ def _index(embedder: Embedder, pairs: Any, scored: Sequence[Any]) -> tuple[list[
         )
         for lines in scored
     ]
-    return list(rows), np.array(columns, np.int64).T, dev
+    return list(rows), np.array(columns, np.int64).T, sets
 
 
 def _build(embedder: Embedder, candidate: Candidate) -> Pool:
@@ -164,7 +171,9 @@ def _build(embedder: Embedder, candidate: Candidate) -> Pool:
             f"the candidate {candidate.name!r} is a {design.pool.__name__}, which has nothing to train or reads no "
             "layer_states; fit takes pools that read the rows of layers"
         )
-    pool = build_pool(design, backbone.hidden_size, backbone.num_layers, candidate.pooler, backbone.layers)
+    pool = build_pool(
+        design, backbone.hidden_size, backbone.num_layers, candidate.pooler, backbone.layers, backbone.untuned
+    )
     if (own := getattr(pool, "skip_tokens", 0)) != backbone.skip_tokens:
         raise ValueError(
             f"{candidate.name!r} has skip_tokens={own}, and the rows are taken with {backbone.skip_tokens}"
@@ -202,6 +211,7 @@ class _Trials:
     states: KeptStates
     pairs: NDArray[np.int64]
     dev: Sequence[DevSet]
+    test: Sequence[DevSet]
     folder: Path
 
     def run(self) -> Found:
@@ -223,8 +233,8 @@ class _Trials:
         torch.manual_seed(seed)
         pool = _build(self.embedder, candidate)
         trial = try_pool(
-            pool, self.states, self.pairs, self.dev, self.config, candidate.learning_rate, seed, self.embedder.device,
-            bar,
+            pool, self.states, self.pairs, self.dev, self.test, self.config, candidate.learning_rate, seed,
+            self.embedder.device, bar,
         )  # fmt: skip
         (place / TRIAL).unlink(missing_ok=True)
         pool.save_pretrained(place)
@@ -233,16 +243,17 @@ class _Trials:
 
     def _place(self, candidate: Candidate, seed: int) -> Path:
         c = self.config
+        backbone: Any = self.embedder[0]
         settings = [
-            candidate.pool, candidate.pooler, candidate.learning_rate, seed, c.batch_size, c.max_steps, c.warmup_steps,
-            c.weight_decay, c.loss, self.states.identity, self._data,
+            _RULE, backbone.untuned, candidate.pool, candidate.pooler, candidate.learning_rate, seed,
+            c.batch_size, c.max_steps, c.warmup_steps, c.weight_decay, c.loss, self.states.identity, self._data,
         ]  # fmt: skip
         return self.folder / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def _data(self) -> str:
         digest = hashlib.sha256(self.pairs.tobytes())
-        for first, second, scores in self.dev:
+        for first, second, scores in (*self.dev, *self.test):
             digest.update(first.tobytes() + second.tobytes() + json.dumps(list(scores)).encode())
         return digest.hexdigest()
 

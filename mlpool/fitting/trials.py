@@ -36,12 +36,18 @@ class DevSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """What a training gave: dev is the mean Spearman, None where it diverged; start is dev before the first step."""
+    """What a training gave.
+
+    Attributes:
+        dev, test: mean Spearman, None where it diverged or there is no such set. start: dev before the first step.
+        loss: of the last step.
+    """
 
     dev: float | None
     start: float
     seconds_a_step: float
-    loss: float | None  # of the last step
+    loss: float | None
+    test: float | None = None
 
 
 class PoolOnStates(nn.Module):
@@ -62,13 +68,14 @@ class PoolOnStates(nn.Module):
 
 
 def try_pool(
-    pool: Pool, states: KeptStates, pairs: NDArray[np.int64], dev: Sequence[DevSet], config: FitConfig, rate: float,
-    seed: int, device: torch.device, bar: Any,
+    pool: Pool, states: KeptStates, pairs: NDArray[np.int64], dev: Sequence[DevSet], test: Sequence[DevSet],
+    config: FitConfig, rate: float, seed: int, device: torch.device, bar: Any,
 ) -> Trial:  # fmt: skip
     """Train a pool, in place.
 
     Args:
-        pairs: [pairs, columns], rows of the states: anchor, positive, negatives. rate: the highest learning rate.
+        pairs: [pairs, columns], rows of the states: anchor, positive, negatives. rate: the highest learning rate;
+            the parts of a pool keep the proportion of their own.
         bar: of steps.
 
     Raises:
@@ -77,7 +84,7 @@ def try_pool(
     model = PoolOnStates(pool.to(device), states, device)
     start = dev_score(model.eval(), dev)
     loss = InfoNCE(model, **{"cached": False, "mini_batch_tokens": None, **config.loss})
-    optimizer = torch.optim.AdamW(pool.parameters(), lr=rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(pool.parameter_groups(rate), weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, config))
     model.train()
     began, value = time.perf_counter(), math.nan
@@ -95,7 +102,8 @@ def try_pool(
         schedule.step()
         bar.update()
     seconds = (time.perf_counter() - began) / config.max_steps
-    return Trial(dev_score(model.eval(), dev), start, seconds, value)
+    model.eval()
+    return Trial(dev_score(model, dev), start, seconds, value, dev_score(model, test) if test else None)
 
 
 def _share(step: int, config: FitConfig) -> float:

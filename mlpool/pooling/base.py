@@ -193,6 +193,14 @@ class Pool(nn.Module):
             save_file(tensors, new, metadata={"format": "pt"})
         write_json(directory / CONFIG_NAME, config)
 
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The parameters for an optimizer: `learning_rate` for most, the others' rates in proportion to their own."""
+        own = self.learning_rates or {"": learning_rate}
+        groups: dict[str, list[nn.Parameter]] = {part: [] for part in own}
+        for name, parameter in self.named_parameters():
+            groups[max((part for part in own if name.startswith(part)), key=len)].append(parameter)
+        return [{"params": made, "lr": learning_rate * own[part] / own[""]} for part, made in groups.items()]
+
     @classmethod
     def from_pretrained(cls, directory: str | Path, **changes: Any) -> Self:
         """Load what `save_pretrained` wrote; `changes` replace config entries (say backend="torch").

@@ -35,16 +35,17 @@ def words(generator: np.random.Generator) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """40 pairs that share words, and 60 scored pairs."""
+    """40 pairs that share words, and twice 60 scored pairs."""
     folder, generator = tmp_path_factory.mktemp("fit"), np.random.default_rng(0)
     with (folder / "pairs.jsonl").open("w") as file:
         for i in range(40):
             text = words(generator)
             file.write(json.dumps({"query": f"{text} {i}", "positive": f"{text[::-1]} {i}"}) + "\n")
-    with (folder / "dev.jsonl").open("w") as file:
-        for i in range(60):
-            row = {"sentence1": words(generator), "sentence2": words(generator), "score": i % 5}
-            file.write(json.dumps(row) + "\n")
+    for name in ("dev", "test"):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for i in range(60):
+                row = {"sentence1": words(generator), "sentence2": words(generator), "score": i % 5}
+                file.write(json.dumps(row) + "\n")
     return folder
 
 
@@ -54,6 +55,7 @@ def config_of(data: Path, output: Path, **changes) -> dict:
         "design": "multi-layer-bidirectional",
         "data": str(data / "pairs.jsonl"),
         "dev": str(data / "dev.jsonl"),
+        "test": [str(data / "test.jsonl")],
         "output_dir": str(output),
         "candidates": [
             {"name": "small", "pooler": SMALL, "learning_rate": [1e-3, 0.1]},
@@ -189,6 +191,7 @@ def test_the_best_is_by_mean_dev_and_a_diverged_one_is_not():
     })  # fmt: skip
     assert (found.best, found.seed) == (a, 1)
     assert "diverged" in str(found)
+    assert "test" not in str(found)
     with pytest.raises(ValueError, match="every candidate diverged"):
         Found({b: found.trials[b]})
 
@@ -206,6 +209,7 @@ def test_the_best_is_an_embedder_that_training_goes_on_from(whole, data, tmp_pat
     rows = json.loads((whole / "fit.json").read_text())
     assert len(rows) == 6
     assert len({row["dev"] for row in rows}) > 1
+    assert all(row["test"] not in (None, row["dev"]) for row in rows)  # other texts
     assert rows[0]["loss"] is not None
     model = mlpool.load(whole, device="cpu")
     assert model.encode("a text").shape == (D,)
@@ -237,12 +241,14 @@ def test_training_on_states_is_training_on_texts(whole, data):
     torch.manual_seed(0)
     pool = _build(model, chosen)
     with progress("fit", "step", 3) as bar:
-        try_pool(pool, states, table, dev, config, 1e-2, 0, torch.device("cpu"), bar)
+        assert pool.start == "all"  # as `load` starts it on a raw decoder
+        assert try_pool(pool, states, table, dev, [], config, 1e-2, 0, torch.device("cpu"), bar).test is None
     torch.manual_seed(0)
     model[1].pool = other = _build(model, chosen)
     model[0].requires_grad_(False)
     loss = InfoNCE(model)
-    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=config.weight_decay)
+    groups = [{"params": [p], "lr": 0.3 if name == "mix_weights" else 1e-2} for name, p in other.named_parameters()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)  # the pool's own proportion
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 1.0, 0.5][min(step, 2)])
     made = batches(table, 8, 0)
     for _ in range(3):
