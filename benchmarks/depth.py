@@ -7,8 +7,8 @@ The whole model and the cut ones are timed in turns, round by round, in one proc
 thread (OMP_NUM_THREADS=1) of the processor's time, otherwise of the wall clock's. Encoding:
 texts of squad_sentences through a pool of all kept layers. Training: a step of LoRA (rank 16), InfoNCE over pairs, the
 optimizer's step included. Read untrained: Spearman on the first --sts pairs of STS-B dev, STS16 test and SICK-R dev
-(draw them first: examples/small_data.py), mean of them, of layer k alone: its raw mean, each of its tokens at unit length first, and the mean of its tokens behind
-the base's final norm, which is what `mean-causal` reads of a cut model.
+(draw them first: examples/small_data.py), mean of them, of layer k alone: its raw mean, each of its tokens at unit
+length first, and the mean of its tokens behind the base's final norm, which is what `mean-causal` reads of a cut model.
 """
 
 from __future__ import annotations
