@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..show import some
 from ..taps import _MARK as _TAPS
+from ..trunk import family_name, no_cache
 from .families import PACKED_MARK, backend_of, family_of, window_of
 
 _LONG, _SHORT = 8, 5  # tokens of the two texts
@@ -102,9 +102,8 @@ class Probe:
         except AttentionCheckError:
             raise
         except Exception as error:
-            config: Any = self.trunk.config
             raise AttentionCheckError(
-                f"{getattr(config, 'model_type', '?')} on {backend_of(config)}: the forward of the self-test failed "
+                f"{family_name(self.trunk)} on {backend_of(self.trunk.config)}: the forward of the self-test failed "
                 f"behind layer {self.seen[-1] if self.seen else '-'}: {type(error).__name__}: {error}"
             ) from error
         finally:
@@ -142,9 +141,7 @@ class Probe:
             call = {"input_ids": ids, "attention_mask": mask}
             if self.give_positions:
                 call["position_ids"] = text_positions(mask)
-        if "use_cache" in inspect.signature(type(self.trunk).forward).parameters:
-            call["use_cache"] = False
-        return call, [place.to(device) for place in places]
+        return call | no_cache(self.trunk), [place.to(device) for place in places]
 
     def _before(self, index: int) -> Any:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -265,8 +262,7 @@ def require_weights(trunk: nn.Module) -> None:
 
 def _not_finite(trunk: nn.Module, index: int, dtype: torch.dtype) -> str:
     """What to say of a layer whose output is NaN or infinite: the weights that are."""
-    config: Any = trunk.config
-    family = getattr(config, "model_type", type(trunk).__name__)
+    family = family_name(trunk)
     wrong = [name for name, p in trunk.named_parameters() if not p.is_meta and not p.isfinite().all()]
     if wrong:
         return (
