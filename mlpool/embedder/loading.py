@@ -14,8 +14,9 @@ from ..options import check_place, near
 from ..pooling.base import check_choice
 from ..pooling.layers import select_layers
 from ..schema import check
-from ..taps import find_layers
-from .backbone import PACKING, Backbone, load_model
+from ..trunk import find_layers
+from .backbone import PACKING, Backbone
+from .base_model import load_model
 from .depth import resolve_depth
 from .designs import build_pool, find_design
 from .embedder import Embedder
@@ -148,14 +149,8 @@ def load(
     )  # fmt: skip
     untuned = modules is None and not is_encoder(*find_layers(backbone.model))
     pool = build_pool(chosen, backbone.hidden_size, backbone.num_layers, pooler, layers, untuned)
-    embedder = Embedder(
-        modules=OrderedDict(  # type: ignore[arg-type]
-            backbone=backbone, pooler=Pooler(pool)
-        ),
-        device=device,
-        prompts=dict(prompts or {}),
-        trust_remote_code=trust_remote_code,
-    )
+    made: Any = OrderedDict(backbone=backbone, pooler=Pooler(pool))
+    embedder = Embedder(modules=made, device=device, prompts=dict(prompts or {}), trust_remote_code=trust_remote_code)
     if Path(name).exists():
         embedder.base_name = Path(name).resolve().name
     else:
