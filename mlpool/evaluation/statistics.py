@@ -135,10 +135,8 @@ def randomise(differences: ArrayLike, permutations: int = 9999, seed: int | Sequ
     moved = d[np.round(d, DECIMALS) != 0]
     drawn = np.concatenate([signs @ moved for signs in _signs(len(moved), permutations, seed)])
     extreme = int((abs(drawn) >= abs(moved.sum()) - len(d) * 10.0**-DECIMALS).sum())  # equal but for rounding counts
-    p, least = (extreme + 1) / (permutations + 1), 1 / (permutations + 1)
-    return Randomisation(
-        float(d.mean()), p, min(p, max(least, min(1.0, 2.0 ** (1 - len(moved))))), len(d), permutations
-    )
+    p, least = (extreme + 1) / (permutations + 1), max(1 / (permutations + 1), min(1.0, 2.0 ** (1 - len(moved))))
+    return Randomisation(float(d.mean()), p, min(p, least), len(d), permutations)
 
 
 def spearman_differences(a: ArrayLike, b: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:
