@@ -19,7 +19,7 @@ from ..evaluation.encoder import Prompts, make_encoder, name_of
 from ..evaluation.evaluate import evaluate_once
 from ..files import check_room
 from ..show import progress
-from ..taps import find_layers
+from ..trunk import find_layers
 from .scores import LayerScores
 from .states import poolings_of, windows
 

@@ -25,7 +25,7 @@ from ..embedder.texts import TextTokenizer
 from ..files import new_place, write_json
 from ..pooling import EosPool, MeanPool
 from ..pooling.base import log_once
-from ..taps import find_layers
+from ..trunk import find_layers
 from .checked import agreement, check_mergeable, undisturbed
 
 _CLASSIC = "sentence_transformers.models."  # the names that serving tools look for; every version imports them

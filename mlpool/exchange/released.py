@@ -28,7 +28,7 @@ from ..embedder.embedder import Embedder
 from ..embedder.loading import load
 from ..pooling.base import Pool
 from ..pooling.checkpoints import RELEASED, read_tensors
-from ..taps import find_layers
+from ..trunk import find_layers
 
 logger = logging.getLogger("mlpool")
 
