@@ -185,11 +185,9 @@ def check_room(folder: Path, need: int, what: str) -> None:
 def check_folder_name(folder: Path) -> None:
     """Raises NotADirectoryError, FileNotFoundError where a folder to write to is a file, or a link to nothing."""
     check_link(folder)
-    for place in (folder, *folder.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise NotADirectoryError(f"{place} is a file; expected a folder to write to")
-            return
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file; expected a folder to write to")
 
 
 def _sweep(place: Path, stem: str) -> None:
@@ -229,8 +227,9 @@ def parse_json(source: str | bytes, place: str, advice: str = "") -> Any:
     try:
         return json.loads(source)
     except (ValueError, RecursionError) as error:
-        reason = json_fault(error)
-    raise ValueError(f"{place} is not valid JSON: {reason}" + (f"; {advice}" if advice else "")) from None
+        raise ValueError(
+            f"{place} is not valid JSON: {json_fault(error)}" + (f"; {advice}" if advice else "")
+        ) from None
 
 
 def json_fault(error: Exception) -> str:

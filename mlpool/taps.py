@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .pooling.base import check_token_pooling, gather_tokens
 from .pooling.tokens import Tokens, select_tokens
-from .trunk import ForwardPatch, argument_names, find_layers
+from .trunk import ForwardPatch, argument_names, find_layers, mixed
 
 _MARK = "_mlpool_taps"  # on the trunk: its Taps; on a tapped layer: (its Taps, its index)
 _NO_COPY = "a model cannot be copied or pickled while it is tapped; detach the taps first"
@@ -165,7 +165,7 @@ class Taps:
             layer.__dict__[_MARK] = (self, index)
             if not isinstance(layer, _TappedLayer):  # it is one when an earlier detach had to leave the class
                 cls: type = type(layer)
-                layer.__class__ = _tapped_class(cls)
+                layer.__class__ = mixed(_TappedLayer, cls)
 
     def _forget(self) -> None:
         self._tokens: Tokens | None = None  # of the forward that runs now
@@ -274,19 +274,6 @@ class _TappedLayer:
         if _MARK in self.__dict__:
             raise RuntimeError(_NO_COPY)
         return super().__reduce_ex__(protocol)
-
-
-@functools.cache
-def _tapped_class(cls: type) -> type:
-    # One subclass for all layers of a class, so that code compiled for one layer serves the others; and of the same
-    # name, since sharding and saving look layers up by it.
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    tapped = type(cls.__name__, (_TappedLayer, cls), names)
-    # transformers 5.23 wraps the forward of every new subclass, to checkpoint in the outermost wrapper: a recompute
-    # after detach would then find another one outermost than the forward did, and checkpoint within the checkpoint.
-    if "forward" in tapped.__dict__:
-        del tapped.forward  # type: ignore[attr-defined]
-    return tapped
 
 
 class _Tap(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -89,6 +90,22 @@ def text_config(module: nn.Module) -> Any:
 def family_name(trunk: nn.Module) -> str:
     """transformers' name of the family, or the class's where it has none."""
     return getattr(trunk.config, "model_type", type(trunk).__name__)
+
+
+@functools.cache
+def mixed(mixin: type, cls: type) -> Any:
+    """A subclass of `cls` with `mixin` before it.
+
+    One for all modules of a class, so that code compiled for one layer serves the others; and of the same name, since
+    sharding and saving look modules up by it.
+    """
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    made = type(cls.__name__, (mixin, cls), names)
+    # transformers 5.23 wraps the forward of every new subclass, to checkpoint in the outermost wrapper: a recompute
+    # after an undo would then find another one outermost than the forward did, and checkpoint within the checkpoint.
+    if "forward" in made.__dict__:
+        del made.forward  # type: ignore[attr-defined]
+    return made
 
 
 class ForwardPatch:

@@ -19,7 +19,6 @@ Qwen, Phi3, Gemma, OLMo2, Granite, GPT-NeoX, OPT, Falcon are bidirectional again
 from __future__ import annotations
 
 import inspect
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -111,9 +110,7 @@ class bidirectional:  # called like a function; an object so that `with` can und
     def __enter__(self) -> nn.Module:
         return self.model
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._owner:
             patch: _Patch | None = find_layers(self.model)[0].__dict__.get(_MARK)
             if patch is not None:  # else causal(model) was called inside
@@ -252,7 +249,6 @@ class _Forward(ForwardPatch):
 
 
 def _refuse(model: nn.Module, trunk: nn.Module) -> None:
-    """What cannot be patched, with the reason."""
     if refused := family_of(trunk.config).refused:
         raise ValueError(f"{family_name(trunk)} cannot be made bidirectional: {refused}")
     require_text_model(model, trunk)

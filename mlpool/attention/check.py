@@ -124,7 +124,6 @@ def measure(trunk: nn.Module, layers: nn.Module, give_positions: bool = False) -
 
 
 def _problems(report: AttentionReport, expect: str, ignored: Sequence[str] = ()) -> list[str]:
-    """What is wrong, as parts of a sentence."""
     problems, tolerance = [], AGREE[report.dtype]
     silent, verb = expect == "bidirectional", "does not answer" if expect == "bidirectional" else "answers"
     for batch in report.layers[0].answers:

@@ -13,7 +13,6 @@ calls `trunk.forward`. A call that is packed already goes through.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 import warnings
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..pooling.tokens import note_offsets, read_offsets, require, select_tokens
-from ..trunk import argument_names, family_name, find_layers, no_cache
+from ..trunk import argument_names, family_name, find_layers, mixed, no_cache
 from .families import PACKED, backend_of, require_text_model
 from .trial import compare, try_packed
 from .varlen import PackedCall, has_flash_attn, lengths_of, register, require_no_softcap, require_whole, running
@@ -80,7 +79,7 @@ def pack(model: nn.Module, padded_output: bool = True, check: bool = True) -> nn
     trunk.__dict__[_MARK] = packing
     if not isinstance(trunk, _PackedTrunk):  # it is one when an earlier unpack had to leave the class
         cls: type = type(trunk)
-        trunk.__class__ = _packed_class(cls)
+        trunk.__class__ = mixed(_PackedTrunk, cls)
     try:
         if expected is not None:
             compare(trunk, try_packed(trunk), expected, packing.backend)
@@ -292,22 +291,14 @@ class _PackedTrunk:
         return _rebuild, (type(self).__mro__[type(self).__mro__.index(_PackedTrunk) + 1],), self.__dict__
 
 
-@functools.cache
-def _packed_class(cls: type) -> type:
-    # of the same name, since saving and sharding look modules up by it
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (_PackedTrunk, cls), names)
-
-
 def _rebuild(cls: type) -> Any:
     """An empty packed trunk, for copies and pickles."""
     register()
-    packed: Any = _packed_class(cls)
+    packed: Any = mixed(_PackedTrunk, cls)
     return packed.__new__(packed)
 
 
 def _refuse(trunk: nn.Module) -> None:
-    """Models that cannot run packed, with the reason."""
     config: Any = trunk.config
     parameters = inspect.signature(type(trunk).forward).parameters
     reason = ""
@@ -318,9 +309,7 @@ def _refuse(trunk: nn.Module) -> None:
     elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         reason = f"{type(trunk).__name__}.forward takes no further arguments, so the offsets do not reach its attention"
     elif "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        reason = (
-            "some of its layers attend in chunks, which no packed kernel does (short texts alone would come through)"
-        )
+        reason = "some of its layers attend in chunks, as no packed kernel does (short texts alone would come through)"
     if reason:
         raise ValueError(f"{family_name(trunk)} cannot run packed: {reason}")
     if not (has_flash_attn() and torch.cuda.is_available()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -95,8 +96,8 @@ class Probe:
         try:
             for index, layer in enumerate(self.layers):
                 handles += [
-                    layer.register_forward_pre_hook(self._before(index), with_kwargs=True),
-                    layer.register_forward_hook(self._after(index)),
+                    layer.register_forward_pre_hook(functools.partial(self._before, index), with_kwargs=True),  # type: ignore[arg-type]
+                    layer.register_forward_hook(functools.partial(self._after, index)),  # type: ignore[arg-type]
                 ]
             self.trunk(**call)
         except AttentionCheckError:
@@ -143,20 +144,14 @@ class Probe:
                 call["position_ids"] = text_positions(mask)
         return call | no_cache(self.trunk), [place.to(device) for place in places]
 
-    def _before(self, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            changed = self._change(index, self._flat(index, hidden)).view_as(hidden)
-            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+    def _before(self, index: int, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        changed = self._change(index, self._flat(index, hidden)).view_as(hidden)
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
-        return hook
-
-    def _after(self, index: int) -> Any:
-        def hook(_: nn.Module, __: tuple, output: Any) -> None:
-            self._judge(index, self._flat(index, output[0] if isinstance(output, tuple) else output))
-            self.seen.append(index)
-
-        return hook
+    def _after(self, index: int, _: nn.Module, __: tuple, output: Any) -> None:
+        self._judge(index, self._flat(index, output[0] if isinstance(output, tuple) else output))
+        self.seen.append(index)
 
     def _flat(self, index: int, hidden: Tensor) -> Tensor:
         tokens = sum(map(len, self.rows)) if self.packed else len(self.rows) * max(map(len, self.rows))

@@ -48,8 +48,8 @@ def compare(trunk: nn.Module, got: list[Tensor], expected: list[Tensor], backend
     limit = _LIMITS[precision_of(got[0])]
     errors = [error_of(one, other, other) for one, other in zip(got, expected, strict=True)]
     if not all(error <= limit for error in errors):  # or NaN
+        listed = ", ".join(f"{error:.1e}" for error in errors)
         raise AttentionCheckError(
-            f"{family_name(trunk)} gives other hidden states packed than padded on "
-            f"{backend}: relative errors {', '.join(f'{error:.1e}' for error in errors)} (at most {limit:.0e} is "
-            "rounding); the model was left unpacked"
+            f"{family_name(trunk)} gives other hidden states packed than padded on {backend}: relative errors {listed} "
+            f"(at most {limit:.0e} is rounding); the model was left unpacked"
         )

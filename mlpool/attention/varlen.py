@@ -212,12 +212,10 @@ def choose_kernel(query: Tensor, value: Tensor, dropout: float, softcap: float |
 
 @functools.cache
 def has_flash_attn() -> bool:
-    """Whether flash-attn 2 can be imported."""
     return importlib.util.find_spec("flash_attn") is not None
 
 
 def require_no_softcap(softcap: float | None) -> None:
-    """Refuse soft-capping where no kernel has it."""
     if softcap:
         raise ValueError(
             f"this model soft-caps its attention (softcap={softcap}), which neither scaled_dot_product_attention nor "

@@ -206,7 +206,6 @@ class Backbone(InputModule):
 
     @property
     def packed(self) -> bool:
-        """Whether the model runs packed as it stands."""
         return is_packed(self.model)
 
     def _pack(self) -> None:

@@ -92,20 +92,10 @@ class Embedder(SentenceTransformer):
 
     @torch.inference_mode()
     def _inference(  # type: ignore[override]
-        self,
-        inputs: list[str],
-        *,
-        prompt: str | None,
-        batch_size: int,
-        show_progress_bar: bool,
-        output_value: str | None,
-        save_to_cpu: bool,
-        normalize_embeddings: bool,
-        truncate_dim: int | None,
-        device: Any = None,
-        token_budget: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        self, inputs: list[str], *, prompt: str | None, batch_size: int, show_progress_bar: bool,
+        output_value: str | None, save_to_cpu: bool, normalize_embeddings: bool, truncate_dim: int | None,
+        device: Any = None, token_budget: int | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """sentence-transformers' hook behind `encode`, here and in the workers of a multi-process pool."""
         if output_value != "sentence_embedding":
             return super()._inference(
@@ -210,9 +200,7 @@ class Embedder(SentenceTransformer):
         """
         model: Any = self[0].model
         if has_adapter(model) and Path(path).resolve() == Path(model.name_or_path).resolve():
-            raise ValueError(
-                f"{path} holds the base model of this adapter; save into another folder, or merge it first"
-            )
+            raise ValueError(f"{path} holds the base model of this adapter; save into another folder, or merge first")
         if not safe_serialization:
             raise ValueError("embedders are saved as safetensors only; leave out safe_serialization=False")
         if faults := broken_weights(self):
@@ -318,7 +306,6 @@ def _check_finite(embeddings: Tensor, model: SentenceTransformer) -> None:
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of a coordinate."""
     return (ours.double() - theirs.to(ours.device).double()).abs().max().item()
 
 

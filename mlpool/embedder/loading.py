@@ -112,10 +112,8 @@ def load(
             model_kwargs=kwargs, **hub,
         )  # fmt: skip
         loaded: Any = embedder[0]
-        if design is not None and find_design(design).name != loaded.design:
-            raise ValueError(
-                f"{name} was saved as {loaded.design}, not as {find_design(design).name}; leave design out"
-            )
+        if design is not None and (asked := find_design(design).name) != loaded.design:
+            raise ValueError(f"{name} was saved as {loaded.design}, not as {asked}; leave design out")
         if max_seq_length is not None:
             loaded.max_seq_length = max_seq_length
         if packing != "auto":
@@ -136,9 +134,8 @@ def load(
         if Path(name).is_dir():
             raise
         reason = str(error).partition("\n")[0]
-        raise FileNotFoundError(
-            f"{name} is no folder here{near(Path(name))} and no model on the Hub: {reason}"
-        ) from error
+        here = f"{name} is no folder here{near(Path(name))}"
+        raise FileNotFoundError(f"{here} and no model on the Hub: {reason}") from error
     count = len(find_layers(transformer)[1])
     if layers is not None and chosen.reads_all_layers:
         layers = select_layers(layers, count)  # counted in the whole model, also where the end of it is cut off

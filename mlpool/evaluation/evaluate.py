@@ -150,7 +150,7 @@ def _run(
 
 
 def _evaluate(encoder: Any, task: AbsTask, prompts: Prompts, store: Path | None) -> Score:
-    """Evaluate one task, or take the result that lies there for the same model, data and prompts."""
+    """Of one task, or the result that lies there for the same model, data and prompts."""
     meta, name, split = encoder.mteb_model_meta, task.metadata.name, ",".join(task.eval_splits)
     inputs = {
         "dataset_revision": task.metadata.revision,

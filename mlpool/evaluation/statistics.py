@@ -106,8 +106,8 @@ def smallest_holm(p_values: Sequence[float], smallest: Sequence[float]) -> list[
     return [holm([*p_values[:i], least, *p_values[i + 1 :]])[i] for i, least in enumerate(smallest)]
 
 
-def mean_interval(differences: ArrayLike, level: float = 0.95) -> tuple[float, float] | None:
-    """Student's t interval for the mean difference; None where there is no spread to judge by.
+def mean_interval(differences: ArrayLike) -> tuple[float, float] | None:
+    """Student's 95 % t interval for the mean difference; None where there is no spread to judge by.
 
     Tried beside percentile, BCa and studentised bootstraps (`benchmarks/calibration.py`): it alone is exact for normal
     differences at any n, and at most cautious (96.5 %) under heavy tails. It covers 93 to 94 % at skewness 1 and 89 to
@@ -116,7 +116,7 @@ def mean_interval(differences: ArrayLike, level: float = 0.95) -> tuple[float, f
     d = np.round(np.asarray(differences, dtype=np.float64), DECIMALS)
     if len(np.unique(d)) < 2:
         return None
-    low, high = stats.ttest_1samp(d, 0).confidence_interval(level)
+    low, high = stats.ttest_1samp(d, 0).confidence_interval()
     return float(low), float(high)
 
 

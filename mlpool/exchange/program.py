@@ -178,7 +178,6 @@ _PLAIN = {torch.ops.mlpool.gather.default: _plain_gather, torch.ops.mlpool.pool.
 
 
 def _extra_files(embedder: Embedder) -> dict[str, str]:
-    """The settings and the tokenizer's files, as text."""
     from ..version import __version__
 
     backbone: Any = embedder[0]

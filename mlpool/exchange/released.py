@@ -160,7 +160,6 @@ def _check_pool(pool: Pool, hidden_size: int, num_layers: int, path: Path) -> No
 
 
 def _add_adapter(model: nn.Module, config: Any, tensors: dict[str, Tensor], base: str, folder: Path) -> None:
-    """Put the adapter on the bare model, every tensor in its place."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     trained_on = config.base_model_name_or_path

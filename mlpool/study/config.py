@@ -237,7 +237,6 @@ def use_made_data(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def slug(text: str) -> str:
-    """A name for a folder."""
     return re.sub(r"[^A-Za-z0-9.=+-]+", "-", text).strip("-").lstrip(".")
 
 

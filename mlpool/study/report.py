@@ -74,7 +74,6 @@ def gather(study: Study, recipes: dict[str, dict[str, Any]], matched: Sequence[s
 
 
 def summary(found: Found) -> str:
-    """The tables of scores and costs in Markdown."""
     return "\n\n".join([headline(found), markdown(score_table(found)), markdown(cost_table(found))]) + "\n"
 
 
