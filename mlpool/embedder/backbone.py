@@ -45,17 +45,10 @@ class Backbone(InputModule):
     """A decoder or encoder with its tokenizer, as one design needs it. Input module of a SentenceTransformer.
 
     Args:
-        model: a bare transformers model (AutoModel); made causal or bidirectional here.
-        tokenizer: of that model.
-        design: a name of `mlpool.embedder.designs.DESIGNS`.
-        layers: the layers to tap, for designs that read all; None for all.
-        max_seq_length: tokens, BOS and EOS counted; None for the model's own limit.
-        append_eos, include_prompt, include_bos: see `TextTokenizer`.
-        packing: run without padding. "auto" where it is at least as fast (a CPU; a GPU in half precision) and the model
-            can; "always" or an error; "never".
-        sliding_window: of bidirectional designs, see `mlpool.bidirectional`.
+        model: a bare transformers model (AutoModel); made causal or bidirectional here. tokenizer: of that model.
+        layers: to tap, for designs that read all; None for all. depth: how many are kept, None for the whole model.
         skip_tokens: first tokens of a text that are left out of the mean of each layer, as the pool is told too.
-        depth: how many layers are kept, see depth.py; None for the whole model.
+        The others are as of `mlpool.load`.
 
     Raises:
         ValueError: a causal design on an encoder, and what `bidirectional`, `TextTokenizer`, `find_layers` raise.

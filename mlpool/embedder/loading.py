@@ -71,7 +71,8 @@ def load(
         max_seq_length: tokens, EOS counted. None: what was saved, or the model's own limit.
         prompts: texts put before queries, documents or others, e.g. {"query": "Instruct: ...\\nQuery: "}; stored.
         append_eos: append EOS where the tokenizer does not. include_prompt, include_bos: whether they are pooled.
-        packing: "auto", "always" or "never"; see `Backbone`. Of a saved embedder "auto" is what was saved.
+        packing: run without padding. "auto" where it is at least as fast (a CPU; a GPU in half precision) and the model
+            can; "always" or an error; "never". Of a saved embedder "auto" is what was saved.
         sliding_window: see `mlpool.bidirectional`.
         base: the base model of a saved adapter, where it is no longer at the place it was trained from.
         device, dtype, attn_implementation, model_kwargs: as of `AutoModel.from_pretrained`; dtype "auto" is the saved.

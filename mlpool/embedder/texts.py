@@ -79,8 +79,7 @@ class TextTokenizer:
 
     Args:
         tokenizer: left as it is, but for a pad token where it has none (its EOS or UNK; no vocabulary is resized).
-        append_eos: append EOS where the tokenizer puts nothing behind a text.
-        include_prompt, include_bos: whether those tokens are pooled, or only read by the model.
+        append_eos, include_prompt, include_bos: as of `mlpool.load`.
         vocabulary: the number of the model's token embeddings, where known.
 
     Raises:
