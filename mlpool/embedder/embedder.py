@@ -207,7 +207,7 @@ class Embedder(SentenceTransformer):
             raise RuntimeError(f"not saved: {'; '.join(faults[:5])}; what was in {path} stays")
         from ..version import __version__
 
-        with self._undisturbed(), staged(path) as stage:
+        with self.undisturbed(), staged(path) as stage:
             super().save(str(stage), model_name, create_model_card, train_datasets)
             write_manifest(stage, version=__version__, design=getattr(self[0], "design", None))
             if verify:
@@ -227,8 +227,8 @@ class Embedder(SentenceTransformer):
             write_text(card, text)
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Mode, random state and counts stay, though the model card and the comparison embed texts."""
+    def undisturbed(self) -> Iterator[None]:
+        """Mode, random state and counts are afterwards as before, though a model card and a comparison embed texts."""
         training = [module for module in self.modules() if module.training]
         backbone: Any = self[0]
         cut = backbone.truncated
