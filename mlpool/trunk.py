@@ -73,7 +73,12 @@ def _inside(name: str, other: str) -> bool:
 
 def argument_names(module: nn.Module) -> list[str]:
     """Of the class's forward: a patched instance may not tell."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+    return _names(type(module).forward)
+
+
+@functools.cache  # they are asked for in every forward
+def _names(forward: Any) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def no_cache(trunk: nn.Module) -> dict[str, bool]:
