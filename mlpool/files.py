@@ -127,15 +127,10 @@ def replacing(path: str | Path, aside: str | Path | None = None) -> Iterator[Pat
         new.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """`content` as the whole file; see `replacing`."""
-    with replacing(path) as new:
-        new.write_bytes(content)
-
-
 def write_text(path: str | Path, text: str) -> None:
     """`text` in UTF-8, its line ends as they are; see `replacing`."""
-    write_bytes(path, text.encode())
+    with replacing(path) as new:
+        new.write_bytes(text.encode())
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
