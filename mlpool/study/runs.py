@@ -120,10 +120,10 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
         config = {**run.train, "seed": run.seed, "output_dir": str(place)}
         embedder = train(config, resume=True)
         steps = {**_history(place, time.perf_counter() - began), "resumed": resumed}
-    parameters = count_parameters(embedder)
+    device, parameters = embedder.device, count_parameters(embedder)
     training_memory = _memory()
     began = time.perf_counter()
-    with torch.autocast(embedder.device.type, torch.bfloat16, enabled=run.bf16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
         with encode_once(embedder) as work:
             evaluate_local(
                 embedder, run.data_dir, run.tasks, folder / "evaluation", label=run.label, split=run.split,
@@ -135,7 +135,8 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
         **steps, "parameters": parameters, "evaluate_seconds": round(evaluated, 2),
         "texts": work["texts"], "texts_per_second": round(work["texts"] / max(work["seconds"], 1e-9), 1),
         "memory": {"start": start, "training": training_memory, "evaluation": peak}, "profile": profile,
-        "device": _device(embedder.device), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
@@ -239,12 +240,6 @@ def _memory() -> dict[str, int | None]:
         peak = None
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     return {"resident": peak, "cuda": cuda}
-
-
-def _device(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 # --- many runs --------------------------------------------------------------------------------------------------------
