@@ -26,7 +26,7 @@ from ..embedder.embedder import _PROBES, Embedder
 from ..embedder.pooler import Pooler
 from ..embedder.texts import TextTokenizer
 from ..pooling.trainable import TrainablePool
-from .checked import agreement, check_mergeable, undisturbed
+from .checked import agreement, check_mergeable
 
 _TRACED = ("eager", "sdpa")
 _CONFIG, _TOKENIZER = "embedder.json", "tokenizer/"
@@ -70,7 +70,7 @@ def export_program(embedder: Embedder, path: str | Path) -> float:
     path.parent.mkdir(parents=True, exist_ok=True)
     stage = path.with_name(f".{path.stem}.saving-{os.getpid()}.pt2")
     try:
-        with undisturbed(embedder):
+        with embedder.undisturbed():
             torch.export.save(_trace(embedder), stage, extra_files=_extra_files(embedder))
             error = _verify_program(embedder, load_exported(stage))
         stage.rename(path)
@@ -178,7 +178,6 @@ _PLAIN = {torch.ops.mlpool.gather.default: _plain_gather, torch.ops.mlpool.pool.
 
 
 def _extra_files(embedder: Embedder) -> dict[str, str]:
-    """The settings and the tokenizer's files, as text."""
     from ..version import __version__
 
     backbone: Any = embedder[0]
