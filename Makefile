@@ -40,7 +40,7 @@ lint: $(VENV)/.dev
 
 define SUITE
 MLPOOL_LOAD_TRITON=1 $(PYTEST) tests/kernels/test_binaries.py tests/kernels/test_cuda_dry.py
-TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py
+TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py tests/kernels/test_interpreter_steps.py
 $(PYTEST) --dist loadfile tests  # files share models: a worker takes a file whole
 endef
 

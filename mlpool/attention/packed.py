@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pooling.tokens import note_offsets, read_offsets, require, select_tokens
+from ..pooling.tokens import held, note_offsets, read_offsets, require, select_tokens
 from ..trunk import argument_names, family_name, find_layers, mixed, no_cache
 from .families import PACKED, backend_of, require_text_model
 from .trial import compare, try_packed
@@ -199,7 +199,7 @@ class Packing:
         # kept tokens are one run if the first of them is where the last one and their number say
         assert tokens.keep is not None
         first = tokens.starts + tokens.keep.view(shape).int().argmax(1)
-        fine = torch.stack([check.fine for check in tokens.checks]).all().to(counts)
+        fine = held(tokens.checks).to(counts)
         values = torch.cat([counts, first - starts, fine[None]]).tolist()  # the one wait for the device
         lengths, gaps = values[: shape[0]], values[shape[0] : -1]
         if not values[-1]:
