@@ -77,13 +77,17 @@ def keep_tokens(backbone: Backbone, columns: Sequence[Column], prompt: str, fold
     """
     digests, longest = _digests(columns, backbone, prompt)
     texts, first = np.unique(digests, return_index=True)
-    plan = _plan(backbone, texts, prompt)
+    order = np.argsort(first)
+    # In their order, so that of one key all is the same to the last bit, and runs may make it side by side.
+    plan = _plan(backbone, texts[order], prompt)
     place = Path(folder) / hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:32]
     if not _is_whole(place):
         check_room(place, 4 * longest + len(texts) * _ROW.itemsize, (
             "token ids of the training texts, at most; free some, or name a folder on a larger disk (data.cache_dir)"
         ))  # fmt: skip
-        _make(backbone, columns, prompt, place, texts, first)
+        index = np.zeros(len(texts), _ROW)
+        index["text"] = texts
+        _make(backbone, columns, prompt, place, index, order, first)
         write_json(place / _PLAN, {**plan, "sha256": {name: sha256(place / name) for name in (_IDS, _INDEX)}})
     return KeptTokens(place)
 
@@ -117,19 +121,17 @@ def _plan(backbone: Backbone, texts: NDArray[np.bytes_], prompt: str) -> dict[st
 
 
 def _make(
-    backbone: Backbone, columns: Sequence[Column], prompt: str, place: Path, texts: NDArray[np.bytes_],
-    first: NDArray[np.int64],
+    backbone: Backbone, columns: Sequence[Column], prompt: str, place: Path, index: NDArray[Any],
+    order: NDArray[np.int64], first: NDArray[np.int64],
 ) -> None:  # fmt: skip
-    """Write the tokens of each text where it is `first` met, and the index."""
-    index = np.zeros(len(texts), _ROW)
-    index["text"] = texts
-    order = np.argsort(first)
+    """Write the tokens of each text of the index where it is `first` met, in that order, and the index itself."""
+    met = first[order]
     seen = written = done = 0
     with replacing(place / _IDS) as new, new.open("wb") as file:
         for batch in _batches(columns, "tokenizing"):
-            stop = done + int(np.searchsorted(first[order[done:]], seen + len(batch)))
+            stop = int(np.searchsorted(met, seen + len(batch)))
             here = order[done:stop]
-            tokens = backbone.token_ids([batch[i] for i in first[here] - seen], prompt or None)
+            tokens = backbone.token_ids([batch[i] for i in met[done:stop] - seen], prompt or None)
             lengths = np.array(tokens.lengths, np.int64)
             index["start"][here] = written + lengths.cumsum() - lengths
             index["tokens"][here], index["uncut"][here] = lengths, tokens.uncut

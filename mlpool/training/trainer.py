@@ -41,13 +41,13 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         self._losses: list[torch.Tensor] = []  # of the batches of this step
         self._logged = TokenCounts()
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         # transformers ends only after a step: one too many where a run goes on from its last.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        self._set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
-        super()._run_epoch(*args, **kwargs)
+        self._set_epoch(train_dataloader, epoch)
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _set_epoch(self, loader: Any, epoch: int) -> None:
         """Tell the sampler beneath whatever wraps it which epoch it is, so that the order is of seed and epoch alone.
