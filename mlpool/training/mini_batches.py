@@ -217,5 +217,5 @@ def text_keys(columns: list[Features]) -> Tensor:
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether the model computes no padding: a `Backbone` that is packed."""
+    """Whether the model computes no padding and takes packed texts: a `Backbone` that is packed."""
     return any(getattr(module, "packed", False) is True for module in model.modules())

@@ -124,20 +124,21 @@ def test_two_processes_share_the_order_of_one_and_resume_in_it(place, one_source
     assert [entry["computed_per_token"] for entry in history] == [1.0] * len(history)
 
 
-@pytest.mark.parametrize("sampler", ["no_duplicates", "batch_sampler"])
-def test_mixed_batches_resume_in_a_later_epoch(place, sampler):
+def test_mixed_batches_resume_in_a_later_epoch(place):
+    """Of a sampler whose order is its generator's, which a resumed run begins anew."""
+
     def config(name: str) -> dict:
         data = sources_of(place, num_negatives=0, temperature=2.0)
         return config_of(
-            place, place / f"{sampler}-{name}", data=data, batch_sampler=sampler, packing="never", max_steps=STEPS,
-            save_steps=SAVED,
+            place, place / f"mixed-{name}", data=data, batch_sampler="batch_sampler", packing="never",
+            max_steps=STEPS, save_steps=SAVED,
         )  # fmt: skip
 
     undisturbed = run(config("whole"))
     mixed = [sum(text[:2] == [9, 10] for text in texts) for _, texts in undisturbed]
     assert all(0 < n < 8 for n in mixed)
-    shutil.copytree(place / f"{sampler}-whole/checkpoint-8", place / f"{sampler}-again/checkpoint-8")
+    shutil.copytree(place / "mixed-whole/checkpoint-8", place / "mixed-again/checkpoint-8")
     assert run(config("again")) == undisturbed[SAVED:]
-    same_weights(place / f"{sampler}-again", place / f"{sampler}-whole")
-    history = json.loads((place / f"{sampler}-whole/trainer_state.json").read_text())["log_history"]
+    same_weights(place / "mixed-again", place / "mixed-whole")
+    history = json.loads((place / "mixed-whole/trainer_state.json").read_text())["log_history"]
     assert all(entry["computed_per_token"] > 1 for entry in history)
