@@ -152,14 +152,14 @@ def probe(run: Run) -> dict[str, Any]:
     import torch
 
     from ..training.config import read_config
-    from ..training.data import load_pairs
     from ..training.losses import InfoNCE
-    from ..training.steps import count_steps
+    from ..training.mixture import load_mixture
     from ..training.train import training_arguments
 
     config = read_config({**run.train, "output_dir": "unused"})
-    pairs = load_pairs(config.data["train"], **config.pairs)
-    steps = count_steps(pairs, training_arguments(config), 1)
+    mixture = load_mixture(config.data)
+    steps = mixture.count_steps(training_arguments(config), 1)
+    pairs = max((source.pairs for source in mixture.sources), key=len)
     began = time.perf_counter()
     embedder = untrained(run.train)
     started = time.perf_counter() - began

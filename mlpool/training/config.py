@@ -17,6 +17,7 @@ from ..embedder.adapters import add_lora
 from ..embedder.loading import load
 from .data import load_pairs
 from .losses import InfoNCE
+from .mixture import Batches, Temperature, read_sources
 
 # What `mlpool train` decides otherwise than transformers; a config may say it all the same.
 DEFAULTS: dict[str, Any] = {
@@ -37,7 +38,8 @@ class TrainConfig:
 
     Attributes:
         model: base model or saved embedder. options: of `mlpool.load`. lora: of `add_lora`, or None for all weights.
-        data: of `load_pairs`, with "train" and maybe "eval" sources. loss: of `InfoNCE`.
+        data: of `load_mixture`: "train" and maybe "eval", how sources are mixed, options of `load_pairs`. loss: of
+            `InfoNCE`.
         pooler_learning_rate: of the pool, whose own rates (`Pool.learning_rates`) keep their proportion. None for its
             own, or that of the rest where it has none; not used where there is no pool to train.
         dev: a JSONL file of sentence1, sentence2, score, evaluated with eval_strategy (Spearman, "dev_...").
@@ -59,11 +61,6 @@ class TrainConfig:
         # An empty `lora` is LoRA as it is by default; without the key all weights are trained.
         nested = {name: value for name, value in ours.items() if value is not None and (value != {} or name == "lora")}
         return {**nested, **self.options, **self.arguments}
-
-    @property
-    def pairs(self) -> dict[str, Any]:
-        """The options of `load_pairs`."""
-        return {name: value for name, value in self.data.items() if name not in ("train", "eval")}
 
 
 def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -95,7 +92,11 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(values)
     if "data" in values and type(values["data"]) is not dict:
         values["data"] = {"train": values["data"]}
-    return schema.check(_keys(), values)  # type: ignore[no-any-return]
+    fitting: dict[str, Any] = schema.check(_keys(), values)
+    for which in ("train", "eval"):
+        if which in fitting.get("data", {}):
+            read_sources(fitting["data"][which], which)
+    return fitting
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------
@@ -154,7 +155,9 @@ def _keys() -> Any:
     hints = get_type_hints(SentenceTransformerTrainingArguments)
     source = Annotated[Any, AfterValidator(_source)]
     pairs = {**schema.arguments(load_pairs, "source", "split"), "train": source, "eval": source}
+    pairs |= {"temperature": Temperature, "batches": Batches}
     keys = {f.name: hints[f.name] for f in dataclasses.fields(SentenceTransformerTrainingArguments)}
+    del keys["multi_dataset_batch_sampler"]  # `data` says it
     keys |= _options() | {
         "model": str,
         "lora": Annotated[bool, Strict()]

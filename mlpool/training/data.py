@@ -11,7 +11,7 @@ import random
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def load_pairs(
             staged, sum(s.written for s in sources), number, np.random.default_rng(seed), _folder(cache_dir)
         )
     if any(s.weight != 1 for s in sources):
-        result = result.select(_weighted(sources, seed))
+        result = result.select(repeated([s.written for s in sources], [s.weight for s in sources], seed))
     if same := sum(s.same for s in sources):
         notes.append(f"{count(same, 'pair')} with one text as anchor and positive")
     summary = f"{count(len(result), 'pair')} with {count(number, 'negative')}"
@@ -125,12 +125,16 @@ def load_pairs(
     return result
 
 
-def describe(dataset: datasets.Dataset, tokenizer: Any = None, max_length: int | None = None) -> str:
+def describe(
+    dataset: datasets.Dataset,
+    lengths: Callable[[str, Sequence[str]], Sequence[int]] | None = None,
+    max_length: int | None = None,
+) -> str:
     """A table of the columns: rows, duplicates, and words (mean, 95 %, most).
 
     Args:
         dataset: of `load_pairs`.
-        tokenizer: of the embedder; then also tokens, prompts not counted.
+        lengths: of a column's texts in tokens, before they are cut; then also tokens.
         max_length: tokens the embedder keeps; then also how many texts are truncated.
 
     Duplicates are rows whose text stood in the column before: of anchors, that many pairs cannot share a batch with
@@ -138,22 +142,22 @@ def describe(dataset: datasets.Dataset, tokenizer: Any = None, max_length: int |
     """
     words = ["mean", "95 %", "most"]
     head = ["column", "rows", "duplicates", *(f"words {w}" for w in words)]
-    if tokenizer is not None:
+    if lengths is not None:
         head += [f"tokens {w}" for w in words] + (["truncated"] if max_length else [])
     table = [head]
     with _progress("describing", "texts", dataset.num_columns * len(dataset)) as bar:
         for name in dataset.column_names:
-            hashes, lengths, tokens = array("q"), array("q"), array("q")  # 8 bytes a text, whatever its length
+            hashes, words_of, tokens = array("q"), array("q"), array("q")  # 8 bytes a text, whatever its length
             for batch in dataset.select_columns(name).with_format(None).iter(BATCH):
                 texts = batch[name]
                 hashes.extend(map(hash, texts))
-                lengths.extend(len(t.split()) for t in texts)
-                if tokenizer is not None:
-                    tokens.extend(map(len, tokenizer(texts, truncation=False, verbose=False)["input_ids"]))
+                words_of.extend(len(t.split()) for t in texts)
+                if lengths is not None:
+                    tokens.extend(lengths(name, texts))
                 bar.update(len(texts))
             repeated = len(hashes) - len(np.unique(hashes))
-            row = [name, f"{len(hashes):,}", f"{repeated:,}", *_spread(lengths)]
-            if tokenizer is not None:
+            row = [name, f"{len(hashes):,}", f"{repeated:,}", *_spread(words_of)]
+            if lengths is not None:
                 row += _spread(tokens)
                 row += [f"{sum(n > max_length for n in tokens):,}"] if max_length else []
             table.append(row)
@@ -268,13 +272,13 @@ def _choose(lengths: np.ndarray, number: int, generator: np.random.Generator) ->
     return np.sort(shuffled[starts[:, None] + np.arange(number)], axis=1)
 
 
-def _weighted(sources: Sequence[Source], seed: int) -> np.ndarray:
-    """The rows of each source as often as its weight says: all of them whole times, then a random part in order."""
+def repeated(sizes: Sequence[int], times: Sequence[float], seed: int) -> np.ndarray:
+    """Rows of sources laid end to end, each source's as often as `times` says: whole times, then a random part."""
     generator = np.random.default_rng(seed)
     rows, start = [], 0
-    for s in sources:
-        times, rest = divmod(max(1, round(s.weight * s.written)), s.written)
-        part = np.sort(generator.choice(s.written, rest, replace=False))
-        rows += [start + np.tile(np.arange(s.written), times), start + part]
-        start += s.written
+    for size, often in zip(sizes, times, strict=True):
+        whole, rest = divmod(max(1, round(often * size)), size)
+        part = np.sort(generator.choice(size, rest, replace=False))
+        rows += [start + np.tile(np.arange(size), whole), start + part]
+        start += size
     return np.concatenate(rows)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..pooling.base import check_choice, check_positive, log_once
 from .memory import how_many, saved_bytes
-from .mini_batches import Features, check_columns, embed_mini_batch, group, is_packed, split, text_keys
+from .mini_batches import Features, TokenCounts, check_columns, embed_mini_batch, group, is_packed, split, text_keys
 from .processes import (
     agree,
     check_cacheable,
@@ -57,10 +57,11 @@ class InfoNCE(nn.Module):
             those of as many mini-batches as memory allows, the longest first, and embeds the others twice: none, where
             all fit. What a token costs is measured on the first mini-batch, which is kept; memory is the GPU's, or
             what the system says is available. All with the same numbers.
-        mini_batch_tokens: tokens per mini-batch, padding included. Texts of all columns are sorted by length together
-            and each mini-batch is trimmed to its own longest; a text longer than this has a mini-batch to itself.
-            None (with cached=False): no limit. A model that runs padded gets B texts at most: as many forwards as
-            columns, and never more padding than if each column were padded by itself.
+        mini_batch_tokens: tokens per mini-batch, those that are computed: of text alone where the model runs packed,
+            else padding included. Texts of all columns are sorted by length together, and each mini-batch is packed, or
+            trimmed to its own longest; a text longer than this has a mini-batch to itself. None (with cached=False): no
+            limit. A model that runs padded gets B texts at most: as many forwards as columns, and never more padding
+            than if each column were padded by itself.
         false_negatives: which negatives to leave out of the softmax.
             "none": none.
             "duplicates": the same token ids as the positive or as the anchor (prompts belong to the text), and the
@@ -118,6 +119,7 @@ class InfoNCE(nn.Module):
         self.symmetric, self.cached, self.mini_batch_tokens = symmetric, cached, mini_batch_tokens
         self.false_negatives, self.margin, self.factor = false_negatives, margin, factor
         self.matryoshka_dims, self.matryoshka_weights = _read_matryoshka(matryoshka_dims, matryoshka_weights)
+        self.counts = TokenCounts()
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """The loss of this process's anchors.
@@ -142,9 +144,10 @@ class InfoNCE(nn.Module):
     def _embed(self, columns: list[Features]) -> Tensor:
         """All texts, column after column: [columns · B, D]."""
         sharded = is_sharded(self.model)
+        packed = is_packed(self.model)
         # Unpacked, a short query in a mini-batch of long positives costs as much as they do.
-        most = len(columns[0]["attention_mask"]) * (len(columns) if is_packed(self.model) else 1)
-        batches = split(group(columns), self.mini_batch_tokens, most, agree if sharded else None)
+        most = len(columns[0]["attention_mask"]) * (len(columns) if packed else 1)
+        batches = split(group(columns), self.mini_batch_tokens, most, agree if sharded else None, packed)
         again = without_wrapper(self.model)
         keep = len(batches)
         if self.cached and torch.is_grad_enabled():
@@ -153,12 +156,11 @@ class InfoNCE(nn.Module):
         parts: list[Tensor] = []
         for i, (texts_of, texts) in enumerate(batches):
             first = [self.model] if i == 0 else []
-            width = texts_of.width(texts)
-            embed = partial(embed_mini_batch, first, again, texts_of.settings, texts_of.left, width, texts)
+            embed = partial(embed_mini_batch, first, again, texts_of, texts, packed)
             if i == 0 and keep == 1 < len(batches):
                 with saved_bytes(self.model) as saved:
                     parts.append(embed(texts_of.tensors))
-                keep = how_many(saved(), [len(t) * g.width(t) for g, t in batches], self.model, parts[0].device)
+                keep = how_many(saved(), [g.computed(t, packed) for g, t in batches], self.model, parts[0].device)
                 # A forward is a collective there: everyone embeds the same mini-batches twice.
                 keep = -agree(-keep, parts[0].device) if sharded else keep
             elif i < keep:
@@ -167,6 +169,9 @@ class InfoNCE(nn.Module):
                 # Under FSDP2 to the end, not to the last tensor needed: layers have work to do after their forward.
                 with set_checkpoint_early_stop(not sharded):
                     parts.append(checkpoint(embed, texts_of.tensors, use_reentrant=False))
+        if torch.is_grad_enabled():
+            # Asked again: a model on a GPU packs itself in its first forward under autocast.
+            self.counts.add(batches, is_packed(self.model))
         order = [g.places[text] for g, texts in batches for text in texts]
         embeddings = torch.cat(parts)
         return embeddings[torch.tensor(order).argsort().to(embeddings.device)]
