@@ -33,12 +33,13 @@ def text_key(text: str) -> int:
 
 
 class TextStore:
-    """One of `SIDES` in a folder. In memory are 8 bytes a text, and while it is filled 40 bytes a text given."""
+    """One of `SIDES` in a folder. In memory are 16 bytes a text, and while it is filled 40 bytes a text given."""
 
     def __init__(self, folder: Path, side: str) -> None:
         self.path, self.shards = folder / f"{side}.jsonl", folder / side
         self._starts: np.ndarray | None = None
         self._file: IO[bytes] | None = None
+        self._keys: np.ndarray | None = None
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ class TextStore:
                 )
             with replacing(self.path) as new, new.open("wb") as file:
                 file.writelines(_lines(texts, first))
-        self._starts = self._file = None
+        self._starts = self._file = self._keys = None
         return numbers[inverse]
 
     def embed(self, model: Any, prompt: str | None, **options: Any) -> None:
@@ -105,8 +106,9 @@ class TextStore:
 
     def find(self, texts: Iterable[str]) -> np.ndarray:
         """[N] int64: the number of each text; -1 where it is not here."""
-        keys = np.fromiter(map(text_key, self), np.int64)
-        order = np.argsort(keys)
+        if self._keys is None:
+            self._keys = np.fromiter(map(text_key, self), np.int64)
+        keys, order = self._keys, np.argsort(self._keys)
         wanted = np.fromiter(map(text_key, texts), np.int64)
         at = order[np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)]
         return np.where(keys[at] == wanted, at, -1)

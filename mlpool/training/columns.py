@@ -148,6 +148,11 @@ def texts_of(value: Any, column: str) -> list[str]:
     raise BadRow("not text", f"{column} is {type(value).__name__} {shorten(value, 40)}, expected text")
 
 
+def text_columns(names: Sequence[str]) -> list[str]:
+    """Of the columns of loaded pairs those of texts; the others are a teacher's (`training/teacher.py`)."""
+    return [name for name in names if name not in ("scores", "label")]
+
+
 def count(number: int, what: str) -> str:
     """1 row, 1,000 rows."""
     return f"{number:,} {what}{'s' * (number != 1)}"

@@ -12,7 +12,7 @@ import torch
 from sentence_transformers.base.sampler import BatchSamplers, NoDuplicatesBatchSampler
 
 from ..corpus.rows import BATCH
-from .columns import count
+from .columns import count, text_columns
 
 _WITHOUT_DUPLICATES = (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED)
 
@@ -72,7 +72,7 @@ def _epochs(pairs: datasets.Dataset, arguments: Any, size: int, whole: int, epoc
 def text_ids(pairs: datasets.Dataset) -> np.ndarray:
     """[rows, columns] int64, equal where the texts are."""
     columns = []
-    for name in pairs.column_names:
+    for name in text_columns(pairs.column_names):
         batches = pairs.select_columns(name).with_format(None).iter(BATCH)
         columns.append(np.fromiter((hash(text) for batch in batches for text in batch[name]), np.int64, len(pairs)))
     return np.stack(columns, axis=1)

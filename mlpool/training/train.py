@@ -23,11 +23,12 @@ from ..embedder.folder import recover
 from ..files import check_folder_name, read_json, write_text
 from ..pooling.base import log_once
 from ..schema import read_yaml
-from .columns import texts_of
+from .columns import text_columns, texts_of
 from .config import DEFAULTS, TrainConfig, read_config
 from .data import describe, load_pairs
 from .losses import InfoNCE
 from .steps import Steps, count_steps
+from .teacher import Teacher
 from .trainer import STATE, EmbedderTrainer, last_checkpoint, prepare
 
 logger = logging.getLogger("mlpool")
@@ -73,11 +74,15 @@ def train(
         prepare(embedder)
         return embedder
     arguments = training_arguments(config)
+    loss = dict(config.loss)
+    teacher = loss["teacher"] = Teacher(**loss["teacher"]) if loss.get("teacher") else None
     pairs = load_pairs(config.data["train"], **config.pairs)
     steps = count_steps(pairs, arguments, arguments.world_size)
     held_out = None
     if config.data.get("eval"):
         held_out = load_pairs(config.data["eval"], **{k: v for k, v in config.pairs.items() if k != "limit"})
+    if teacher is not None:
+        pairs, held_out = teacher.number(pairs), held_out and teacher.number(held_out)
     evaluator = _dev(config.dev)
     set_seed(arguments.seed)  # before the pool and LoRA are drawn
     embedder = load(config.model, **config.options)
@@ -94,7 +99,7 @@ def train(
             args=arguments,
             train_dataset=pairs,
             eval_dataset=held_out,
-            loss=InfoNCE(embedder, **config.loss),
+            loss=InfoNCE(embedder, **loss),
             evaluator=evaluator,
             callbacks=[_Begun(config)],
         )
@@ -171,7 +176,7 @@ def plan(config: TrainConfig, embedder: Embedder, pairs: Any, steps: Steps) -> s
     for name, parameter in embedder.named_parameters():
         kind = "pool" if name.startswith("pooler.") else "LoRA" if "lora_" in name else "backbone"
         counts[kind if parameter.requires_grad else "frozen"] += parameter.numel()
-    columns = len(pairs.column_names) - 1
+    columns = len(text_columns(pairs.column_names)) - 1
     across = world if config.loss.get("gather_across_devices") else 1
     negatives = a_device * across * columns - 1
     backbone: Any = embedder[0]
@@ -191,7 +196,7 @@ def plan(config: TrainConfig, embedder: Embedder, pairs: Any, steps: Steps) -> s
 def column_prompts(embedder: Embedder, columns: Sequence[str]) -> dict[str, str] | None:
     """The stored prompts as the columns' prompts: query for anchors, document for the rest."""
     query, document = (embedder.prompts.get(name) or "" for name in ("query", "document"))
-    prompts = {name: query if name == "anchor" else document for name in columns}
+    prompts = {name: query if name == "anchor" else document for name in text_columns(columns)}
     return {name: prompt for name, prompt in prompts.items() if prompt} or None
 
 
