@@ -80,10 +80,9 @@ def load_pairs(
 
     Returns:
         Dataset of strings `anchor`, `positive`, `negative_1` … `negative_n`, and with `scores` a list of that name of
-        1 + n numbers, source after source in the order read, not
-        shuffled. What was mapped is logged (INFO), what was left out too (WARNING); all of it stands in
-        `dataset.info.description`. Train with `BatchSamplers.NO_DUPLICATES`: pairs of one anchor in a batch would be
-        each other's false negatives.
+        1 + n numbers, source after source in the order read, not shuffled. What was mapped is logged
+        (INFO), what was left out too (WARNING); all of it stands in `dataset.info.description`. Train with
+        `BatchSamplers.NO_DUPLICATES`: pairs of one anchor in a batch would be each other's false negatives.
 
     Raises:
         ValueError: bad rows (broken line, missing field, no text, empty or blank text, a positive among the negatives,
@@ -117,13 +116,9 @@ def load_pairs(
         refuse(sources, bad, on_error)
         number, notes = _even(sources, num_negatives)
         result = _write(
-            staged,
-            sum(s.written for s in sources),
-            number,
-            np.random.default_rng(seed),
-            _folder(cache_dir),
+            staged, sum(s.written for s in sources), number, np.random.default_rng(seed), _folder(cache_dir),
             scores is not None,
-        )
+        )  # fmt: skip
     if any(s.weight != 1 for s in sources):
         result = result.select(_weighted(sources, seed))
     if same := sum(s.same for s in sources):
@@ -253,7 +248,8 @@ def _even(sources: Sequence[Source], num_negatives: int | None) -> tuple[int, li
     ]
 
 
-def _write(staged: Path, total: int, number: int, generator: np.random.Generator, folder: str, scored: bool
+def _write(
+    staged: Path, total: int, number: int, generator: np.random.Generator, folder: str, scored: bool,
 ) -> datasets.Dataset:  # fmt: skip
     """The checked pairs with `number` columns of negatives, and scores of these, as a memory-mapped Dataset."""
     names = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(number))]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from ..corpus.rows import beside, kind_of
+from ..corpus.text_files import find_files
 from ..options import add_device, add_max_seq_length, check_place, positive
 
 
@@ -50,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     for name in filter(None, (args.model, args.cross_encoder)):
         check_place(name)  # before seconds of imports
+    for name in args.pairs:
+        if kind_of(Path(name)) and not Path(name).exists():
+            raise FileNotFoundError(f"there is no file {name}{beside(Path(name))}")
+    if args.corpus:
+        find_files(args.corpus)
     options: dict[str, Any] = vars(args)
     roles = {role: options.pop(f"{role}_column") for role in ("anchor", "positive")}
     if any(roles.values()) and not all(roles.values()):

@@ -75,7 +75,7 @@ def train(
         return embedder
     arguments = training_arguments(config)
     loss = dict(config.loss)
-    teacher = loss["teacher"] = Teacher(**loss["teacher"]) if loss.get("teacher") else None
+    teacher = loss["teacher"] = None if loss.get("teacher") is None else Teacher(**loss["teacher"])
     pairs = load_pairs(config.data["train"], **config.pairs)
     steps = count_steps(pairs, arguments, arguments.world_size)
     held_out = None

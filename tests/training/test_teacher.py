@@ -174,7 +174,7 @@ def alone(place, tmp_path_factory) -> float:
 
 @pytest.mark.parametrize(("kind", "data"), [("kl", {"scores": "scores"}), ("cosine", {})])
 def test_the_teacher_is_in_the_steps_of_a_training(place, tmp_path, alone, kind, data):
-    teacher = {"kind": kind, **({} if data else {"embeddings": str(place / "kept")})}
+    teacher = {} if data else {"kind": kind, "embeddings": str(place / "kept")}  # by default KL
     train(config_of(place, tmp_path, teacher, data, max_steps=1))
     assert logged(tmp_path)[0] > alone + 1e-3
 
