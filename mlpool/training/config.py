@@ -18,6 +18,7 @@ from ..embedder.loading import load
 from .data import load_pairs
 from .losses import InfoNCE
 from .mixture import Batches, Temperature, read_sources
+from .teacher import Teacher
 
 # What `mlpool train` decides otherwise than transformers; a config may say it all the same.
 DEFAULTS: dict[str, Any] = {
@@ -83,8 +84,21 @@ def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         values["lora"] = {} if values["lora"] else None
     ours = {name: values.pop(name) for name in _OURS if name in values}
     ours = {name: value for name, value in ours.items() if value is not None}
+    _check_teacher(ours)
     options = {name: values.pop(name) for name in list(values) if name in _options()}
     return TrainConfig(**ours, options=options, arguments=values)
+
+
+def _check_teacher(values: Mapping[str, Any]) -> None:
+    """A teacher has one source, and what is read of one has a teacher."""
+    teacher, scores = values.get("loss", {}).get("teacher"), values["data"].get("scores")
+    if teacher is None and scores is not None:
+        raise ValueError(f"data.scores is {scores!r}, but no loss uses it; add loss: {{teacher: {{weight: 0.5}}}}")
+    if teacher is not None and (scores is None) == (teacher.get("embeddings") is None):
+        raise ValueError(
+            "loss.teacher needs data.scores, the column of its scores, or loss.teacher.embeddings, a folder of `mlpool "
+            f"mine --embeddings`; got {'neither' if scores is None else 'both'}"
+        )
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +170,7 @@ def _keys() -> Any:
     source = Annotated[Any, AfterValidator(_source)]
     pairs = {**schema.arguments(load_pairs, "source", "split"), "train": source, "eval": source}
     pairs |= {"temperature": Temperature, "batches": Batches}
+    teacher = schema.section("key in loss.teacher", schema.arguments(Teacher)) | None
     keys = {f.name: hints[f.name] for f in dataclasses.fields(SentenceTransformerTrainingArguments)}
     del keys["multi_dataset_batch_sampler"]  # `data` says it
     keys |= _options() | {
@@ -164,7 +179,8 @@ def _keys() -> Any:
         | schema.section("key in lora", schema.arguments(add_lora, "embedder"))
         | None,
         "data": schema.section("key in data", pairs),
-        "loss": schema.section("key in loss", schema.arguments(InfoNCE, "model")) | None,
+        "loss": schema.section("key in loss", {**schema.arguments(InfoNCE, "model", "teacher"), "teacher": teacher})
+        | None,
         "pooler_learning_rate": _RATE | None,
         "dev": str | None,
     }

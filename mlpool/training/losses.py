@@ -33,6 +33,7 @@ from .processes import (
     without_wrapper,
     world_size,
 )
+from .teacher import Teacher
 
 FALSE_NEGATIVES = ("none", "duplicates", "margin")
 CACHED = ("auto", True, False)
@@ -71,11 +72,13 @@ class InfoNCE(nn.Module):
         margin, factor: for "margin"; margin is 0.1 when neither is given.
         matryoshka_dims: train the leading d numbers of the embedding, for each d given, re-normalised; the loss is the
             sum weighted by `matryoshka_weights` (default 1 each). Costs no further forward. None: all numbers, once.
+        teacher: a larger model's scores or embeddings as a second target, added to this loss.
 
     Raises: ValueError for options that contradict each other, and for features that fit none of it, when called.
 
     Under FSDP2 the whole model is unsharded while a mini-batch is embedded again; processes agree on the number of
-    mini-batches, as each forward is a collective there. Labels are ignored: positions say which text is the positive.
+    mini-batches, as each forward is a collective there. Labels are a teacher's alone: positions say which text is the
+    positive.
 
     Source: arXiv 1807.03748 (InfoNCE), 2101.06983 (cached gradients), 2205.13147 (Matryoshka).
     """
@@ -95,6 +98,7 @@ class InfoNCE(nn.Module):
         factor: float | None = None,
         matryoshka_dims: Sequence[int] | None = None,
         matryoshka_weights: Sequence[float] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         if not temperature > 0 or not math.isfinite(temperature):
@@ -118,6 +122,9 @@ class InfoNCE(nn.Module):
         self.in_batch_negatives, self.gather_across_devices = in_batch_negatives, gather_across_devices
         self.symmetric, self.cached, self.mini_batch_tokens = symmetric, cached, mini_batch_tokens
         self.false_negatives, self.margin, self.factor = false_negatives, margin, factor
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.check_width(getattr(model, "get_embedding_dimension", lambda: None)())
         self.matryoshka_dims, self.matryoshka_weights = _read_matryoshka(matryoshka_dims, matryoshka_weights)
         self.counts = TokenCounts()
 
@@ -127,7 +134,7 @@ class InfoNCE(nn.Module):
         Args:
             sentence_features: for each column, what the model's `preprocess` returns for B texts: attention_mask
                 [B, T], input_ids and any other tensors per token [B, T, …] or per text [B, …]; padded on either side.
-            labels: ignored.
+            labels: of the teacher; without one ignored.
 
         Returns: scalar, float32 (float64 for float64 embeddings).
         """
@@ -137,7 +144,7 @@ class InfoNCE(nn.Module):
             raise ValueError("in_batch_negatives=False needs hard negatives, but there are two columns only")
         keys = None if self.false_negatives == "none" else text_keys(columns)
         embeddings = self._embed(columns).unflatten(0, (len(columns), batch))
-        return self._loss(embeddings, keys)
+        return self._loss(embeddings, keys, labels)
 
     # --- embedding -----------------------------------------------------------------------------------------------
 
@@ -178,7 +185,7 @@ class InfoNCE(nn.Module):
 
     # --- the loss on embeddings ----------------------------------------------------------------------------------
 
-    def _loss(self, embeddings: Tensor, keys: Tensor | None) -> Tensor:
+    def _loss(self, embeddings: Tensor, keys: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """embeddings [columns, B, D]; keys [columns, B], equal where the texts are."""
         width, batch = embeddings.shape[-1], embeddings.shape[1]
         dims = self.matryoshka_dims or (width,)
@@ -198,7 +205,11 @@ class InfoNCE(nn.Module):
                 losses = self._in_batch(embeddings, keys, dims, ring_contrast if together else contrast)
             else:
                 losses = self._own(embeddings, keys, dims)
-            return embeddings.new_tensor([weight for _, weight in rising]) @ losses.sum(1) / batch
+            shares = embeddings.new_tensor([weight for _, weight in rising])
+            loss = shares @ losses.sum(1) / batch
+            if self.teacher is not None:
+                loss = loss + self.teacher(embeddings, labels, self.temperature, dims, shares)
+            return loss
 
     def _in_batch(
         self, embeddings: Tensor, keys: Tensor | None, dims: Sequence[int], loss: Callable[..., Tensor]
@@ -254,7 +265,8 @@ class InfoNCE(nn.Module):
             "temperature", "in_batch_negatives", "gather_across_devices", "symmetric", "cached", "mini_batch_tokens",
             "false_negatives", "margin", "factor", "matryoshka_dims", "matryoshka_weights",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names}
+        return options if self.teacher is None else {**options, "teacher": self.teacher.options()}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.get_config_dict().items())

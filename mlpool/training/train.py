@@ -30,6 +30,7 @@ from .config import DEFAULTS, TrainConfig, read_config
 from .losses import InfoNCE
 from .mixture import Mixture, load_mixture
 from .steps import Steps
+from .teacher import Teacher
 from .tokens import KeptTokens, TokenCollator, keep_tokens
 from .trainer import STATE, EmbedderTrainer, last_checkpoint, prepare
 
@@ -78,14 +79,17 @@ def train(
     arguments = training_arguments(config)
     mixture = load_mixture(config.data)
     steps = mixture.count_steps(arguments, arguments.world_size)
-    held_out = load_mixture(config.data, "eval") if config.data.get("eval") else None
+    mixtures = [mixture, load_mixture(config.data, "eval")] if config.data.get("eval") else [mixture]
+    teacher = None if config.loss.get("teacher") is None else Teacher(**config.loss["teacher"])
+    if teacher is not None:
+        for source in (source for each in mixtures for source in each.sources):
+            source.pairs = teacher.number(source.pairs)
     evaluator = _dev(config.dev)
     set_seed(arguments.seed)  # before the pool and LoRA are drawn
     embedder = load(config.model, **config.options)
     if config.lora is not None:
         add_lora(embedder, **config.lora)
     prepare(embedder)
-    mixtures = [mixture] if held_out is None else [mixture, held_out]
     with arguments.main_process_first(desc="tokenizing"):  # the others find what it kept
         collator = collate_kept(embedder, mixtures, config.data.get("cache_dir"))
     if first:
@@ -99,13 +103,13 @@ def train(
     named = {name: prompts for name, prompts in collator.of_sources.items() if name}
     arguments.prompts = named or collator.of_sources[""] or None
     arguments.learning_rate_mapping |= _pool_rate(config, embedder)
-    loss = InfoNCE(embedder, **config.loss)
+    loss = InfoNCE(embedder, **{**config.loss, "teacher": teacher})
     with _removed_if_empty(output):
         trainer = EmbedderTrainer(
             model=embedder,
             args=arguments,
             train_dataset=pairs,
-            eval_dataset=None if held_out is None else held_out.dataset(),
+            eval_dataset=mixtures[1].dataset() if len(mixtures) > 1 else None,
             data_collator=collator,
             loss=loss,
             evaluator=evaluator,
