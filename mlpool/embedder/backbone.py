@@ -21,6 +21,7 @@ from ..attention.packed import _position_offset, is_packed, pack, unpack
 from ..attention.probe import embedding_table, text_positions
 from ..files import read_json
 from ..pooling.base import broken_weights, check_choice, check_positive, check_token_pooling, log_once
+from ..quantized import made_on_loading, prepare_layers, quantization_config, require_package
 from ..schema import arguments, check, section
 from ..taps import Taps, find_layers
 from .adapters import check_base, fingerprint, has_adapter, load_adapter
@@ -262,7 +263,8 @@ class Backbone(InputModule):
     # --- save and load ------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        shown = {name: value for name, value in self.get_config_dict().items() if name != "base_fingerprint"}
+        hidden = ("base_fingerprint", "quantization")
+        shown = {name: value for name, value in self.get_config_dict().items() if name not in hidden}
         return f"{type(self).__name__}({shown})"  # which a model card holds too; the fingerprint has kilobytes
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -271,6 +273,8 @@ class Backbone(InputModule):
             values["design_package"] = self._design.package
         if has_adapter(self.model):
             values["base_fingerprint"] = self.base_fingerprint or fingerprint(self.model)
+            if (quantization := made_on_loading(self.model)) is not None:
+                values["quantization"] = quantization  # of a base that is not saved with it
         return values
 
     def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
@@ -306,6 +310,8 @@ class Backbone(InputModule):
             raise ValueError(f"{model_name_or_path} lacks {CONFIG_NAME} or its design; it is not a saved embedder")
         find_design(config["design"], config.pop("design_package", None))  # before the weights are read
         expected = config.pop("base_fingerprint", None)
+        if (quantization := config.pop("quantization", None)) is not None:
+            model_kwargs = {**(model_kwargs or {}), "quantization_config": quantization_config(quantization)}
         model, tokenizer = load_model(
             model_name_or_path, {**hub, "trust_remote_code": trust_remote_code}, model_kwargs, subfolder,
             processor_kwargs, config_kwargs, expected, config.get("depth"),
@@ -319,7 +325,8 @@ class Backbone(InputModule):
 def _config_keys() -> Any:
     """What `backbone_config.json` may hold."""
     keys = arguments(Backbone, "model", "tokenizer")
-    return section("key", {**keys, "design_package": str, "base_fingerprint": str | None})
+    more = {"design_package": str, "base_fingerprint": str | None, "quantization": dict[str, Any]}
+    return section("key", {**keys, **more})
 
 
 def load_model(
@@ -366,8 +373,13 @@ def load_model(
         config = AutoConfig.from_pretrained(source, **place, **(config_kwargs or {}))
         if config_kwargs:
             options["config"] = config
+        if (stored := getattr(config, "quantization_config", None)) is not None:
+            require_package(stored)
+            if options.pop("quantization_config", None) is not None and adapter is None:
+                raise ValueError(f"{name} is quantised already: leave quantization out")
         kind: Any = AutoModelForTextEncoding if config.model_type in _T5 else AutoModel
         model = kind.from_pretrained(source, **place, **options)
+        prepare_layers(model)
     except Exception as error:
         if damaged := _unreadable(Path(source) / place.get("subfolder", "")):
             raise ValueError(f"{damaged} cannot be read, is it cut short? ({error})") from error

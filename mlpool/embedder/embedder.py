@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..files import write_text
 from ..pooling.base import StatesTooLarge, broken_weights
+from ..quantized import parts, unpacked_layers
 from ..show import progress
 from .adapters import has_adapter
 from .folder import staged, write_manifest
@@ -303,17 +304,18 @@ class Embedder(SentenceTransformer):
     @contextmanager
     def in_float64(self) -> Iterator[None]:
         """Every weight in float64 meanwhile, and afterwards as it was: float64 holds all narrower numbers exactly."""
-        tensors = (*self.parameters(), *self.buffers())
-        kept = [(tensor, tensor.dtype) for tensor in tensors if tensor.is_floating_point()]
-        try:
-            for tensor, _ in kept:
-                tensor.data = tensor.data.double()
-            self.eval()
-            yield
-        finally:
-            for tensor, dtype in kept:
-                tensor.data = tensor.data.to(dtype)
-            self.eval()  # drops what was folded from the wide weights
+        with unpacked_layers(self):
+            tensors = (*self.parameters(), *self.buffers())
+            kept = [(tensor, tensor.dtype) for tensor in tensors if tensor.is_floating_point()]
+            try:
+                for tensor, _ in kept:
+                    tensor.data = tensor.data.double()
+                self.eval()
+                yield
+            finally:
+                for tensor, dtype in kept:
+                    tensor.data = tensor.data.to(dtype)
+                self.eval()  # drops what was folded from the wide weights
 
     def _probe(self) -> Tensor:
         """Embeddings of a few texts, whatever prompts and limits there are; leaves evaluation mode behind."""
@@ -382,11 +384,15 @@ def _differences(model: SentenceTransformer, again: SentenceTransformer) -> list
     problems += [f"{name} is missing" for name in ours if name not in theirs]
     problems += [f"{name} was not there before" for name in theirs if name not in ours]
     problems += [
-        f"{name} differs"
-        for name, tensor in ours.items()
-        if name in theirs and not torch.equal(tensor.to(theirs[name].dtype), theirs[name].to(tensor.device))
+        f"{name} differs" for name, tensor in ours.items() if name in theirs and not _equal(tensor, theirs[name])
     ]
     return problems
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    pairs = list(zip(parts(one), parts(other), strict=False))
+    same = len(pairs) == len(parts(one)) == len(parts(other))
+    return same and all(torch.equal(a.to(b.dtype), b.to(a.device)) for a, b in pairs)
 
 
 def _take(waiting: list[int], lengths: np.ndarray, budget: int, batch_size: int, packed: bool) -> list[int]:
