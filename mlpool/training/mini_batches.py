@@ -135,11 +135,11 @@ def split(
 
 def embed_mini_batch(
     first: list[nn.Module], again: nn.Module, settings: dict[str, Any], left: bool, width: int, texts: list[int],
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Tensor], _: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The texts' embeddings [n, D]: the first call by the model in `first`, if there is one, all others by `again`.
 
-    Features are copied out for every call: modules write into them.
+    Features are copied out for every call: modules write into them. The last argument is for `checkpoint` alone.
     """
     mask = tensors["attention_mask"]
     rows = torch.tensor(texts, device=mask.device)
