@@ -154,7 +154,9 @@ class Providers:
         base.model.requires_grad_(True)
         models = build(base, case.design, case.pooler, RANK)
         ours: Any = models[OURS]
-        backbone = Backbone(share(ours[0].model), base.tokenizer, "mean-bidirectional", base.max_seq_length)
+        backbone = Backbone(
+            share(ours[0].model), base.tokenizer, "mean-bidirectional", max_seq_length=base.max_seq_length
+        )
         pool = build_pool(DESIGNS["mean-bidirectional"], backbone.hidden_size, backbone.num_layers, "default")
         models[MEAN] = Embedder(modules=[backbone, Pooler(pool)], device=str(base.model.device))
         self.models: dict[str, Any] = models | {PEER_CACHED: models[PEER], MEAN_CACHED: models[MEAN]}

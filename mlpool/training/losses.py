@@ -147,8 +147,9 @@ class InfoNCE(nn.Module):
         batches = split(group(columns), self.mini_batch_tokens, most, agree if sharded else None)
         again = without_wrapper(self.model)
         # Reentrant makes no graph the first time, only to throw it away, but a backward for each mini-batch: not where
-        # hooks wait for the one of all (DDP, FSDP2).
-        alone = again is self.model and not sharded
+        # hooks wait for the one of all (DDP, FSDP2), nor where all share autocast's copy of a weight, and its rounding.
+        mixed = torch.is_autocast_enabled(columns[0]["attention_mask"].device.type)
+        alone = again is self.model and not sharded and not mixed
         anchor = torch.empty((), requires_grad=True)  # which it wants among its arguments
         keep = len(batches)
         if self.cached and torch.is_grad_enabled():
