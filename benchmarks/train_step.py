@@ -14,6 +14,8 @@ queries: three times as many texts. The texts are tokenized before.
     mlpool                 InfoNCE, every activation kept
     mlpool cached          InfoNCE with cached gradients; both caches take --mini-batch-tokens at a time
 
+The same training beside sentence-transformers, by speed and by loss curves: train_peers.py.
+
 The learning rate is zero: AdamW does all its work and every step starts from the same weights. Prints tables and adds
 their rows to a CSV in benchmarks/results/, batch by batch. What the columns mean:
 

@@ -6,7 +6,7 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .attention import bidirectional, causal, check_attention, is_bidirectional, pack, unpack
-    from .embedder import DESIGNS, Embedder, add_lora, load, merge, register_design
+    from .embedder import DESIGNS, Embedder, add_lora, dequantize, load, merge, register_design
     from .pooling import (
         EosPool,
         LastLayerPool,
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 # Imported when they are used: pools and attention need torch, embedders transformers too, and `mlpool --help` neither.
 _ROOMS = {
     "attention": ("bidirectional", "causal", "check_attention", "is_bidirectional", "pack", "unpack"),
-    "embedder": ("DESIGNS", "Embedder", "add_lora", "load", "merge", "register_design"),
+    "embedder": ("DESIGNS", "Embedder", "add_lora", "dequantize", "load", "merge", "register_design"),
     "pooling": (
         "EosPool", "LastLayerPool", "LayerWeightsPool", "MeanPool", "MultiLayerPool", "Pool", "gather", "register_pool",
     ),
 }  # fmt: skip
 __all__ = [
     "DESIGNS", "Embedder", "EosPool", "LastLayerPool", "LayerWeightsPool", "MeanPool", "MultiLayerPool", "Pool",
-    "add_lora", "bidirectional", "causal", "check_attention", "gather", "is_bidirectional", "load", "merge", "pack",
-    "register_design", "register_pool", "unpack",
+    "add_lora", "bidirectional", "causal", "check_attention", "dequantize", "gather", "is_bidirectional", "load",
+    "merge", "pack", "register_design", "register_pool", "unpack",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import importlib
+import json
 import multiprocessing
 import signal
 import subprocess
@@ -200,6 +201,42 @@ def test_train_step_compares_losses_and_gradients(benchmarks, tmp_path, monkeypa
         larger = {row["provider"]: row for row in rows if row["batch"] == "8"}
         assert float(larger["mlpool cached"]["error"]) < 1e-5
         assert float(larger["mlpool cached"]["memory_share"]) > 0
+
+
+@pytest.mark.parametrize("losses", ["right", "wrong"])
+def test_train_peers_trains_alike_or_shows_no_speed(benchmarks, tmp_path, monkeypatch, losses):
+    """The same losses at every step, each provider from weights of its own that move; a wrong one has no speed."""
+    import train_peers
+
+    folder = tmp_path / "data/pairs/medquad"
+    folder.mkdir(parents=True)
+    rows = [{"query": f"q {i}", "positive": " ".join(f"{i} word" for _ in range(20 + i))} for i in range(40)]
+    (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    if losses == "wrong":
+        right = train_peers.Providers.backward
+        halved = {"mlpool mean": 0.5}
+        monkeypatch.setattr(
+            train_peers.Providers,
+            "backward",
+            lambda self, name, columns: right(self, name, columns) * halved.get(name, 1),
+        )
+    wrong = losses == "wrong"
+    arguments = ["--quick", "--preset", "tiny", "--lengths", "pairs", "--steps", "2", "--device", "cpu"]
+    arguments += ["--threads", "1", "--data", str(tmp_path / "data"), "--results", str(tmp_path)]
+    assert train_peers.main(arguments) == int(wrong)
+    found = {row["provider"]: row for row in rows_of(tmp_path)}
+    assert list(found) == [name for group in train_peers.ALIKE for name in group]
+    for name, row in found.items():
+        red = wrong and name == "mlpool mean"
+        assert (row["green"], row["median_ms"] == "") == (str(not red), red)
+        first, second = map(float, row["losses"].split())
+        assert first != second
+        if not wrong:
+            assert float(row["error"]) <= 1e-5
+            assert float(row["curve_error"]) <= 1e-3
+            assert float(row["extra_mib"]) > 0
+            assert float(row["cpu_ms"]) > 0
+    assert list(tmp_path.glob("*.png"))
 
 
 def test_a_batch_is_compared_with_eagers_largest_up_to_it(benchmarks):

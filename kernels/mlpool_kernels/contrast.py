@@ -127,6 +127,7 @@ def backward(
         for h, part in zip(weights, segments(dims), strict=True):
             _add_product(drows[here, part], h, b[:, part])
             _add_product(dothers[there, part], h.T, a[:, part])
+        del weights, h  # before there are those of the next block
     _project(drows, t.rows, row_sums, t.row_scale, dims)
     _project(dothers, t.others, other_sums, t.other_scale, dims)
     scale = scale / temperature

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quantized import is_quantized, parts
 from ..show import some
 from ..taps import _MARK as _TAPS
 from ..trunk import family_name, no_cache
@@ -26,6 +27,14 @@ _ANSWER = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-6, torch
 # position alone makes some hundredths; padding that is attended to makes a third and more. In float64 too the library
 # works out rotations in float32.
 AGREE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# A quantised layer rounds to codes, of which some flip by rounding alone, or by what else is in the batch. How much
+# that does is measured on the layer itself (`_measure_noise`), and an effect counts from so many times that on. Above
+# the largest noise neither an answer nor padding that is read could be told from it.
+_TIMES, _MOST_NOISE = 4.0, 0.05
+# Copies of a text, exact ones and those that differ by rounding: by so many units in the last place, in half precision
+# (of which AGREE takes the rest) by one here and there.
+_EXACT, _ROUNDED = 3, 6
+_UNITS = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 0.125, torch.bfloat16: 0.125}
 
 
 class AttentionCheckError(RuntimeError):
@@ -40,7 +49,8 @@ class LayerReport:
         answers: batch → the largest relative change of the first token's output when the last token changes; 0.0 for
         none.
         errors: padding → error against the lone text, relative to what the layer adds.
-        rounding: how large that error may be for rounding alone, where the layer adds little to a large input.
+        rounding: how large that error may be for rounding alone, where the layer adds little to a large input, or where
+        it is quantised.
     """
 
     answers: dict[str, float] = field(default_factory=dict)
@@ -64,10 +74,18 @@ class Probe:
         self.inputs: dict[int, Tensor] = {}  # of each layer, the lone text's
         self.outputs: dict[int, Tensor] = {}
         self.dtype = torch.float32
+        self.alike: Sequence[int] = ()  # rows of one text, in the forward that measures the noise of quantised layers
+        self.noise = [(0.0, 0.0) for _ in layers]  # of each: how far its first token answers, and padding errs, by it
 
     def run(self) -> None:
         """The lone text first: the second forward is compared with it."""
         long, short = (ordinary_tokens(self.trunk, n, self.generator) for n in (_LONG, _SHORT))
+        if is_quantized(self.layers):
+            self._forward([(short, 1)], [], [])
+            company = 2 * _SHORT + 2
+            self.alike = range(company, company + _EXACT + _ROUNDED)
+            self._forward([(long[:_SHORT], company), (short, len(self.alike))], ["company"], [])
+            self.alike = ()
         if self.packed:
             self._forward([(short, 1)], [], [])
             groups = [(long, 2 * _LONG + 2), (short, 2 * _SHORT + 1)]
@@ -171,6 +189,10 @@ class Probe:
             if index == 0:
                 self.input_errors[side] = error_of(hidden[places[row]], self.inputs[0], self.inputs[0])
             hidden[places[row]] = self.inputs[index].to(hidden.dtype)
+        for i, row in enumerate(self.alike):
+            text = self.inputs[index].to(hidden.dtype)
+            units = 0.0 if i < _EXACT else _UNITS.get(hidden.dtype, 0.0) * torch.finfo(hidden.dtype).eps
+            hidden[places[row]] = text * (1 + units * torch.randn(text.shape, generator=self.generator).to(text))
         for rows in self.groups.values():
             text = hidden[places[rows[0]]]
             last, noise = min(len(text) - 1, self.reach), torch.empty(0)
@@ -197,16 +219,38 @@ class Probe:
         if not alone.isfinite().all():
             raise AttentionCheckError(_not_finite(self.trunk, index, self.dtype))
         added = alone - self.inputs[index].to(alone.dtype)
-        report.rounding = 4 * torch.finfo(self.dtype).eps * _size(alone) / max(_size(added), 1e-30)
+        if self.alike:
+            self._measure_noise(index, output[torch.stack([places[row] for row in self.alike])], added)
+            return
+        answering, erring = (_TIMES * noise for noise in self.noise[index])
+        rounding = 4 * torch.finfo(self.dtype).eps * _size(alone) / max(_size(added), 1e-30)
+        report.rounding = max(rounding, erring)
         for side, row in self.padded.items():
             report.errors[side] = error_of(output[places[row]], alone, added)
         if not self.groups:
             return
         first = output[torch.stack([place[0] for place in places])].double()
-        floor = max(_ANSWER[self.dtype], 4 * _change_of(first[0], first[self.copy]))
+        floor = max(_ANSWER[self.dtype], answering, 4 * _change_of(first[0], first[self.copy]))
         for batch, rows in self.groups.items():
             change = max(_change_of(first[rows[0]], first[row]) for row in rows[1:] if row != self.copy)
             report.answers[batch] = change if change > floor else 0.0
+
+    def _measure_noise(self, index: int, texts: Tensor, added: Tensor) -> None:
+        """How far outputs of one text [n, T, D] are apart, exact copies first, and how far they are from it alone.
+
+        Neither another token nor padding is in it, so that it hides nothing of what attention does.
+        """
+        first = texts[:, 0].double()
+        answering = max(_change_of(first[0], other) for other in first[1:_EXACT])
+        erring = max(error_of(text, self.outputs[index], added) for text in texts)
+        if not max(answering, erring) <= _MOST_NOISE:
+            config: Any = self.trunk.config
+            raise AttentionCheckError(
+                f"{getattr(config, 'model_type', '?')}: layer {index} is quantised so coarsely that a text differs by "
+                f"{max(answering, erring):.1e} for rounding and its company in the batch alone (its attention can be "
+                f"tested up to {_MOST_NOISE}); take more bits, or quantise the weights only"
+            )
+        self.noise[index] = answering, erring
 
 
 def embedding_table(trunk: nn.Module) -> nn.Embedding:
@@ -258,7 +302,8 @@ def require_weights(trunk: nn.Module) -> None:
 def _not_finite(trunk: nn.Module, index: int, dtype: torch.dtype) -> str:
     """What to say of a layer whose output is NaN or infinite: the weights that are."""
     family = family_name(trunk)
-    wrong = [name for name, p in trunk.named_parameters() if not p.is_meta and not p.isfinite().all()]
+    named = [(name, part) for name, p in trunk.named_parameters() for part in parts(p)]
+    wrong = [name for name, part in named if not part.is_meta and not part.isfinite().all()]
     if wrong:
         return (
             f"{family} holds NaN or infinite weights: {some(wrong)}; a training that diverged or a file "

@@ -236,19 +236,22 @@ def text_by_text(
     query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], left: int, right: int, scale: float,
     dropout: float = 0.0, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """scaled_dot_product_attention of each text alone → [1, total, H, d].
+    """scaled_dot_product_attention of each text alone → [1, total, H, d]; texts of one length in a row in one call.
 
     Args:
         left, right: the span, -1 for all. mask: bool [1, 1, total, total] in its place; only the blocks on its
             diagonal are read.
     """
     # split, whose backward is one concatenation: a slice's backward would fill the whole batch with zeros per text
-    sizes = list(lengths)
+    groups = itertools.groupby(lengths) if mask is None else ((n, [n]) for n in lengths)
+    runs = [(n, len(list(texts))) for n, texts in groups]  # of a length, and how many
+    sizes = [n * count for n, count in runs]
     parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     bands: dict[int, Tensor] = {}  # of each length
     outputs, start = [], 0
-    for n, (q, k, v) in zip(sizes, parts, strict=True):
+    for (n, count), part in zip(runs, parts, strict=True):
+        q, k, v = (t[0].unflatten(1, (count, n)).transpose(0, 1) for t in part)  # [count, H, n, d]
         causal, allowed = False, None
         if mask is not None:
             allowed = mask[:, :, start : start + n, start : start + n]
@@ -257,9 +260,9 @@ def text_by_text(
         else:
             causal = right == 0 and n > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, **options)
-        outputs.append(out.transpose(1, 2))
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
         start += n
-    return torch.cat(outputs, 1)
+    return torch.cat(outputs)[None]
 
 
 def band(n: int, left: int, right: int, device: torch.device) -> Tensor:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..quantized import forget, is_quantized, parts, unpack_layers
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -55,22 +57,34 @@ def add_lora(
     return embedder
 
 
-def merge(embedder: E) -> E:
+def merge(embedder: E, dequantize: bool = False) -> E:
     """Fold LoRA into the weights, in place; return the embedder, which then has no adapter.
 
     Each sum is made in float64 and rounded once, to the dtype of the weight.
 
+    Args:
+        dequantize: first turn the weights of a quantised base back into numbers, of the model's dtype.
+
     Raises:
         ValueError: there is no adapter to merge, or a merged weight (named) is infinite or NaN, or does not compute
-            what it and its adapter do.
+            what it and its adapter do; a quantised base, without `dequantize`.
     """
     model: Any = embedder[0].model
     if not has_adapter(model):
         raise ValueError("there is no adapter to merge: this embedder holds full weights")
+    if is_quantized(model) and not dequantize:
+        raise ValueError(
+            "the base is quantised, and a sum rounded to its codes would lose most of the adapter: merge(embedder, "
+            "dequantize=True), --dequantize, makes full weights; or keep the adapter apart"
+        )
+    from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    unpacked = {layer.rpartition(".")[0] for layer in _unpack(model)}
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
+            if name in unpacked:  # peft's layer for a quantised weight would quantise the sum
+                module.__class__ = Linear
             model.set_submodule(name, _merged(name, module))
     del model.peft_config
     model._hf_peft_config_loaded = False
@@ -78,6 +92,30 @@ def merge(embedder: E) -> E:
     backbone: Any = embedder[0]
     backbone.base_fingerprint = None
     return embedder
+
+
+def dequantize(embedder: E) -> E:
+    """Turn the weights of a quantised base back into numbers, in place; return the embedder. It embeds as before.
+
+    Raises:
+        ValueError: the base is not quantised, or so that it cannot be undone; there is an adapter on it, which belongs
+            to the base as it is.
+    """
+    model: Any = embedder[0].model
+    if has_adapter(model):
+        raise ValueError("there is an adapter on the quantised base: merge(embedder, dequantize=True)")
+    if not _unpack(model):
+        raise ValueError("the weights of this embedder are not quantised")
+    model.requires_grad_(True)
+    return embedder
+
+
+def _unpack(model: Any) -> list[str]:
+    """Full weights in place of quantised ones, for good; the names of their layers."""
+    names = [name for name, _ in unpack_layers(model)]
+    if names:
+        forget(model)
+    return names
 
 
 @torch.no_grad()
@@ -142,7 +180,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, weight in sorted(model.named_parameters()):
         if "lora_" not in name:
             digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode())
-            numbers.append(weight.detach().flatten()[:8].float().cpu())
+            numbers += [part.detach().flatten()[:8].float().cpu() for part in parts(weight)]
     values = torch.cat(numbers).bfloat16().view(torch.int16).numpy()
     return f"{digest.hexdigest()[:16]}:{base64.b64encode(values.tobytes()).decode()}"
 

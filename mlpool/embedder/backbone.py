@@ -20,6 +20,7 @@ from ..attention.packed import _position_offset, is_packed, pack, unpack
 from ..attention.probe import embedding_table, text_positions
 from ..files import read_json
 from ..pooling.base import check_choice, check_positive, check_token_pooling, log_once
+from ..quantized import made_on_loading, quantization_config
 from ..schema import arguments, check, section
 from ..taps import Taps
 from ..trunk import argument_names, find_layers
@@ -251,7 +252,8 @@ class Backbone(InputModule):
     # --- save and load ------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        shown = {name: value for name, value in self.get_config_dict().items() if name != "base_fingerprint"}
+        hidden = ("base_fingerprint", "quantization")
+        shown = {name: value for name, value in self.get_config_dict().items() if name not in hidden}
         return f"{type(self).__name__}({shown})"  # which a model card holds too; the fingerprint has kilobytes
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -260,6 +262,8 @@ class Backbone(InputModule):
             values["design_package"] = self._design.package
         if has_adapter(self.model):
             values["base_fingerprint"] = self.base_fingerprint or fingerprint(self.model)
+            if (quantization := made_on_loading(self.model)) is not None:
+                values["quantization"] = quantization  # of a base that is not saved with it
         return values
 
     def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
@@ -280,6 +284,9 @@ class Backbone(InputModule):
             raise ValueError(f"{model_name_or_path} lacks {CONFIG_NAME} or its design; it is not a saved embedder")
         find_design(config["design"], config.pop("design_package", None))  # before the weights are read
         expected = config.pop("base_fingerprint", None)
+        if (quantization := config.pop("quantization", None)) is not None:
+            given = options.get("model_kwargs") or {}
+            options["model_kwargs"] = {**given, "quantization_config": quantization_config(quantization)}
         model, tokenizer = load_model(
             model_name_or_path, {**hub, "trust_remote_code": options.get("trust_remote_code", False)},
             options.get("model_kwargs"), subfolder, options.get("processor_kwargs"), options.get("config_kwargs"),
@@ -294,7 +301,8 @@ class Backbone(InputModule):
 def _config_keys() -> Any:
     """What `backbone_config.json` may hold."""
     keys = arguments(Backbone, "model", "tokenizer")
-    return section("key", {**keys, "design_package": str, "base_fingerprint": str | None})
+    more = {"design_package": str, "base_fingerprint": str | None, "quantization": dict[str, Any]}
+    return section("key", {**keys, **more})
 
 
 def _counts_padding(trunk: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..files import read_json
 from ..pooling.base import broken_weights
+from ..quantized import prepare_layers, require_package
 from ..schema import check
 from .adapters import check_base, load_adapter
 from .depth import cut
@@ -63,8 +64,13 @@ def load_model(
         config = AutoConfig.from_pretrained(source, **place, **(config_kwargs or {}))
         if config_kwargs:
             options["config"] = config
+        if (stored := getattr(config, "quantization_config", None)) is not None:
+            require_package(stored)
+            if options.pop("quantization_config", None) is not None and adapter is None:
+                raise ValueError(f"{name} is quantised already: leave quantization out")
         kind: Any = AutoModelForTextEncoding if config.model_type in _T5 else AutoModel
         model = kind.from_pretrained(source, **place, **options)
+        prepare_layers(model)
     except Exception as error:
         if damaged := _unreadable(Path(source) / place.get("subfolder", "")):
             raise ValueError(f"{damaged} cannot be read, is it cut short? ({error})") from error

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..files import write_text
 from ..pooling.base import StatesTooLarge, broken_weights
+from ..quantized import unpacked_layers
 from ..show import progress
 from .adapters import has_adapter
 from .folder import staged, write_manifest
@@ -268,17 +269,18 @@ class Embedder(SentenceTransformer):
     @contextmanager
     def in_float64(self) -> Iterator[None]:
         """Every weight in float64 meanwhile, and afterwards as it was: float64 holds all narrower numbers exactly."""
-        tensors = (*self.parameters(), *self.buffers())
-        kept = [(tensor, tensor.dtype) for tensor in tensors if tensor.is_floating_point()]
-        try:
-            for tensor, _ in kept:
-                tensor.data = tensor.data.double()
-            self.eval()
-            yield
-        finally:
-            for tensor, dtype in kept:
-                tensor.data = tensor.data.to(dtype)
-            self.eval()  # drops what was folded from the wide weights
+        with unpacked_layers(self):
+            tensors = (*self.parameters(), *self.buffers())
+            kept = [(tensor, tensor.dtype) for tensor in tensors if tensor.is_floating_point()]
+            try:
+                for tensor, _ in kept:
+                    tensor.data = tensor.data.double()
+                self.eval()
+                yield
+            finally:
+                for tensor, dtype in kept:
+                    tensor.data = tensor.data.to(dtype)
+                self.eval()  # drops what was folded from the wide weights
 
     def _probe(self) -> Tensor:
         """Embeddings of a few texts, whatever prompts and limits there are; leaves evaluation mode behind."""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..quantized import parts
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -60,9 +62,8 @@ def with_settings(identity: str, settings: Any) -> str:
 def _chunks(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in order of name, in flat pieces of at most `_CHUNK` bytes; tied weights once."""
     seen: dict[tuple, str] = {}
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
+    tensors = [(name, t) for name, t in sorted(model.state_dict().items()) if isinstance(t, Tensor)]
+    for name, tensor in ((name, part) for name, whole in tensors for part in parts(whole)):
         header = f"{name} {tensor.dtype} {list(tensor.shape)}"
         storage = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and (first := seen.setdefault(storage, name)) != name:

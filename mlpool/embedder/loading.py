@@ -13,6 +13,7 @@ from ..files import confined, read_json
 from ..options import check_place, near
 from ..pooling.base import check_choice
 from ..pooling.layers import select_layers
+from ..quantized import quantization_config
 from ..schema import check
 from ..trunk import find_layers
 from .backbone import PACKING, Backbone
@@ -41,6 +42,7 @@ def load(
     packing: str = "auto",
     sliding_window: str = "keep",
     base: str | Path | None = None,
+    quantization: str | Mapping[str, Any] | None = None,
     device: str | None = None,
     dtype: Any = "auto",
     attn_implementation: str | None = None,
@@ -75,6 +77,8 @@ def load(
             can; "always" or an error; "never". Of a saved embedder "auto" is what was saved.
         sliding_window: see `mlpool.bidirectional`.
         base: the base model of a saved adapter, where it is no longer at the place it was trained from.
+        quantization: of a base model's weights, to be trained with LoRA or not at all: "int8" (torchao), "nf4"
+            (bitsandbytes) or what transformers takes as `quantization_config`, as a mapping. A saved embedder knows.
         device, dtype, attn_implementation, model_kwargs: as of `AutoModel.from_pretrained`; dtype "auto" is the saved.
         verify: hash every weight file of a saved folder, however large.
         trust_remote_code: for base models whose own code is on the Hub; a saved embedder needs none.
@@ -83,6 +87,7 @@ def load(
         ValueError: no or an unknown design, a causal design on an encoder, a depth of 0, above the model's or below
             one of `layers`, options that a saved folder has decided, a damaged file (named), another adapter's base.
         FileNotFoundError: no such folder (nearest names) nor Hub model, a missing file (named).
+        ModuleNotFoundError: the package of a quantisation is missing (named).
     """
     name = os.path.expanduser(model)
     check_place(name)
@@ -95,12 +100,16 @@ def load(
     kwargs: dict[str, Any] = {"dtype": dtype, **(model_kwargs or {})}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError("quantization and model_kwargs' quantization_config are the same; pass one of them")
+        kwargs["quantization_config"] = quantization_config(quantization)
     modules = read_modules(name, hub)
     if modules is not None and any(module["type"] in _OURS for module in modules):
         decided = {
             "pooler": pooler != "default", "layers": layers is not None, "depth": depth != "auto",
             "append_eos": not append_eos, "include_prompt": not include_prompt, "include_bos": not include_bos,
-            "sliding_window": sliding_window != "keep",
+            "sliding_window": sliding_window != "keep", "quantization": "quantization_config" in kwargs,
         }  # fmt: skip
         if wrong := [option for option, given in decided.items() if given]:
             raise ValueError(f"{name} is a saved embedder, which has decided {', '.join(wrong)}; leave it out")

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from ..quantized import parts
 
 logger = logging.getLogger("mlpool")
 
@@ -61,11 +64,15 @@ def _differences(model: SentenceTransformer, again: SentenceTransformer) -> list
     problems += [f"{name} is missing" for name in ours if name not in theirs]
     problems += [f"{name} was not there before" for name in theirs if name not in ours]
     problems += [
-        f"{name} differs"
-        for name, tensor in ours.items()
-        if name in theirs and not torch.equal(tensor.to(theirs[name].dtype), theirs[name].to(tensor.device))
+        f"{name} differs" for name, tensor in ours.items() if name in theirs and not _equal(tensor, theirs[name])
     ]
     return problems
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    pairs = list(zip(parts(one), parts(other), strict=False))
+    same = len(pairs) == len(parts(one)) == len(parts(other))
+    return same and all(torch.equal(a.to(b.dtype), b.to(a.device)) for a, b in pairs)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..embedder.adapters import has_adapter
 from ..embedder.embedder import Embedder
+from ..quantized import is_quantized
 
 
 def agreement(embedder: Embedder, theirs: Tensor, embed: Callable[[], Tensor], failure: str) -> float:
@@ -25,3 +26,8 @@ def agreement(embedder: Embedder, theirs: Tensor, embed: Callable[[], Tensor], f
 def check_mergeable(embedder: Embedder, what: str) -> None:
     if has_adapter(embedder[0].model):  # type: ignore[arg-type]
         raise ValueError(f"the {what} holds full weights, and this embedder has an adapter; call merge(embedder) first")
+    if is_quantized(embedder[0]):
+        raise ValueError(
+            f"the {what} holds weights as numbers, and this embedder's are quantised; call dequantize(embedder) first "
+            "(--dequantize)"
+        )

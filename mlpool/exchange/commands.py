@@ -22,6 +22,10 @@ def _add_common(parser: argparse.ArgumentParser, folder: str, output: str) -> No
     options.add_device(parser)
 
 
+def _add_dequantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dequantize", action="store_true", help="turn a quantised base into full weights first")
+
+
 def _load(args: argparse.Namespace) -> Embedder:
     """The embedder to work on; where it is and where it goes are checked before anything is imported."""
     new_place(args.output)
@@ -31,16 +35,19 @@ def _load(args: argparse.Namespace) -> Embedder:
     return load(args.folder, base=args.base, dtype=args.dtype, device=args.device)
 
 
-def _merge(embedder: Embedder) -> float:
-    """Fold the adapter in; the largest difference of a coordinate, or an error where it is more than rounding."""
+def _merge(embedder: Embedder, dequantize: bool = False, adapter: bool = True) -> float:
+    """Fold the adapter in, or without one only dequantise.
+
+    Returns: the largest difference of a coordinate; an error where it is more than rounding.
+    """
     import torch
 
-    from ..embedder.adapters import merge
+    from ..embedder import adapters
     from .checked import agreement
 
     with torch.no_grad():
         before = embedder._probe()
-        merged = merge(embedder)
+        merged = adapters.merge(embedder, dequantize) if adapter else adapters.dequantize(embedder)
         try:
             return agreement(merged, before, merged._probe, f"merging in {embedder.dtype} changes embeddings")
         except RuntimeError as error:
@@ -53,11 +60,12 @@ def _merge(embedder: Embedder) -> float:
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, "a saved embedder with a LoRA adapter", "the folder to write, new or empty")
     parser.add_argument("--base", help="the base model, where it is no longer at the place it was trained from")
+    _add_dequantize(parser)
 
 
 def _run_merge(args: argparse.Namespace) -> None:
     embedder = _load(args)
-    error = _merge(embedder)
+    error = _merge(embedder, args.dequantize)
     embedder.save(args.output)
     print(f"{args.output}: {embedder[0].design}, merged; embeddings agree to {error:.1e}")
 
@@ -68,6 +76,7 @@ def _run_merge(args: argparse.Namespace) -> None:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, "a saved embedder; an adapter is merged first", "a folder (st) or a file named .pt2 (torch)")
     parser.add_argument("--base", help="the base model of an adapter, where it is no longer at its place")
+    _add_dequantize(parser)
     parser.add_argument(
         "--format", choices=FORMATS,
         help="st: a plain sentence-transformers folder, the default for EOS and mean pooling; torch: one file of "
@@ -80,7 +89,8 @@ def _run_export(args: argparse.Namespace) -> None:
     from ..embedder.adapters import has_adapter
     from .export import export
 
-    merged = _merge(embedder) if has_adapter(embedder[0].model) else 0.0  # type: ignore[arg-type]
+    adapter = has_adapter(embedder[0].model)  # type: ignore[arg-type]
+    merged = _merge(embedder, args.dequantize, adapter) if adapter or args.dequantize else 0.0
     error = export(embedder, args.output, args.format)
     print(f"{args.output}: {embedder[0].design}, loaded again; embeddings agree to {max(error, merged):.1e}")
     if Path(args.output).suffix == ".pt2":

@@ -16,6 +16,7 @@ from mlpool_kernels.embed import unit
 from torch import Tensor, nn
 
 from ..files import read_json, replacing, write_json
+from ..quantized import parts
 from .tokens import Tokens, select_tokens
 
 logger = logging.getLogger("mlpool")
@@ -277,7 +278,7 @@ def broken_weights(module: nn.Module) -> list[str]:
     found = []
     for name, weight in module.named_parameters():
         local = weight.to_local() if hasattr(weight, "to_local") else weight  # this process's part of a sharded one
-        if fault := not_finite(local):
+        if fault := next(filter(None, map(not_finite, parts(local))), None):
             found.append(f"the weight {name} holds {fault}")
     return found
 

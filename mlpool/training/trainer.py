@@ -19,6 +19,7 @@ from ..embedder.adapters import has_adapter
 from ..embedder.embedder import Embedder
 from ..embedder.folder import check_folder
 from ..pooling.base import WEIGHTS_NAME
+from ..quantized import is_quantized
 from ..taps import find_layers
 from .mini_batches import TokenCounts
 
@@ -157,9 +158,17 @@ def prepare(embedder: Embedder) -> None:
     Trainable weights become float32, since an optimizer's steps are lost in half precision; an adapter that was loaded
     becomes trainable; and what cannot get a gradient is frozen, which DDP would wait for: an encoder's unused pooler
     and layers above the highest that is read.
+
+    Raises:
+        ValueError: a quantised base of which more than an adapter is to be trained: its codes have no gradient.
     """
     backbone: Any = embedder[0]
     trunk, layers = find_layers(backbone.model)
+    if is_quantized(trunk) and not has_adapter(backbone.model) and any(p.requires_grad for p in trunk.parameters()):
+        raise ValueError(
+            "a quantised base cannot be trained itself: put LoRA on it (lora: true in a config, add_lora(embedder)), "
+            "or freeze it (embedder[0].requires_grad_(False)) to train the pool alone"
+        )
     for name, parameter in backbone.model.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(True)
