@@ -18,7 +18,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # The extra without which a room is of no use. Its modules import no other package at their top; what a function imports
 # for one task (Parquet, plots, LoRA) may be another extra's.
 EXTRAS = {
+    "kernels": "",
     "kernels/mlpool_kernels": "triton",
+    "kernels/tests": "hub",
     "mlpool": "",
     "mlpool/schema.py": "st",
     "mlpool/show.py": "st",
@@ -116,6 +118,15 @@ def test_imports_are_declared(room):
     assert not undeclared
 
 
+def test_every_package_is_installed():
+    """setup.cfg names each folder of modules: an editable install hides one that is left out."""
+    listed = configparser.ConfigParser()
+    listed.read(ROOT / "setup.cfg")
+    modules = (path.relative_to(ROOT).parent for path in (ROOT / "mlpool").rglob("__init__.py"))
+    wanted = {".".join(folder.parts) for folder in modules} | {"mlpool_kernels"}
+    assert set(listed["options"]["packages"].split()) == wanted
+
+
 def test_floors_are_what_is_promised():
     """constraints-floor.txt pins the lower bound of every requirement that has one, and nothing else."""
     promised = {}
@@ -125,7 +136,7 @@ def test_floors_are_what_is_promised():
             if bounds:
                 promised[name] = bounds[0]
     pinned = {canonicalize_name(name): version for name, version in FLOORS}
-    tools = {"ruff", "mypy", "pre-commit", "flash-attn"}  # what the suite does not run
+    tools = {"ruff", "mypy", "pre-commit", "flash-attn", "kernels"}  # what the suite does not run
 
     def plain(version: str) -> str:
         return re.sub(r"(\.0)+$", "", version)
