@@ -292,12 +292,11 @@ def pools(place: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     for kind in (None, dtype, torch.float64):
         parameters = {n: p.detach().to(kind or dtype).requires_grad_() for n, p in pool.named_parameters()}
         if kind is None:
-            out = pool(states, mask)
-            value = pool.value_weight
+            out, value = pool(states, mask), pool.get_parameter("value_weight")
         else:
             given = [s.to(kind) for s in states[1:]]
             out = reference.multi_layer_pool(given, mask, parameters, sizes["num_heads"], "mean")
-            value = parameters["value_weight"]
+            value = parameters["value_weight"]  # type: ignore[assignment]
         (out * direction.to(out.dtype)).sum().backward()
         assert value.grad is not None
         gradients.append(value.grad)
@@ -348,9 +347,11 @@ def attends(backend: str, place: torch.device, dtype: torch.dtype) -> tuple[bool
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, attn_implementation=backend,
+        num_key_value_heads=1, max_position_embeddings=64,
     )  # fmt: skip
-    model = LlamaModel(config).to(place, dtype).eval()
+    config._attn_implementation = backend
+    model: Any = LlamaModel(config).to(dtype=dtype).eval()
+    model.to(place)
     causal = check_attention(model, "causal")
     bidirectional(model)
     both = check_attention(model, "bidirectional")

@@ -7,6 +7,7 @@ the lengths of a sample are counted. Each value comes with its reason: a rule of
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,8 +159,9 @@ def look_at_data(source: str, base: Base) -> Data:
     pairs = load_pairs(source)
     rows = np.sort(np.random.default_rng(0).permutation(len(pairs))[:SAMPLED])
     sample = {name: pairs.select(rows)[name] for name in pairs.column_names}
+    prompts: dict[str, str] = {}
     if base.tuned:
-        prompts, reason = {}, "none: the base was trained for embeddings, with prompts of its own if its card says so"
+        reason = "none: the base was trained for embeddings, with prompts of its own if its card says so"
     else:
         prompts, reason = fitting_prompts(list(sample["anchor"]), list(sample["positive"]))
     lengths = {}
@@ -307,5 +309,7 @@ def _explained(key: str, value: Any, why: str) -> list[str]:
 def _value(key: str, value: Any) -> str:
     import yaml
 
+    if key == "prompts":  # in one line, its line ends written out
+        return f"{key}: {json.dumps(value, ensure_ascii=False)}"
     text: str = yaml.safe_dump({key: value}, allow_unicode=True, sort_keys=False, width=10**6)
     return text.rstrip("\n")
