@@ -33,7 +33,7 @@ ABSENT = "is missing"
 EXTRAS = {
     "triton": "kernels on a GPU",
     "st": "embedders: mlpool encode, export",
-    "train": "mlpool init, train, fit, merge, import-released",
+    "train": "mlpool init, mine, train, fit, merge, import-released",
     "eval": "mlpool eval, compare, layers; with train: mlpool study",
     "flash": "packed attention with dropout or soft-capping on a GPU",
 }
@@ -301,7 +301,8 @@ def pools(place: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         (out * direction.to(out.dtype)).sum().backward()
         assert value.grad is not None
         gradients.append(value.grad)
-    return compared(*gradients, times=3)
+    ours, plain, right = gradients
+    return compared(ours, plain, right, times=3)
 
 
 def contrasts(place: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
