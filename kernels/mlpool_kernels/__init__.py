@@ -1,5 +1,6 @@
 """mlpool_kernels: multi-layer pooling for torch, with Triton kernels where there is a GPU. Needs torch alone."""
 
+from . import layers
 from .chunk import Weights
 from .contrast import contrast
 from .embed import embed
@@ -10,5 +11,5 @@ from .pool import cross_attend, pool
 
 __all__ = [
     "Plan", "Rates", "Sizes", "Weights", "choose", "contrast", "cross_attend", "embed", "fold_queries", "fold_values",
-    "gather", "pool", "predict",
+    "gather", "layers", "pool", "predict",
 ]  # fmt: skip

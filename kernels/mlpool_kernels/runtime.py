@@ -124,6 +124,16 @@ def capability(x: Tensor) -> int | None:
     return 10 * major + minor
 
 
+def device_memory(device: torch.device) -> int:
+    """Total memory of a device in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
+
+
 def power_of_2(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least n and `least`."""
     return max(least, 1 << (n - 1).bit_length())

@@ -105,7 +105,7 @@ def load(
             raise ValueError("quantization and model_kwargs' quantization_config are the same; pass one of them")
         kwargs["quantization_config"] = quantization_config(quantization)
     modules = read_modules(name, hub)
-    if modules is not None and any(module["type"] in _OURS for module in modules):
+    if modules is not None and is_ours(modules):
         decided = {
             "pooler": pooler != "default", "layers": layers is not None, "depth": depth != "auto",
             "append_eos": not append_eos, "include_prompt": not include_prompt, "include_bos": not include_bos,
@@ -179,22 +179,37 @@ def open_model(
     """
     from sentence_transformers import SentenceTransformer
 
-    check_place(name)
-    if not Path(name).is_dir():
-        _check_hub(name, {})
-    modules = read_modules(name, {})
-    if design is None and modules and not any(module["type"] in _OURS for module in modules):
+    modules = check_model(name)
+    if design is None and modules and not is_ours(modules):
         model = SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
         if max_seq_length is not None:
             model.max_seq_length = max_seq_length
         return model
+    return load(name, design, device=device, dtype=dtype, max_seq_length=max_seq_length)
+
+
+def check_model(name: str) -> list[dict[str, Any]] | None:
+    """The `modules.json` of a model that is to be opened, None for a base model.
+
+    Raises:
+        FileNotFoundError: neither here nor on the Hub. ValueError: a folder without a model.
+    """
+    check_place(name)
+    if not Path(name).is_dir():
+        _check_hub(name, {})
+    modules = read_modules(name, {})
     if not modules and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         there = ", ".join(sorted(path.name for path in Path(name).iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{name} holds no model: expected modules.json (an embedder) or config.json (a base model, with --design), "
             f"found {there}"
         )
-    return load(name, design, device=device, dtype=dtype, max_seq_length=max_seq_length)
+    return modules
+
+
+def is_ours(modules: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a `modules.json` is of an embedder that mlpool saved."""
+    return any(module["type"] in _OURS for module in modules)
 
 
 def open_cross_encoder(name: str, device: str | None = None) -> Any:

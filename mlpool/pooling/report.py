@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 from mlpool_kernels import Plan, Rates, Sizes
 from mlpool_kernels import plan as model
-
-
-def device_memory(device: torch.device) -> int:
-    """Total memory of a device in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 8 << 30
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from mlpool_kernels import Plan, Sizes, Weights, choose, cross_attend, embed, fold_queries, fold_values
 from mlpool_kernels.plan import default_rates
 from mlpool_kernels.rows import mix_rows
-from mlpool_kernels.runtime import BACKENDS, use_triton
+from mlpool_kernels.runtime import BACKENDS, device_memory, use_triton
 from mlpool_kernels.tiles import fitted_rates
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -217,7 +217,7 @@ class TrainablePool(Pool):
 
     def _ask_device(self) -> None:
         """What the cost model asks of the device, once: torch.compile cannot trace the questions."""
-        self._device_memory = report.device_memory(self.latents.device)
+        self._device_memory = device_memory(self.latents.device)
         self._rates = fitted_rates(self.latents.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
