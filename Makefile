@@ -150,7 +150,7 @@ gpu-summary:
 gpu-%:
 	@echo "there is no step $@; the steps are $(GPU_STEPS)" >&2; exit 2
 
-# Every text family of transformers on every backend; an interrupted census goes on. Then the tables of docs and README.
+# Every text family of transformers on every backend; an interrupted census goes on. Then the tables of docs.
 census: $(VENV)/.dev
 	$(PY) tests/census/census.py
 	$(PY) tests/census/census.py --tables
