@@ -10,7 +10,6 @@ import os
 import random
 import re
 import runpy
-import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -26,36 +25,35 @@ import mlpool
 from mlpool.cli import COMMANDS
 
 BASES = {"Qwen/Qwen3-0.6B-Base": "qwen2", "sentence-transformers/all-MiniLM-L6-v2": "bert"}
+LAYERS = {"depth.md": 28}  # of the model that a page speaks of; two elsewhere
 ALL = {command for page in PAGES for command in commands(page)}
 NAMES = [page.name for page in PAGES]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+@pytest.fixture
+def place(tmp_path: Path, page: Path) -> Path:
     """A user's folder: tiny models under the names of the Hub, and the files that the pages speak of."""
     import tiny
-    from made import sentence
+    from made import sentence, write_jsonl
 
-    folder, generator = tmp_path_factory.mktemp("docs"), random.Random(0)
     for name, family in BASES.items():
-        shutil.copytree(tiny.base(family, num_hidden_layers=28 if family == "qwen2" else 6), folder / name)
-    texts = [sentence(generator) + f" {i}" for i in range(32)]
-    pairs = [{"query": text, "positive": text.upper()} for text in texts]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return folder
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(tiny.base(family, num_hidden_layers=LAYERS.get(page.name, 2)))
+    generator = random.Random(0)
+    texts = [sentence(generator) + f" {i}" for i in range(16)]
+    write_jsonl(tmp_path / "pairs.jsonl", [{"query": text, "positive": text.upper()} for text in texts])
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_blocks_run(page, place, monkeypatch):
     """The blocks of a page, one after the other, as a reader types them."""
-    found = blocks(page, "python", "py")
-    if not found:
-        return
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
     monkeypatch.chdir(place)
     monkeypatch.setattr("mlpool.embedder.designs.DESIGNS", dict(mlpool.DESIGNS))
     names: dict[str, object] = {"__name__": "page"}
-    for i, block in enumerate(found):
+    for i, block in enumerate(blocks(page, "python")):
         exec(compile(block, f"{page.name}, block {i + 1}", "exec"), names)
 
 
@@ -110,7 +108,7 @@ def check_python(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Non
 
     def parsed(self, args=None, namespace=None):
         self.parse_known_args = argparse.ArgumentParser.parse_known_args.__get__(self)
-        found, rest = self.parse_known_args(list(words[1:]) if args is None else args, namespace)
+        _, rest = self.parse_known_args(list(words[1:]) if args is None else args, namespace)
         assert not rest, f"{script.name} does not know {rest}"
         raise Parsed
 
@@ -206,7 +204,8 @@ def messages() -> str:
 def test_messages_of_the_page_on_errors_are_ours():
     said = messages()
     text = (ROOT / "docs/errors.md").read_text(encoding="utf8")
-    quoted = [found for line in re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE) for found in re.findall("`([^`]+)`", line)]
+    first = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    quoted = [message for cell in first for message in re.findall("`([^`]+)`", cell)]
     assert len(quoted) > 15
     for message in quoted:
         pattern = ".*".join(map(re.escape, filter(None, re.split(r"\s*(?:…|\b\d\S*|pairs\.jsonl:\S+)\s*", message))))
@@ -216,8 +215,3 @@ def test_messages_of_the_page_on_errors_are_ours():
 def test_readme_stays_short():
     lines = (ROOT / "README.md").read_text(encoding="utf8").splitlines()
     assert len(lines) <= 90  # a screen and a half
-
-
-def test_blocks_leave_the_machine_alone(place):
-    assert os.environ.get("HF_HUB_OFFLINE") == "1"
-    assert (place / "my-embedder" / "modules.json").is_file()

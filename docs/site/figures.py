@@ -15,7 +15,7 @@ import matplotlib
 from results import CPU, EVAL, GPU, ROOT, Shown, main, mebibytes, milliseconds, pair, times
 
 matplotlib.use("svg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 FIGURES = ROOT / "docs" / "figures"
 INK, EAGER, OURS, QUIET = "#8b8f98", "#a3a7b0", "#4263eb", "#8b8f9833"
@@ -134,7 +134,8 @@ def cost() -> None:
         )  # fmt: skip
         bars(axis, [row[0] for row in report.rows], *([row[i] / 1e9 for row in report.rows] for i in (3, 2)))
         total, reference = (sum(row[i] for row in report.rows) for i in (2, 3))
-        axis.set_title(f"{name} sizes: {reference / 1e9:,.0f} → {total / 1e9:,.0f} GFLOP a text", fontsize=10, color=INK)
+        title = f"{name} sizes: {reference / 1e9:,.0f} → {total / 1e9:,.0f} GFLOP a text"
+        axis.set_title(title, fontsize=10, color=INK)
     save(figure, "cost")
 
 

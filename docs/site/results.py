@@ -1,9 +1,9 @@
-"""The numbers that README and docs quote, from the committed CSV files: text between marks, written here, never by hand.
+"""The numbers that README and docs quote, from the committed CSV files: text between marks, never written by hand.
 
     python docs/site/results.py        # `make plots` does this and draws the figures
 
-A mark is an HTML comment, `<!-- results NAME -->`, up to `<!-- /results -->`. tests/test_docs_numbers.py fails where what
-stands between them is not what the CSV files give.
+A mark is an HTML comment, `<!-- results NAME -->`, up to `<!-- /results -->`. tests/test_docs_numbers.py fails where
+what stands between them is not what the CSV files give.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def packed(device: str) -> str:
 def versions(device: str) -> str:
     """What measured the newest rows of the pools."""
     last = lines("throughput", device)[-1]
-    return f"{last['device']}, {last['dtype']}, torch {last['torch']}, triton {last['triton']}, mlpool {last['mlpool']}.\n"
+    tools = ", ".join(f"{name} {last[name]}" for name in ("torch", "triton", "mlpool") if last[name] != "none")
+    return f"{last['device']}, {last['dtype']}, {tools}.\n"
 
 
 def gains(device: str) -> str:

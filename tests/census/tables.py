@@ -1,4 +1,4 @@
-"""The census as tables: all families in docs/attention-families.md, the common ones between the marks in docs/attention.md."""
+"""The census as tables: all families in docs/attention-families.md, the common ones in docs/attention.md."""
 
 from __future__ import annotations
 
