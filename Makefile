@@ -179,7 +179,7 @@ release-check:
 	$(PYTHON) -m venv .venv-release/tools
 	.venv-release/tools/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt build twine
 	.venv-release/tools/bin/python -m build -q -o build/release .
-	if grep -q '^kernels-wheel:' Makefile; then $(MAKE) kernels-wheel DIST=build/release; fi
+	if grep -q '^kernels-wheel:' Makefile; then $(MAKE) kernels-wheel WHEELHOUSE=build/release; fi
 	.venv-release/tools/bin/python -m twine check --strict build/release/*
 	$(PYTHON) .ci/release.py build/release .venv-release/fresh -- -c constraints.txt $(RELEASE_PIP)
 

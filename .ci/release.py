@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -36,8 +35,8 @@ PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</
 """
 
 
-def check_contents(wheel: Path) -> None:
-    """Every module of the packages is in the wheel, and nothing else of the checkout."""
+def check_contents(wheel: Path) -> set[str]:
+    """Every module of the packages is in the wheel, and nothing else of the checkout; the packages."""
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
     places = {"mlpool": ROOT / "mlpool", "mlpool_kernels": ROOT / "kernels" / "mlpool_kernels"}
     of = {name: folder for name, folder in places.items() if any(one.startswith(f"{name}/") for one in inside)}
@@ -46,6 +45,7 @@ def check_contents(wheel: Path) -> None:
         raise SystemExit(f"{wheel.name} lacks {', '.join(missing)}; setup.cfg lists the packages")
     if foreign := sorted(inside - wanted):
         raise SystemExit(f"{wheel.name} holds {', '.join(foreign)}, which is no part of it")
+    return set(of)
 
 
 def readme_blocks() -> list[str]:
@@ -66,16 +66,19 @@ def main() -> None:
     wheels = sorted(args.wheels.resolve().glob("*.whl"))
     if not any(wheel.name.startswith("mlpool-") for wheel in wheels):
         raise SystemExit(f"{args.wheels} holds no wheel of mlpool: make release-check builds it")
-    for wheel in wheels:
-        check_contents(wheel)
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    packages = {wheel: check_contents(wheel) for wheel in wheels}
+    ours = next(wheel for wheel in wheels if wheel.name.startswith("mlpool-"))
+    version = re.search(r'^__version__ = "(.*)"$', (ROOT / "mlpool/version.py").read_text(), re.M)[1]
     if not all(f"-{version}-" in wheel.name for wheel in wheels):
-        raise SystemExit(f"{', '.join(w.name for w in wheels)}: expected version {version}")
+        raise SystemExit(f"{', '.join(w.name for w in wheels)}: expected version {version}, of mlpool/version.py")
+    if f"## {version} - " not in (ROOT / "CHANGELOG.md").read_text(encoding="utf8"):
+        raise SystemExit(f"CHANGELOG.md has no heading of version {version} with its date")
     environment = args.environment.resolve()
     venv.create(environment, clear=True, with_pip=True)
     python, mlpool = environment / "bin/python", environment / "bin/mlpool"
     options = [str(ROOT / word) if (ROOT / word).is_file() else word for word in args.pip]
-    wanted = [f"{wheel}[train]" if wheel.name.startswith("mlpool-") else wheel for wheel in wheels]
+    # The kernels' own wheel only where ours does not hold them: of two wheels with one file the later overwrites it.
+    wanted = [f"{ours}[train]", *(wheel for wheel in wheels if not packages[wheel] & packages[ours])]
     run(python, "-m", "pip", "install", "-q", *options, *wanted, place=environment)
     place = environment / "user"
     shutil.rmtree(place, ignore_errors=True)
