@@ -26,14 +26,16 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def shell_lines(page: Path) -> Iterator[str]:
-    """Lines of fenced and indented shell code, and commands inside a sentence or a table."""
+    """Lines of fenced and indented shell code, and the commands that a table explains."""
     text = page.read_text(encoding="utf8")
     for block in blocks(page, "sh", "bash", "shell", "console"):
         yield from block.splitlines()
     prose = FENCE.sub("", text)
     for block in INDENTED.findall(prose):
         yield from block.splitlines()
-    yield from (found.replace("\n", " ") for found in INLINE.findall(prose))
+    for line in prose.splitlines():
+        if line.startswith("|"):
+            yield from INLINE.findall(line)
 
 
 def commands(page: Path) -> Iterator[Command]:
@@ -42,5 +44,5 @@ def commands(page: Path) -> Iterator[Command]:
             words = shlex.split(part)
             while words and re.fullmatch(r"\w+=\S*", words[0]):
                 words.pop(0)
-            if words and words[0] in PROGRAMS and "…" not in part and len(words) > 1:
+            if words and words[0] in PROGRAMS and "…" not in part:
                 yield Command(page.name, tuple(words))

@@ -25,7 +25,7 @@ import mlpool
 from mlpool.cli import COMMANDS
 
 BASES = {"Qwen/Qwen3-0.6B-Base": "qwen2", "sentence-transformers/all-MiniLM-L6-v2": "bert"}
-LAYERS = {"depth.md": 28}  # of the model that a page speaks of; two elsewhere
+LAYERS = {"depth.md": 28, "serving.md": 1}  # of the model that a page speaks of; two elsewhere
 ALL = {command for page in PAGES for command in commands(page)}
 NAMES = [page.name for page in PAGES]
 
@@ -78,6 +78,8 @@ class Parsed(BaseException):
 def check_mlpool(words: tuple[str, ...]) -> None:
     name, *given = words
     assert name in COMMANDS, f"there is no command {name}"
+    if not given:  # a command that is spoken of
+        return
     module, _, attribute = COMMANDS[name][0].partition(":")
     target = importlib.import_module(module)
     target = getattr(target, attribute) if attribute else target
@@ -105,6 +107,9 @@ def check_python(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Non
             assert (ROOT / word).exists(), word
         return
     script = ROOT / words[0]
+    if "ArgumentParser" not in script.read_text(encoding="utf8"):
+        assert words[1:] == (), f"{script.name} takes no arguments"
+        return
 
     def parsed(self, args=None, namespace=None):
         self.parse_known_args = argparse.ArgumentParser.parse_known_args.__get__(self)

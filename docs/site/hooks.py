@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: pages that may be there or not, and mathematics without a script.
+"""What mkdocs does not do by itself: pages that may be there or not, mathematics without a script.
 
 Formulas are written as LaTeX between dollars, which GitHub shows too; here they become MathML when the site is built,
 so that a reader's browser loads nothing for them.
@@ -13,6 +13,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
+OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -38,6 +39,11 @@ def _present(nav: Any, there: set[str]) -> Any:
     if isinstance(nav, list):
         return [_present(entry, there) for entry in nav if not isinstance(entry, str) or entry in there]
     return nav
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to files of the repository, which the site does not hold, as their texts."""
+    return OUTSIDE.sub(r"\1", markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
