@@ -167,11 +167,11 @@ plots: $(VENV)/.dev
 DOCS_EXTRA = $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
 
 docs: .venv-docs/.done
-	.venv-docs/bin/mkdocs build
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q
 	@echo build/docs/index.html
 
 docs-serve: .venv-docs/.done
-	.venv-docs/bin/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
 
 # What is published, as it is published. RELEASE_PIP: further options of pip, say --find-links of a folder.
 release-check:
