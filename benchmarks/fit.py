@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from depth import POOL, Step, read, seconds
+from depth import DESIGN, POOL, Step, read, seconds
 
 import mlpool
 from mlpool.fitting.states import take_states
@@ -47,10 +47,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="texts are cut there")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    mlpool.register_design("depth-mean", "causal", mlpool.MultiLayerPool, "mean")
     rows = read(args.data / "pairs/squad_sentences/train.jsonl", 4 * args.pairs)
     rows = list({row["positive"]: row for row in rows}.values())[: args.pairs]  # a question's sentence once
-    embedder = mlpool.load(args.base, "depth-mean", POOL, max_seq_length=args.tokens)
+    embedder = mlpool.load(args.base, DESIGN, POOL, max_seq_length=args.tokens)
     texts = [("", row[side]) for side in ("query", "positive") for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         kept: list[Any] = []

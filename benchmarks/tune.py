@@ -23,7 +23,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +44,8 @@ from measure import (
     table,
     tiles_file,
 )
-from mlpool_kernels import Plan, Sizes, attend, feed_forward, mix, tiles
+from mlpool_kernels import Plan, Sizes, attend, feed_forward, mix, sums, tiles
+from mlpool_kernels import rows as pool_rows
 from mlpool_kernels.contrast import backward as contrast_backward
 from mlpool_kernels.contrast import forward as contrast_forward
 from mlpool_kernels.plan import Operation, feed_forward_operations, key_operations, value_operations
@@ -117,24 +118,52 @@ def gather_jobs(new: Maker, batch: int, length: int, layers: int, hidden: int) -
 
 
 def attend_jobs(new: Maker, batch: int, keys: int, hidden: int, columns: int) -> Iterator[Job]:
-    x0, weights = new(batch, keys, hidden), new(keys, hidden)
-    norm = (1 + 0.1 * new(hidden), 0.1 * new(hidden))
+    """Rows at one length with their mix, as the default pool reads them."""
+    x0, weight, bias = new(batch, keys, hidden), 1 + 0.1 * new(hidden), 0.1 * new(hidden)
+    norm = pool_rows.Norm(new(keys), new(keys, hidden), weight, bias)
     queries = new(columns, hidden, scale=hidden**-0.5)
     sizes = f"B={batch} n={keys} D={hidden} H.R={columns}"
 
-    def one(q: Tensor | None) -> Callable[[], list[Tensor]]:
-        end = 2 if q is None else 3
-        return lambda: list(attend.attend_one_launch([x0], None, weights, *norm, q, new.dtype)[1:end])
+    def one() -> list[Tensor]:
+        return present(attend.attend_one_launch([x0], None, norm, queries, new.dtype)[1:])
 
-    def plain(q: Tensor | None) -> list[Tensor]:
-        x = attend.norm_keys(x0, weights, *norm, torch.float32)
-        return [x] if q is None else [x, (x @ q.float().T).softmax(1)]
+    def plain() -> list[Tensor]:
+        x, mixed = pool_rows.norm_rows(x0, norm, torch.float32)
+        return present([x, mixed, (x @ queries.float().T).softmax(1)])
 
     cost = key_operations(Sizes(batch, keys, hidden, columns, 1, 1, 1), Plan(launches="one"), 2, cached=True)
     # From so many texts on a program holds all columns of one.
     name = "attend_text" if batch >= attend.MANY_TEXTS else "attend"
-    yield Job(name, sizes, one(queries), lambda: plain(queries), *cost)
-    yield Job("norm", sizes, one(None), lambda: plain(None))
+    yield Job(name, sizes, one, plain, *cost)
+    grad, added = new(batch, keys, hidden), new(batch, hidden, dtype=torch.float32)
+
+    def by_kernel() -> list[Tensor]:
+        drows, parts = pool_rows.norm_rows_backward_triton(grad, x0, norm, added, summed=True)
+        return [drows, *(part.sum(0) for part in present(parts))]
+
+    def by_torch() -> list[Tensor]:
+        drows, grads = pool_rows.norm_rows_backward(grad, x0, norm, added)
+        return [drows, *(g.flatten() for g in present(grads))]
+
+    yield Job(
+        "norm", sizes, lambda: present(pool_rows.norm_rows_triton([x0], None, norm, new.dtype)[1:]),
+        lambda: present(pool_rows.norm_rows(x0, norm, torch.float32)),
+    )  # fmt: skip
+    yield Job("norm_backward", sizes, by_kernel, by_torch)
+
+
+def present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def sum_job(new: Maker, batch: int, keys: int, hidden: int) -> Job:
+    """The sums of a default pool's backward."""
+    widths = {"bias": (batch, 2 * hidden), "rows": (32, keys * hidden), "norm": (32 * keys, hidden)}
+    parts = {name: new(*shape, dtype=torch.float32) for name, shape in widths.items()}
+    return Job(
+        "sum", f"B={batch} n={keys} D={hidden}", lambda: list(sums.sum_parts(parts, batch, new.dtype).values()),
+        lambda: [part.sum(0) for part in parts.values()],
+    )  # fmt: skip
 
 
 def softmax_job(new: Maker, batch: int, keys: int, columns: int) -> Job:
@@ -148,19 +177,40 @@ def softmax_job(new: Maker, batch: int, keys: int, columns: int) -> Job:
     return Job("softmax", sizes, lambda: both(scores, grad, True), lambda: both(scores.float(), grad.float(), False))
 
 
-def mix_job(new: Maker, batch: int, keys: int, hidden: int, heads: int, latents: int) -> Job:
+def mix_jobs(new: Maker, batch: int, keys: int, hidden: int, heads: int, latents: int) -> Iterator[Job]:
+    """Of VO, and of V and Wo head by head, forward and backward; heads of 64."""
     attention = new(batch, keys, heads * latents).softmax(1)
-    vo, z = new(batch * keys, heads, hidden), new(latents, hidden)
+    vo, v = new(batch * keys, heads, hidden), new(batch * keys, heads, 64)
+    output_weight, z, base = (
+        new(hidden, heads * 64, scale=hidden**-0.5),
+        new(latents, hidden),
+        new(batch, hidden).float(),
+    )
     norm = (1 + 0.1 * new(hidden), 0.1 * new(hidden))
-
-    def run(wide: bool) -> list[Tensor]:
-        a, v = (attention.float(), vo.float()) if wide else (attention, vo)
-        return list(mix.mix(a, [v, v], None, z, *norm, "early", not wide, False)[:2])
-
-    s = Sizes(batch, keys, hidden, latents, heads, 1, 1)
-    *_, cost = value_operations(s, Plan(values="absorbed", mix="kernel"), 2, cached=True)
     sizes = f"B={batch} n={keys} D={hidden} H={heads} R={latents}"
-    return Job("mix", sizes, lambda: run(False), lambda: run(True), cost)
+
+    def run(values: mix.Values, triton: bool) -> list[Tensor]:
+        a, out = (attention, output_weight) if triton else (attention.float(), output_weight.float())
+        given = values if triton else mix.Values(*(None if t is None else t.float() for t in values))
+        return list(mix.mix(a, given, out, z, *norm, base, "early", triton)[:2])
+
+    s = Sizes(batch, keys, hidden, latents, heads, 64, 1)
+    for name, form, values in (("mix", "absorbed", mix.Values(None, vo)), ("mix_heads", "early", mix.Values(v, None))):
+        *_, cost = value_operations(s, Plan(values=form, mix="kernel"), 2, cached=True)
+        both = (partial(run, values, triton) for triton in (True, False))
+        yield Job(name, sizes, *both, cost if name == "mix_heads" else None)
+    grad = new(batch, latents, heads * 64)
+
+    def plain() -> list[Tensor]:
+        a, b, d = (t.float() for t in (attention, v, grad))
+        of_outputs = mix._split_heads(a, b, latents)[0] @ mix._split_heads(a, b, latents)[1]
+        da, dv, _ = mix.mix_backward(d, a, mix.Values(b, None), torch.eye(heads * 64, device=new.device), "late")
+        ds = attend.softmax_backward_(a, da, False)
+        return [ds, dv.view_as(b), of_outputs.transpose(1, 2).flatten(2)]
+
+    yield Job(
+        "mix_backward", sizes, lambda: present(mix.mix_heads_backward(grad, attention, v, latents, None, True)), plain
+    )
 
 
 def feed_forward_jobs(new: Maker, batch: int, latents: int, hidden: int, width: int) -> Iterator[Job]:
@@ -200,7 +250,8 @@ def gate_job(new: Maker, batch: int, latents: int, width: int) -> Job:
     both, grad = new(batch, latents, 2 * width), new(batch, width, dtype=torch.float32)
 
     def run(x: Tensor, triton: bool) -> list[Tensor]:
-        return [feed_forward.gate_mean(x, triton), *feed_forward.gate_backward(x, grad, triton, overwrite=False)]
+        dboth, dbias = feed_forward.gate_backward(x, grad, triton, overwrite=False)
+        return [feed_forward.gate_mean(x, triton), dboth, dbias.sum(0)]
 
     sizes = f"B={batch} R={latents} F={width}, forward and backward"
     # The backward reads and writes what the forward reads: three times its work.
@@ -268,7 +319,8 @@ def jobs(new: Maker, small: bool) -> Iterator[Job]:
         yield from attend_jobs(new, 2, 5, 72, 40)
         yield from attend_jobs(new, attend.MANY_TEXTS, 2, 20, 10)
         yield softmax_job(new, 2, 5, 40)
-        yield mix_job(new, 2, 3, 72, 2, 20)
+        yield from mix_jobs(new, 2, 3, 72, 2, 20)
+        yield sum_job(new, 3, 4, 40)
         yield from feed_forward_jobs(new, 2, 20, 72, 40)
         yield gate_job(new, 2, 20, 40)
         yield embed_job(new, 3, 72)
@@ -283,7 +335,8 @@ def jobs(new: Maker, small: bool) -> Iterator[Job]:
         yield from attend_jobs(new, 64, layers, hidden, 512)
         yield from attend_jobs(new, 256, layers, hidden, 512)
         yield softmax_job(new, 64, layers, 24576)
-        yield mix_job(new, 64, layers, hidden, 8, 64)
+        yield from mix_jobs(new, 64, layers, hidden, 8, 64)
+        yield sum_job(new, 64, layers, hidden)
         yield from feed_forward_jobs(new, 64, 64, hidden, hidden)
         yield embed_job(new, 64, hidden)
     yield softmax_job(new, 4, 512, 24576)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mlpool.taps import Taps
@@ -42,13 +41,3 @@ class Encoder:
         )
         self.model(**batch)
         return self.taps.take()
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """layer_states [N, L, D] of many texts, batched by length so that little is padded."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        states = torch.empty(len(texts), self.num_layers, self.hidden_size)
-        for first in range(0, len(order), batch_size):
-            part = order[first : first + batch_size]
-            states[part] = self([texts[i] for i in part])
-        return states

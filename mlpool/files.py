@@ -127,15 +127,10 @@ def replacing(path: str | Path, aside: str | Path | None = None) -> Iterator[Pat
         new.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """`content` as the whole file; see `replacing`."""
-    with replacing(path) as new:
-        new.write_bytes(content)
-
-
 def write_text(path: str | Path, text: str) -> None:
     """`text` in UTF-8, its line ends as they are; see `replacing`."""
-    write_bytes(path, text.encode())
+    with replacing(path) as new:
+        new.write_bytes(text.encode())
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:
@@ -185,11 +180,9 @@ def check_room(folder: Path, need: int, what: str) -> None:
 def check_folder_name(folder: Path) -> None:
     """Raises NotADirectoryError, FileNotFoundError where a folder to write to is a file, or a link to nothing."""
     check_link(folder)
-    for place in (folder, *folder.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise NotADirectoryError(f"{place} is a file; expected a folder to write to")
-            return
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file; expected a folder to write to")
 
 
 def _sweep(place: Path, stem: str) -> None:
@@ -229,8 +222,9 @@ def parse_json(source: str | bytes, place: str, advice: str = "") -> Any:
     try:
         return json.loads(source)
     except (ValueError, RecursionError) as error:
-        reason = json_fault(error)
-    raise ValueError(f"{place} is not valid JSON: {reason}" + (f"; {advice}" if advice else "")) from None
+        raise ValueError(
+            f"{place} is not valid JSON: {json_fault(error)}" + (f"; {advice}" if advice else "")
+        ) from None
 
 
 def json_fault(error: Exception) -> str:

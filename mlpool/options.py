@@ -49,6 +49,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def names(text: str) -> list[str] | None:
+    """What stands between commas; None for nothing."""
+    return [name.strip() for name in text.split(",") if name.strip()] or None
+
+
 def rank_and_world() -> tuple[int, int]:
     """Which process this is, and of how many, as torchrun says."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -45,6 +45,12 @@ def aligned(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1
     )
 
 
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, the first line its header."""
+    header, *body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([header, "|" + " --- |" * len(lines[0]), *body])
+
+
 def shorten(value: Any, length: int = 60) -> str:
     """A value as a message shows it: its `repr`, cut to `length` characters."""
     shown = repr(value)

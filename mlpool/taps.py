@@ -19,7 +19,6 @@ How it is attached, and why:
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any, Self
@@ -30,8 +29,8 @@ from torch import Tensor, nn
 
 from .pooling.base import check_token_pooling, gather_tokens
 from .pooling.tokens import Tokens, select_tokens
+from .trunk import ForwardPatch, argument_names, find_layers, mixed
 
-_LIST_NAMES = ("layers", "layer", "h", "block", "blocks")
 _MARK = "_mlpool_taps"  # on the trunk: its Taps; on a tapped layer: (its Taps, its index)
 _NO_COPY = "a model cannot be copied or pickled while it is tapped; detach the taps first"
 
@@ -166,7 +165,7 @@ class Taps:
             layer.__dict__[_MARK] = (self, index)
             if not isinstance(layer, _TappedLayer):  # it is one when an earlier detach had to leave the class
                 cls: type = type(layer)
-                layer.__class__ = _tapped_class(cls)
+                layer.__class__ = mixed(_TappedLayer, cls)
 
     def _forget(self) -> None:
         self._tokens: Tokens | None = None  # of the forward that runs now
@@ -245,31 +244,19 @@ class Taps:
         return hidden
 
 
-class _TrunkForward:
+class _TrunkForward(ForwardPatch):
     """The trunk's `forward` while tapped; an object, so that copying the model can be refused."""
 
     def __init__(self, taps: Taps):
-        self.taps, self.original = taps, taps.trunk.forward
-        # By accelerate's device_map, for one. Not `original`, which on a packed trunk is a view of it.
-        self.patch = taps.trunk.__dict__.get("forward")
-        self.names = _argument_names(taps.trunk)
+        self.taps, self.original = taps, taps.trunk.forward  # on a packed trunk a view of `below`
+        self.names = argument_names(taps.trunk)
+        super().__init__(taps.trunk)
         functools.update_wrapper(self, self.original)  # callers read the signature
-        taps.trunk.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.taps.trunk.__dict__.get(_MARK) is not self.taps:  # detached beneath someone else's patch
+        if self.trunk.__dict__.get(_MARK) is not self.taps:  # detached beneath someone else's patch
             return self.original(*args, **kwargs)
         return self.taps._run(self.original, args, kwargs)
-
-    def restore(self) -> bool:
-        trunk = self.taps.trunk
-        if trunk.__dict__.get("forward") is not self:
-            return False
-        if self.patch is not None:
-            trunk.forward = self.patch
-        else:
-            del trunk.forward
-        return True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(_NO_COPY)
@@ -287,19 +274,6 @@ class _TappedLayer:
         if _MARK in self.__dict__:
             raise RuntimeError(_NO_COPY)
         return super().__reduce_ex__(protocol)
-
-
-@functools.cache
-def _tapped_class(cls: type) -> type:
-    # One subclass for all layers of a class, so that code compiled for one layer serves the others; and of the same
-    # name, since sharding and saving look layers up by it.
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    tapped = type(cls.__name__, (_TappedLayer, cls), names)
-    # transformers 5.23 wraps the forward of every new subclass, to checkpoint in the outermost wrapper: a recompute
-    # after detach would then find another one outermost than the forward did, and checkpoint within the checkpoint.
-    if "forward" in tapped.__dict__:
-        del tapped.forward  # type: ignore[attr-defined]
-    return tapped
 
 
 class _Tap(torch.autograd.Function):
@@ -339,76 +313,6 @@ def _add_rows(
     t, shape = tokens, (tokens.shape[0] * tokens.shape[1], grad_rows.shape[1])
     spans = (t.starts, t.ends, t.last, t.count, t.keep)
     return gather_backward(grad_rows[:, None], shape, *spans, token_pooling != "last", "auto", grad_hidden, states)[0]
-
-
-def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """Find a model's trunk and its layers.
-
-    The layers are the ModuleList named `layers`, `layer`, `h`, `block` or `blocks` with as many entries as the
-    (text) config's num_hidden_layers; the trunk is the innermost module around it that takes input_ids, such as
-    LlamaModel, BertModel or OPTDecoder. Wrappers around the trunk (heads, peft, SentenceTransformer) do not matter.
-
-    Raises:
-        ValueError: an encoder-decoder model, no such list or several (the message lists every ModuleList), or a
-            layer that is in the list twice.
-    """
-    modules = dict(model.named_modules())
-    if any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in modules.values()):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model, whose two stacks have no one list of hidden states; "
-            "load its encoder alone (for T5: T5EncoderModel)"
-        )
-    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
-    fitting = [
-        (name, trunk)
-        for name, entries in lists.items()
-        if name.split(".")[-1] in _LIST_NAMES
-        and (trunk := _trunk_of(name, modules)) is not None
-        and len(entries) == _num_layers(modules[trunk])
-    ]
-    # Experts may be as many as layers: take the outermost list. A vision tower may be as deep: the innermost trunk.
-    found = [
-        (name, trunk)
-        for name, trunk in fitting
-        if not any(_inside(name, other) or _inside(other_trunk, trunk) for other, other_trunk in fitting)
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"{'several lists' if found else 'no list'} of layers in {type(model).__name__}: looked for one ModuleList "
-            f"called {', '.join(_LIST_NAMES)} with config.num_hidden_layers entries, inside a module that has a config "
-            f"and takes input_ids; fitting: {', '.join(name for name, _ in found) or 'none'}; all ModuleLists "
-            f"(entries): {', '.join(f'{name} ({len(entries)})' for name, entries in lists.items()) or 'none'}"
-        )
-    ((name, trunk_name),) = found
-    if len(set(map(id, lists[name]))) < len(lists[name]):
-        raise ValueError(f"{name} holds the same layer more than once; taps need every layer to run once")
-    return modules[trunk_name], lists[name]
-
-
-def _trunk_of(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """The name of the innermost module around `name` that takes input_ids and has a config."""
-    while name:
-        name = name.rpartition(".")[0]
-        module = modules[name]
-        # The image part of Phi-4 multimodal takes input_ids too, to find its places in the text.
-        embeds = hasattr(module, "get_input_embeddings") or not hasattr(modules[""], "get_input_embeddings")
-        if hasattr(module, "config") and embeds and "input_ids" in _argument_names(module):
-            return name
-    return None
-
-
-def _argument_names(module: nn.Module) -> list[str]:
-    return list(inspect.signature(type(module).forward).parameters)[1:]  # a patched instance may not tell
-
-
-def _num_layers(trunk: nn.Module) -> int | None:
-    config: Any = trunk.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config, "num_hidden_layers", None)
-
-
-def _inside(name: str, other: str) -> bool:
-    return name != other and (not other or name.startswith(f"{other}."))
 
 
 def _check_indices(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:

@@ -6,6 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 __version__ = "0.2.0"
 
 
+def versions_line(*packages: str) -> str:
+    """ "mlpool 0.1.0, torch 2.11.0", of those that are installed."""
+    return ", ".join(f"{name} {number}" for name, number in versions(*packages).items())
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Of those that are installed."""
     found = {}

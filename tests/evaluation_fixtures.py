@@ -73,6 +73,53 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def small_mteb(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """One of mteb's own tasks of each type, with a few made rows for its data; names to types."""
+    from datasets import Dataset, DatasetDict
+
+    from mlpool.evaluation.tasks import mteb_tasks
+
+    rng = random.Random(1)
+    texts = [sentence(rng) for _ in range(60)]
+    labelled = [(sentence(rng, words), i) for i, words in enumerate(TOPICS.values()) for _ in range(20)]
+    text, label = map(list, zip(*labelled, strict=True))
+    scores = [rng.random() * 5 for _ in range(30)]
+    docs = Dataset.from_dict({"id": [f"d{i}" for i in range(40)], "text": texts[:40], "title": [""] * 40})
+    asked = Dataset.from_dict({"id": [f"q{i}" for i in range(10)], "text": texts[40:50]})
+    relevant = {f"q{i}": {f"d{i}": 1, f"d{i + 20}": 1, f"d{i + 1}": 0} for i in range(10)}
+    found = {"corpus": docs, "queries": asked, "relevant_docs": relevant, "top_ranked": None}
+    ranked = {**found, "top_ranked": {f"q{i}": [f"d{j}" for j in range(i, i + 25)] for i in range(10)}}
+    pair = {"sentence1": texts[:30], "sentence2": texts[30:]}
+    summaries = {
+        "text": texts[:6], "human_summaries": [texts[i : i + 3] for i in range(6)],
+        "machine_summaries": [texts[10 + 4 * i : 14 + 4 * i] for i in range(6)],
+        "relevance": [[rng.random() * 5 for _ in range(4)] for _ in range(6)],
+    }  # fmt: skip
+    topics = Dataset.from_dict({"text": text, "label": label})
+    clusters = {"sentences": [text, text[10:50]], "labels": [label, label[10:50]]}
+    data = {
+        "STSBenchmark": {"test": Dataset.from_dict({**pair, "score": scores})},
+        "Banking77Classification": DatasetDict(dict.fromkeys(("train", "test"), topics)),
+        "NFCorpus": {"default": {"test": found}},
+        "AskUbuntuDupQuestions": {"default": {"test": ranked}},
+        "TwitterURLCorpus": {"test": Dataset.from_dict({**pair, "labels": [i % 2 for i in range(30)]})},
+        "ArxivClusteringP2P": {"test": Dataset.from_dict(clusters)},
+        "TwentyNewsgroupsClustering.v2": {"test": Dataset.from_dict({"sentences": text, "labels": label})},
+        "SummEval": {"test": Dataset.from_dict(summaries)},
+        "SummEvalSummarization.v2": {"test": Dataset.from_dict(summaries)},
+    }  # fmt: skip
+    types = {}
+    for task in mteb_tasks(data):
+
+        def load_data(self: Any, *_: Any, **__: Any) -> None:
+            self.dataset, self.data_loaded = data[self.metadata.name], True
+
+        monkeypatch.setattr(type(task), "load_data", load_data)
+        types[task.metadata.name] = task.metadata.type
+    return types
+
+
+@pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to connect fails the test."""
     import socket

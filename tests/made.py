@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,3 +29,16 @@ def sentence(generator: random.Random, words: Iterable[str] = WORDS) -> str:
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Calls:
+    """What a model was asked to encode."""
+
+    def __init__(self, model: Any):
+        self.encode, self.prompts, self.texts = model.encode, {}, Counter()
+        model.encode = self
+
+    def __call__(self, inputs: list[str], prompt: str | None = None, **options: Any) -> Any:
+        self.texts.update(inputs)
+        self.prompts.update(dict.fromkeys(inputs, prompt))
+        return self.encode(inputs, prompt=prompt, **options)

@@ -14,6 +14,7 @@ FLOORS = [
     ("mlpool.version", "mlpool.files", "mlpool.options", "mlpool.show"),
     ("mlpool.schema",),
     ("mlpool.pooling",),
+    ("mlpool.trunk",),
     ("mlpool.taps",),
     ("mlpool.attention",),
     ("mlpool.embedder",),

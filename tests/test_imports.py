@@ -1,6 +1,7 @@
 """What every room imports is declared in pyproject.toml, and a floor is pinned for it."""
 
 import ast
+import configparser
 import re
 import sys
 import tomllib
@@ -92,6 +93,10 @@ def test_every_room_has_an_extra():
     folders = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "mlpool").rglob("*.py")}
     folders |= {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").rglob("*.py")}
     assert folders == {room for room in EXTRAS if room.startswith(("mlpool", "kernels")) and not room.endswith(".py")}
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packaged = {name.replace(".", "/") for name in setup["options"]["packages"].split()}
+    assert packaged == {room.removeprefix("kernels/") for room in folders}  # or a wheel lacks it
 
 
 @pytest.mark.parametrize("room", EXTRAS)

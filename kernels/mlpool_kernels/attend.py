@@ -1,18 +1,17 @@
 """Attend: the latents' attention over the n keys (layers or tokens) of each text.
 
-    H' = X0 + E        X = LN1(H')        S = X Q̃ᵀ        A = softmax_n(S)
+    X, m of X0 (rows.py)        S = X Q̃ᵀ        A = softmax_n(S)
 
 X0 [B,n,D] -> X [B,n,D] and A [B,n,H·R]. Queries come in one of two exact forms (`plan.py` picks the cheaper):
 
     absorbed   Q̃ [H·R, D] = Q_h Wk_h / √d, once per weight update; S needs X only
     plain      Q [H, R, d] / √d and Wk [I, D]; K = X Wkᵀ, S_h = K_h Q_hᵀ
 
-Where H·R is small, gather, layer weights, norm, scores and softmax are one launch: a program holds the L rows of one
-text and all columns of its scores (few texts are spread over blocks of columns), reads the rows once for mean and
-variance and once more for the products (the second reading comes from cache), and the whole softmax fits in its tile.
-The norm alone reads whole rows, once. Where H·R is large the scores are a plain matrix product, and the softmax,
-streamed over the keys with the padding mask, is its own launch. The backward is matrix products around one such
-launch.
+Where H·R is small, gather, one length, mix, layer weights, norm, scores and softmax are one launch: a program holds the
+L rows of one text and all columns of its scores (few texts are spread over blocks of columns), reads the rows from
+memory once, for their lengths, and again from cache for mean and variance and for the products, and the whole softmax
+fits in its tile. Where H·R is large the rows are a launch, the scores a plain matrix product, and the softmax, streamed
+over the keys with the padding mask, another launch. The backward is matrix products around one such launch.
 
 Source: arXiv 2409.02727, section 3.3, equations 3 to 5.
 """
@@ -24,98 +23,52 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .gather import _select, token_strides
+from .rows import NORM_EPS, Norm, _begin, _factor, _inverse_deviation, _scale, _shift, place
 from .runtime import ceil_div, dot_options, jit, power_of_2, product_by_head, tl
-from .tiles import tile, whole_rows
+from .tiles import tile
 
-NORM_EPS = 1e-5
 # So many programs fill a large GPU (132 multiprocessors).
 MANY_TEXTS = 128
-
-
-@jit
-def _rows(states, rows, text, layer, tokens, stride_text, stride_token, LAYERS: tl.constexpr):
-    """Where the rows of one text begin: layer by layer with `rows`, else row by row of X0."""
-    layer = layer.to(tl.int64)
-    if rows is None:
-        base = states[0] + text * stride_text + layer * stride_token
-    else:
-        row = tl.load(rows + text)
-        base = _select(states, layer, LAYERS) + (row // tokens) * stride_text + (row % tokens) * stride_token
-    return base
-
-
-@jit
-def _shift(raw, column, layer_weights, layer, mask, HIDDEN: tl.constexpr):
-    """A tile of H' = X0 + E in float32."""
-    x = raw.to(tl.float32)
-    if layer_weights is not None:
-        x += tl.load(layer_weights + layer[:, None] * HIDDEN + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    return x
-
-
-@jit
-def _scale(x, mean, rstd, column, norm_weight, norm_bias, HIDDEN: tl.constexpr):
-    inside = column < HIDDEN
-    weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
-    return (x - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-
-
-@jit
-def _inverse_deviation(variance, eps):
-    """NaN where the squares have left the range of float32: the rows would come out as zeros, and in silence."""
-    return tl.where(variance < float("inf"), 1.0 / tl.sqrt(variance + eps), float("nan"))
-
-
-@jit
-def _norm_kernel(
-    states, rows, layer_weights, norm_weight, norm_bias, x0, keys, tokens, stride_text, stride_token, eps,
-    LAYERS: tl.constexpr, NUM_KEYS: tl.constexpr, HIDDEN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """X = LN1(X0 + E), and X0 where it is gathered; whole rows in registers, read once."""
-    text = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    layer = (tl.program_id(0) % BLOCKS) * BLOCK_L + tl.arange(0, BLOCK_L)
-    column = tl.arange(0, BLOCK_D)
-    inside = column < HIDDEN
-    mask = (layer < NUM_KEYS)[:, None] & inside[None, :]
-    base = _rows(states, rows, text, layer, tokens, stride_text, stride_token, LAYERS)
-    out = (text * NUM_KEYS + layer)[:, None] * HIDDEN + column[None, :]
-    raw = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0)
-    if rows is not None:
-        tl.store(x0 + out, raw, mask=mask)
-    x = _shift(raw, column, layer_weights, layer, mask, HIDDEN)
-    mean = tl.sum(x, 1) / HIDDEN
-    centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
-    rstd = _inverse_deviation(tl.sum(centred * centred, 1) / HIDDEN, eps)
-    x = _scale(x, mean, rstd, column, norm_weight, norm_bias, HIDDEN)
-    tl.store(keys + out, x.to(keys.dtype.element_ty), mask=mask)
+# Of a text's rows held at a time where only sums are taken of them: no scores wait in registers then.
+SUM_NUMBERS = 1 << 13
 
 
 @jit
 def _attend_kernel(
-    states, rows, layer_weights, norm_weight, norm_bias, queries, x0, keys, attention,
+    states, rows, mix_weights, layer_weights, norm_weight, norm_bias, queries, x0, keys, attention, mixed,
     tokens, stride_text, stride_token, columns, eps,
     LAYERS: tl.constexpr, NUM_KEYS: tl.constexpr, HIDDEN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """A text's rows against a block of columns. BLOCK_S: columns of D at a time where sums alone are taken."""
     text = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
     layer = tl.arange(0, BLOCK_L)
     valid = layer < NUM_KEYS
-    base = _rows(states, rows, text, layer, tokens, stride_text, stride_token, LAYERS)
+    base = _begin(states, rows, text, layer, tokens, stride_text, stride_token, LAYERS)
+
+    factor = tl.full([BLOCK_L], 1.0, tl.float32)
+    share = tl.zeros([BLOCK_L], tl.float32)
+    if mix_weights is not None:
+        square = tl.zeros([BLOCK_L], tl.float32)
+        for first in range(0, HIDDEN, BLOCK_S):
+            column = first + tl.arange(0, BLOCK_S)
+            mask = valid[:, None] & (column < HIDDEN)[None, :]
+            x = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            square += tl.sum(x * x, 1)
+        factor = _factor(square, HIDDEN)
+        share = tl.load(mix_weights + layer, mask=valid, other=0.0).to(tl.float32)
 
     # Mean and variance, block by block (Chan's update): no cancellation where the mean is large.
     mean = tl.zeros([BLOCK_L], tl.float32)
     spread = tl.zeros([BLOCK_L], tl.float32)
-    for first in range(0, HIDDEN, BLOCK_D):
-        column = first + tl.arange(0, BLOCK_D)
+    for first in range(0, HIDDEN, BLOCK_S):
+        column = first + tl.arange(0, BLOCK_S)
         inside = column < HIDDEN
         mask = valid[:, None] & inside[None, :]
-        raw = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0)
-        x = _shift(raw, column, layer_weights, layer, mask, HIDDEN)
-        width = tl.minimum(HIDDEN - first, BLOCK_D).to(tl.float32)
+        x = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+        x = _shift(x, column, layer_weights, layer, mask, HIDDEN)
+        width = tl.minimum(HIDDEN - first, BLOCK_S).to(tl.float32)
         block_mean = tl.sum(x, 1) / width
         centred = tl.where(inside[None, :], x - block_mean[:, None], 0.0)
         delta = block_mean - mean
@@ -135,7 +88,10 @@ def _attend_kernel(
         raw = tl.load(base[:, None] + column[None, :], mask=mask, other=0.0)
         if rows is not None:
             tl.store(x0 + out + column[None, :], raw, mask=writer[:, None] & inside[None, :])
-        x = _shift(raw, column, layer_weights, layer, mask, HIDDEN)
+        x = raw.to(tl.float32) * factor[:, None]
+        if mix_weights is not None:
+            tl.store(mixed + text * HIDDEN + column, tl.sum(x * share[:, None], 0), mask=inside & (block == 0))
+        x = _shift(x, column, layer_weights, layer, mask, HIDDEN)
         x = _scale(x, mean, rstd, column, norm_weight, norm_bias, HIDDEN).to(keys.dtype.element_ty)
         tl.store(keys + out + column[None, :], x, mask=writer[:, None] & inside[None, :])
         q = tl.load(
@@ -211,48 +167,27 @@ def _softmax_backward_kernel(
 
 
 def attend_one_launch(
-    states: Sequence[Tensor], rows: Tensor | None, layer_weights: Tensor | None, norm_weight: Tensor,
-    norm_bias: Tensor, queries: Tensor | None, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Triton: gather (with `rows`), layer weights, norm and, with absorbed `queries`, scores and softmax.
+    states: Sequence[Tensor], rows: Tensor | None, norm: Norm, queries: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Triton: gather (with `rows`), one length and mix, layer weights, norm, scores and softmax, in one launch.
 
     Args:
-        states: L tensors [B, T, D] with `rows` int64 [B] (flat row of each text), or one X0 [B, n, D] without.
-        queries: Q̃ [H·R, D] of `dtype`, or None for X only.
-        dtype: of X, A and the products' operands.
+        states, rows: see `rows.place`. queries: Q̃ [H·R, D] of `dtype`, which is that of X, A and the operands.
 
-    Returns: X0 [B,n,D] (the given one where nothing was gathered), X [B,n,D], A [B,n,H·R] or None.
+    Returns: X0 [B,n,D] (the given one where nothing was gathered), X [B,n,D], m [B,D] of a mix, A [B,n,H·R].
     """
-    first, hidden = states[0], states[0].shape[-1]
-    if rows is not None:
-        batch, num_keys = len(rows), len(states)
-        tokens, stride_text, stride_token = token_strides(first)
-        x0 = first.new_empty(batch, num_keys, hidden)
-    else:
-        first = first if first.stride(-1) == 1 else first.contiguous()
-        states, x0, (batch, num_keys) = [first], first, first.shape[:2]
-        tokens, stride_text, stride_token = 1, first.stride(0), first.stride(1)
-    keys = first.new_empty(batch, num_keys, hidden, dtype=dtype)
-    place = (tokens, stride_text, stride_token)
-    norm = (layer_weights, norm_weight, norm_bias)
-    sizes = (len(states), num_keys, hidden)
-    with torch.cuda.device_of(first):
-        if queries is None:
-            t, block_l, block_d = whole_rows("norm", hidden)
-            blocks = ceil_div(num_keys, block_l)
-            _norm_kernel[(batch * blocks,)](
-                tuple(states), rows, *norm, x0, keys, *place, NORM_EPS, *sizes, blocks, block_l, block_d, **t
-            )
-            return x0, keys, None
-        columns = queries.shape[0]
-        attention = first.new_empty(batch, num_keys, columns, dtype=dtype)
-        t, block_l = _attend_tile(batch, num_keys, columns, hidden, dtype)
-        blocks = ceil_div(columns, t["BLOCK_N"])
+    states, x0, where = place(states, rows)
+    (batch, num_keys, hidden), columns = x0.shape, queries.shape[0]
+    keys, attention = (x0.new_empty(batch, num_keys, width, dtype=dtype) for width in (hidden, columns))
+    mixed = None if norm.mix is None else x0.new_empty(batch, hidden, dtype=torch.float32)
+    t, block_l = _attend_tile(batch, num_keys, columns, hidden, dtype)
+    blocks, block_s = ceil_div(columns, t["BLOCK_N"]), min(power_of_2(hidden, 16), max(16, SUM_NUMBERS // block_l))
+    with torch.cuda.device_of(x0):
         _attend_kernel[(batch * blocks,)](
-            tuple(states), rows, *norm, queries, x0, keys, attention, *place, columns, NORM_EPS, *sizes, blocks,
-            block_l, **t, **dot_options(dtype),
+            tuple(states), rows, *norm, queries, x0, keys, attention, mixed, *where, columns, NORM_EPS, len(states),
+            num_keys, hidden, blocks, block_l, block_s, **t, **dot_options(dtype),
         )  # fmt: skip
-    return x0, keys, attention
+    return x0, keys, mixed, attention
 
 
 def one_launch(batch: int, keys: int, columns: int, dtype: torch.dtype) -> bool:
@@ -277,30 +212,6 @@ def _attend_tile(batch: int, keys: int, columns: int, hidden: int, dtype: torch.
     t = tile("attend_text", hidden)
     del t["NUMBERS"]
     return t | {"BLOCK_N": power_of_2(columns, 16)}, block_l
-
-
-def norm_keys(x0: Tensor, layer_weights: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Torch: X = LN1(X0 + E) in float32 (or wider), rounded to `dtype`."""
-    h = _shifted(x0, layer_weights)
-    return torch.nn.functional.layer_norm(h, h.shape[-1:], weight.to(h.dtype), bias.to(h.dtype), NORM_EPS).to(dtype)
-
-
-def _shifted(x0: Tensor, layer_weights: Tensor | None) -> Tensor:
-    h = x0.to(torch.promote_types(x0.dtype, torch.float32))
-    return h if layer_weights is None else h + layer_weights.to(h.dtype)
-
-
-def norm_keys_backward(
-    grad: Tensor, x0: Tensor, layer_weights: Tensor | None, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """dX -> dX0, dE, dLN1 weight, dLN1 bias; the norm's statistics are computed again, X0 is all that was kept."""
-    h = _shifted(x0, layer_weights)
-    weight, bias = weight.to(h.dtype), bias.to(h.dtype)
-    _, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], weight, bias, NORM_EPS)
-    dh, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        grad.to(h.dtype), h, h.shape[-1:], mean, rstd, weight, bias, [True, True, True]
-    )
-    return dh.to(x0.dtype), None if layer_weights is None else dh.sum(0), dweight, dbias
 
 
 def scores(keys: Tensor, queries: Tensor, key_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:

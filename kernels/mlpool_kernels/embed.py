@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .runtime import jit, power_of_2, tl, untraced, use_triton
+from .sums import sum_parts
 from .tiles import tile
 
 # A row in the registers of one program.
@@ -130,9 +131,14 @@ class _EmbedFunction(torch.autograd.Function):
                 product, bias, y_mean, base, gate, grad.contiguous(), dp, dproduct, dbase, dgate, _stride(base), hidden,
                 ctx.normalize, **_options(hidden),
             )  # fmt: skip
-        of_bias = None if bias is None else dp.sum(0).to(bias.dtype)
-        of_gate = None if dgate is None or gate is None else dgate.sum(0).to(gate.dtype)
-        return dproduct, of_bias, None if y_mean is None else dp.to(y_mean.dtype), dbase, of_gate, None, None
+        parts = {} if bias is None else {"bias": dp}
+        if dgate is not None:
+            parts["gate"] = dgate
+        # Of one dtype in the pools: one launch for both.
+        dtype = torch.float32 if bias is None else bias.dtype
+        sums = sum_parts(parts, batch, dtype) if parts else {}
+        of_gate = None if gate is None else sums["gate"].to(gate.dtype)
+        return dproduct, sums.get("bias"), None if y_mean is None else dp.to(y_mean.dtype), dbase, of_gate, None, None
 
 
 def embed(

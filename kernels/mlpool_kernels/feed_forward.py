@@ -93,7 +93,7 @@ def _feed_forward_kernel(
         total += tl.sum(tl.reshape(u, [TEXTS, ROWS, BLOCK_F]), 1)
     text = first_text + tl.arange(0, TEXTS)
     target = out + text.to(tl.int64)[:, None] * WIDTH + unit[None, :]
-    tl.store(target, total / R, mask=(text < B)[:, None] & valid[None, :])
+    tl.store(target, (total / R).to(out.dtype.element_ty), mask=(text < B)[:, None] & valid[None, :])
 
 
 @jit
@@ -129,16 +129,16 @@ def _gate_kernel(
         tl.store(bias_grad + text * 2 * WIDTH + unit, total, mask=valid)
         tl.store(bias_grad + text * 2 * WIDTH + WIDTH + unit, total_g, mask=valid)
     else:
-        tl.store(out + text * WIDTH + unit, total / R, mask=valid)
+        tl.store(out + text * WIDTH + unit, (total / R).to(out.dtype.element_ty), mask=valid)
 
 
 def gate_mean(both: Tensor, triton: bool) -> Tensor:
-    """[a|g] [B,R,2F] -> ū [B,F], at least float32."""
+    """[a|g] [B,R,2F] -> ū [B,F], summed in float32 at least."""
     if not triton:
         a, g = both.chunk(2, dim=-1)
-        return F.gelu(g).mul_(a).mean(1, dtype=wide_dtype(both))
+        return F.gelu(g).mul_(a).mean(1, dtype=wide_dtype(both)).to(both.dtype)
     batch, num_latents, width = both.shape[0], both.shape[1], both.shape[2] // 2
-    out = both.new_empty(batch, width, dtype=torch.float32)
+    out = both.new_empty(batch, width)
     t = tile("gate")
     with torch.cuda.device_of(both):
         grid = (batch, ceil_div(width, t["BLOCK_F"]))
@@ -147,7 +147,7 @@ def gate_mean(both: Tensor, triton: bool) -> Tensor:
 
 
 def gate_backward(both: Tensor, grad: Tensor, triton: bool, overwrite: bool) -> tuple[Tensor, Tensor]:
-    """[a|g] [B,R,2F] and dū [B,F] -> d[a|g] (in place of it where `overwrite`) and db1 [2F]."""
+    """[a|g] [B,R,2F] and dū [B,F] -> d[a|g] (in place of it where `overwrite`) and parts of db1 [·,2F]."""
     batch, num_latents, width = both.shape[0], both.shape[1], both.shape[2] // 2
     out = both if overwrite else torch.empty_like(both)
     if triton:
@@ -156,13 +156,13 @@ def gate_backward(both: Tensor, grad: Tensor, triton: bool, overwrite: bool) -> 
         with torch.cuda.device_of(both):
             grid = (batch, ceil_div(width, t["BLOCK_F"]))
             _gate_kernel[grid](both, grad, out, bias_grad, num_latents, width, True, **t)
-        return out, bias_grad.sum(0)
+        return out, bias_grad
     a, g = both.chunk(2, dim=-1)
     du = (grad / num_latents).to(both.dtype)[:, None]
     da = F.gelu(g).mul_(du)
     dg = torch.ops.aten.gelu_backward(a * du, g)
     out[..., :width], out[..., width:] = da, dg
-    return out, out.sum((0, 1), dtype=wide_dtype(both))
+    return out, out.sum((0, 1), dtype=wide_dtype(both))[None]
 
 
 def _expand(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -179,16 +179,20 @@ def _texts_per_chunk(normed: Tensor, weight: Tensor) -> int:
 def feed_forward(
     normed: Tensor, weight: Tensor, bias: Tensor, form: str, triton: bool, save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """N [B,R,D], W1 [2F,D], b1 [2F] -> ū [B,F] (at least float32), and [a|g] [B,R,2F] where `save`."""
+    """N [B,R,D], W1 [2F,D], b1 [2F] -> ū [B,F] of N's dtype, and [a|g] [B,R,2F] where `save`."""
     if triton and form == "fused" and not save:
         return _feed_forward_triton(normed, weight, bias), None
     step = _texts_per_chunk(normed, weight)
     if save:
         both = _expand(normed, weight, bias)
-        return torch.cat([gate_mean(c, triton) for c in both.split(step)]), both
+        return _joined([gate_mean(c, triton) for c in both.split(step)]), both
     if normed.is_cuda or triton:
-        return torch.cat([gate_mean(_expand(c, weight, bias), triton) for c in normed.split(step)]), None
+        return _joined([gate_mean(_expand(c, weight, bias), triton) for c in normed.split(step)]), None
     return _feed_forward_cpu(normed, weight, bias), None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _feed_forward_cpu(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -204,7 +208,7 @@ def _feed_forward_cpu(normed: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             x = normed[first : first + step].flatten(0, 1)
             u = F.gelu(torch.addmm(bg, x, wg.T)).mul_(torch.addmm(ba, x, wa.T))
             out[first : first + step, part] = u.view(-1, num_latents, u.shape[1]).mean(1, dtype=out.dtype)
-    return out
+    return out.to(normed.dtype)
 
 
 def takes_descriptors(normed: Tensor, weight: Tensor) -> bool:
@@ -220,7 +224,7 @@ def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor, descripto
     """descriptors: read by tensor descriptors or by pointers; None is by descriptors where they can be used."""
     batch, num_latents, hidden = normed.shape
     width = weight.shape[0] // 2
-    out = normed.new_empty(batch, width, dtype=torch.float32)
+    out = normed.new_empty(batch, width)
     descriptors = takes_descriptors(normed, weight) if descriptors is None else descriptors
     name = "feed_forward_tma" if descriptors else "feed_forward"
     t = tile(name, hidden, wide=normed.dtype == torch.float32, capability=capability(normed))
@@ -244,7 +248,7 @@ def _feed_forward_triton(normed: Tensor, weight: Tensor, bias: Tensor, descripto
 def feed_forward_backward(
     grad: Tensor, normed: Tensor, weight: Tensor, bias: Tensor, both: Tensor | None, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dū [B,F] -> dN [B,R,D], dW1 [2F,D], db1 [2F]; `both` is the saved [a|g] or None to compute it again."""
+    """dū [B,F] -> dN [B,R,D], dW1 [2F,D], parts of db1 [·,2F]; both: the saved [a|g], None to compute it again."""
     step = _texts_per_chunk(normed, weight)
     if step >= len(normed):
         both, overwrite = (_expand(normed, weight, bias), True) if both is None else (both, False)
@@ -252,7 +256,7 @@ def feed_forward_backward(
         dboth = dboth.flatten(0, 1)
         return (dboth @ weight).view_as(normed), dboth.T @ normed.flatten(0, 1), dbias
     dnormed = torch.empty_like(normed, memory_format=torch.contiguous_format)
-    dweight, dbias = torch.zeros_like(weight), bias.new_zeros(bias.shape, dtype=wide_dtype(bias))
+    dweight, parts = torch.zeros_like(weight), []
     for first in range(0, len(normed), step):
         part = slice(first, first + step)
         chunk = _expand(normed[part], weight, bias) if both is None else both[part]
@@ -260,5 +264,5 @@ def feed_forward_backward(
         dboth = dboth.flatten(0, 1)
         torch.mm(dboth, weight, out=dnormed[part].flatten(0, 1))
         dweight.addmm_(dboth.T, normed[part].flatten(0, 1))
-        dbias += db
-    return dnormed, dweight, dbias
+        parts.append(db.sum(0))
+    return dnormed, dweight, torch.stack(parts)

@@ -30,8 +30,8 @@ CHOICES = {
 }  # fmt: skip
 STEPS = ("scores, softmax", "values, mixing", "feed-forward, mean")
 
-# What the kernels can hold in one tile: the keys of a text, its latents.
-ONE_LAUNCH_KEYS, MIX_LATENTS = 128, 128
+# What the kernels can hold in one tile: the keys of a text, its latents, the numbers of a head.
+ONE_LAUNCH_KEYS, MIX_LATENTS, MIX_HEAD_DIM = 128, 128, 128
 # Without fitted rates: one launch re-reads a text's rows for every block of columns, which is worth it up to this many
 # scores per key.
 ONE_LAUNCH_COLUMNS = 1024
@@ -49,8 +49,8 @@ GAIN = 0.95
 class Rates(NamedTuple):
     """What a device does in a second, for one compute dtype.
 
-    product: FLOP/s of the library's matrix products. attend, mix, feed_forward: FLOP/s of these kernels (as executed:
-    the mix kernel computes Y twice). gate: numbers of [a|g] a second that a plain feed-forward's gate reads. memory:
+    product: FLOP/s of the library's matrix products. attend, mix, feed_forward: FLOP/s of these kernels (mixing counted
+    twice, for the norm behind it). gate: numbers of [a|g] a second that a plain feed-forward's gate reads. memory:
     bytes/s, read and written. launch: seconds of one operation that does nothing. source: "default", or "fitted for"
     the device's name.
     """
@@ -170,13 +170,20 @@ def reference_flops(s: Sizes) -> dict[str, int]:
     }
 
 
+def by_heads(s: Sizes, plan: Plan) -> bool:
+    """Whether the mix kernel takes V and Wo and makes VO itself, head by head."""
+    fits = s.keys <= ONE_LAUNCH_KEYS and s.latents <= MIX_LATENTS and s.head_dim <= MIX_HEAD_DIM
+    return plan.mix == "kernel" and plan.values == "early" and fits
+
+
 def saved_bytes(s: Sizes, plan: Plan, itemsize: int) -> int:
     """What plan.memory="save" keeps for the backward, per text."""
     columns = s.heads * s.latents
     kept = s.keys * (s.hidden + columns) + s.latents * s.hidden + s.latents * 2 * s.width
+    kept += s.latents * s.hidden if plan.mix == "kernel" else 0
     kept += s.keys * (s.inner if plan.keys == "plain" else 0)
     kept += s.keys * (s.inner if plan.values != "absorbed" else 0)
-    kept += s.keys * (s.heads * s.hidden if plan.values != "late" else 0)
+    kept += s.keys * (s.heads * s.hidden if plan.values != "late" and not by_heads(s, plan) else 0)
     return kept * itemsize
 
 
@@ -201,7 +208,10 @@ def seconds(operations: Iterable[Operation], rates: Rates) -> float:
 
 
 def key_operations(s: Sizes, plan: Plan, itemsize: int, *, cached: bool) -> list[Operation]:
-    """From the gathered rows to the attention, by plan.keys and plan.launches."""
+    """From the gathered rows to the attention, by plan.keys and plan.launches.
+
+    That rows are brought to one length and mixed costs no launch of its own, and [B,D] numbers more.
+    """
     rows, columns, inner = s.batch * s.keys, s.heads * s.latents, s.inner
     read, weight = rows * s.hidden * itemsize, inner * s.hidden * itemsize
     scores, queries = rows * columns * itemsize, columns * s.hidden * itemsize
@@ -239,7 +249,7 @@ def value_operations(s: Sizes, plan: Plan, itemsize: int, *, cached: bool) -> li
             Operation("product", 0, 2 * y),
             Operation("product", 0, y),
         ]
-    operations = []
+    operations, mixing = [], 2 * rows * columns * s.hidden
     if plan.values == "absorbed":
         folded = s.heads * s.hidden * s.hidden * itemsize
         if not cached:
@@ -247,8 +257,9 @@ def value_operations(s: Sizes, plan: Plan, itemsize: int, *, cached: bool) -> li
         operations.append(Operation("product", 2 * rows * s.heads * s.hidden * s.hidden, read + folded + vo))
     else:
         operations.append(Operation("product", project, read + weight + v))
+        if by_heads(s, plan):
+            return [*operations, Operation("mix", project + 2 * mixing, 2 * (attention + v) + weight + y)]
         operations.append(Operation("product", project, v + weight + vo))
-    mixing = 2 * rows * columns * s.hidden
     if plan.mix == "kernel":
         return [*operations, Operation("mix", 2 * mixing, 2 * (attention + vo) + y)]
     operations.append(Operation("product", mixing, attention + vo + y))

@@ -36,7 +36,8 @@ def _select_kernel(
         behind = tl.maximum(behind, tl.max(tl.where(kept, place + 1, 0), 0))
     tl.store(spans + text, text * T)
     tl.store(spans + B + text, text * T + T)
-    tl.store(spans + 2 * B + text, text * T + behind - 1)
+    # Of a text of which nothing is kept a row all the same: it may be read before the host knows.
+    tl.store(spans + 2 * B + text, text * T + tl.maximum(behind - 1, 0))
     tl.store(spans + 3 * B + text, (text * 0 + count).to(tl.int64))
 
 
@@ -48,7 +49,7 @@ def select_padded(
     Args:
         mask, token_mask: [B, T] bool or integer on a GPU. skip: tokens of each text to leave out.
 
-    A text of which nothing is kept has a count of 0, which is for the caller to refuse, and no meaning in `last`.
+    A text of which nothing is kept has a count of 0, which is for the caller to refuse, and its first row in `last`.
     """
     batch, length = mask.shape
     masks = [m if m is None or m.stride(1) == 1 else m.contiguous() for m in (mask, token_mask)]

@@ -50,6 +50,8 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_D": 32, "NUMBERS": 1 << 14, "num_warps": 8, "num_stages": 2},
     ],
     "norm": [{"NUMBERS": 4096, "num_warps": 4}, {"NUMBERS": 8192, "num_warps": 8}],
+    "norm_backward": [{"NUMBERS": 2048, "num_warps": 4}, {"NUMBERS": 4096, "num_warps": 8}],
+    "sum": [{"BLOCK_P": 32, "BLOCK_N": 64, "num_warps": 4}, {"BLOCK_P": 16, "BLOCK_N": 128, "num_warps": 4}],
     "softmax": [
         {"BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4},
         {"BLOCK_K": 64, "BLOCK_N": 64, "num_warps": 4},
@@ -59,6 +61,11 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_D": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         {"BLOCK_D": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     ],
+    "mix_heads": [
+        {"BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
+    ],
+    "mix_backward": [{"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}],
     "feed_forward": [
         {"BLOCK_R": 64, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
         {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},

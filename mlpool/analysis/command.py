@@ -36,7 +36,7 @@ from . import FEWEST, POOLINGS, WINDOW
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Correlation between layers, score of each layer, and what a trained pool reads; in one pass."
-    parser.epilog = (__doc__ or "").replace("%", "%%")
+    parser.epilog = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("model", help="folder or Hub name of a base model, a saved embedder or a sentence-transformers model")
@@ -45,26 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text-column", metavar="NAME", help="of .jsonl, .csv and .parquet (default: text, or the only one)")
     add("--pairs", metavar="FILE", nargs="+", default=[], help=".jsonl with sentence1, sentence2 and score, for the "
         "score of each layer; several are averaged")  # fmt: skip
-    add("--tasks", metavar="NAME[,NAME]", help="tasks of --local, sts/stsb, or a kind of them (default: all)")
+    add("--tasks", type=options.names, metavar="NAME[,NAME]", help="tasks of --local, sts/stsb, or a kind of them "
+        "(default: all)")  # fmt: skip
     add("--local", metavar="DIR", help="score the layers on the tasks in DIR, as of `mlpool eval --local`")
     add("--split", choices=SPLITS, default="dev", help="of --local (default: %(default)s)")
     add("--token-pooling", choices=(*POOLINGS, "all"), default="all", help="(default: %(default)s)")
     add("--attention", choices=("causal", "bidirectional"), help="of a base model (default: its own)")
     add("--prompt", help="put before each text (default: the model's default prompt)")
     add("--limit", type=int, metavar="N", help="of each file take N rows at random")
-    add(
-        "--window",
-        type=options.positive,
-        default=WINDOW,
-        metavar="N",
-        help="texts in memory at once (default: %(default)s)",
-    )
-    add(
-        "--token-budget",
-        type=options.positive,
-        metavar="N",
-        help="tokens a forward, of mlpool's models (default: as in encode)",
-    )
+    add("--window", type=options.positive, default=WINDOW, metavar="N", help="texts in memory at once (default: "
+        "%(default)s)")  # fmt: skip
+    add("--token-budget", type=options.positive, metavar="N", help="tokens a forward, of mlpool's models (default: as "
+        "in encode)")  # fmt: skip
     add("--seed", type=int, default=0, help="of sample and windows (default: %(default)s)")
     add("--time", action="store_true", help="also encode the texts plainly, before and after, and say what it cost")
     options.add_max_seq_length(parser)
@@ -137,8 +129,7 @@ def _tasks(args: argparse.Namespace) -> list[Any]:
     from ..evaluation.tasks import import_mteb
 
     import_mteb()
-    names = [name.strip() for name in args.tasks.split(",") if name.strip()] if args.tasks else None
-    return local_tasks(args.local, names, args.split)
+    return local_tasks(args.local, args.tasks, args.split)
 
 
 def _depth(model: Any, scores: Any, texts: list[str], used: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ Both are defined in command.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,16 +46,19 @@ class Correlations:
         return {"pearson": self._pearson[i] / self.texts, "cka": cka}
 
     def notes(self) -> list[str]:
+        def listed(layers: list[int]) -> str:
+            return ", ".join(map(str, layers))
+
         found = []
         for i, pooling in enumerate(self.poolings):
             if same := np.flatnonzero(np.diag(self._hsic[i]) == 0).tolist():
                 found.append(
-                    f"{pooling}: every text has the same state in layer {_listed(same)}; its CKA is not defined, given "
+                    f"{pooling}: every text has the same state in layer {listed(same)}; its CKA is not defined, given "
                     "as 0"
                 )
             if flat := np.flatnonzero(self._flat[i]).tolist():
                 found.append(
-                    f"{pooling}: states of D equal numbers in layer {_listed(flat)}; their Pearson correlation is not "
+                    f"{pooling}: states of D equal numbers in layer {listed(flat)}; their Pearson correlation is not "
                     "defined and counts as 0"
                 )
         return found
@@ -98,7 +101,3 @@ def hsic(states: Tensor) -> NDArray[np.float64]:
         gram = gram - rows - rows[:, None] + rows.sum() / (n - 1)
         grams[layer] = gram.fill_diagonal_(0).flatten()
     return (grams @ grams.T).cpu().double().numpy() / (n * (n - 3))
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))

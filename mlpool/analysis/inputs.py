@@ -92,21 +92,20 @@ def load_model(
     """
     from ..attention.check import claims_bidirectional
     from ..embedder.backbone import Backbone
-    from ..embedder.backbone import load_model as load_transformer
+    from ..embedder.base_model import hub_options
+    from ..embedder.base_model import load_model as load_transformer
     from ..embedder.embedder import Embedder
     from ..embedder.loading import open_model, read_modules
     from ..embedder.pooler import Pooler
     from ..pooling import MeanPool
-    from ..taps import find_layers
+    from ..trunk import find_layers
 
     check_place(name)
     no_model = Path(name).is_dir() and not (Path(name) / "config.json").is_file()
     if attention is not None or no_model or read_modules(name, {}):
         return open_model(name, attention and f"mean-{attention}", device, dtype, max_seq_length)
-    hub: dict[str, Any] = dict.fromkeys(("token", "cache_folder", "revision"))
-    transformer, tokenizer = load_transformer(
-        name, {**hub, "local_files_only": False, "trust_remote_code": False}, {"dtype": dtype}
-    )
+    hub = {**hub_options({}), "trust_remote_code": False}
+    transformer, tokenizer = load_transformer(name, hub, {"dtype": dtype})
     own = "bidirectional" if claims_bidirectional(*find_layers(transformer)) else "causal"
     backbone = Backbone(transformer, tokenizer, f"mean-{own}", max_seq_length=max_seq_length)
     modules: Any = OrderedDict(backbone=backbone, pooler=Pooler(MeanPool(backbone.hidden_size)))

@@ -176,27 +176,19 @@ class LayerReport:
         return paths
 
     def __str__(self) -> str:
-        lines = [["layer"] + [head for pooling in self.token_poolings for head in self._heads(pooling)]]
-        lines[0] += ["read by the pool"] if self.profile else []
-        for layer in range(self.num_layers + 1):
-            cells = [str(layer)] + [cell for pooling in self.token_poolings for cell in self._cells(pooling, layer)]
-            if self.profile:
-                weights = dict(zip(self.profile.layers, self.profile.mean, strict=True))
-                cells.append(f"{weights[layer]:.4f}" if layer in weights else "–")
-            lines.append(cells)
-        return "\n".join([aligned(lines[0], lines[1:], left=0), "", *self._reading()])
-
-    def _heads(self, pooling: str) -> list[str]:
-        heads = ["r to next", "CKA to last", *(["score"] if self.scores else [])]
-        return [f"{pooling}: {head}" for head in heads]
-
-    def _cells(self, pooling: str, layer: int) -> list[str]:
-        pearson, cka = self.correlation["pearson", pooling], self.correlation["cka", pooling]
-        cells = [f"{pearson[layer, layer + 1]:.3f}" if layer < self.num_layers else "–", f"{cka[layer, -1]:.3f}"]
-        if self.scores:
-            star = "*" if layer == self.scores.best(pooling) else " "
-            cells.append(f"{self.scores.mean(pooling)[layer]:.4f}{star}")
-        return cells
+        layers = range(self.num_layers + 1)
+        columns = {"layer": [str(layer) for layer in layers]}
+        for pooling in self.token_poolings:
+            pearson, cka = self.correlation["pearson", pooling], self.correlation["cka", pooling]
+            columns[f"{pooling}: r to next"] = [f"{r:.3f}" for r in np.diag(pearson, 1)] + ["–"]
+            columns[f"{pooling}: CKA to last"] = [f"{value:.3f}" for value in cka[:, -1]]
+            if self.scores:
+                columns[f"{pooling}: score"] = self.scores.starred(pooling)
+        if self.profile:
+            weights = dict(zip(self.profile.layers, self.profile.mean, strict=True))
+            columns["read by the pool"] = [f"{weights[i]:.4f}" if i in weights else "–" for i in layers]
+        table = aligned(list(columns), zip(*columns.values(), strict=True), left=0)
+        return "\n".join([table, "", *self._reading()])
 
     def _reading(self) -> list[str]:
         lines = [f"{self.texts} texts; layer 0 is the embedding. r: Pearson's over dimensions; CKA: linear, unbiased."]

@@ -47,12 +47,14 @@ class LayerScores:
         return LayerScores([*self.sets, *other.sets], values, np.concatenate([self.own, other.own]), metrics)
 
     def __str__(self) -> str:
-        """The mean over the data sets by layer, the best of each token pooling starred."""
-        lines = [
-            [str(layer), *(f"{self.mean(p)[layer]:.4f}{'*' if layer == self.best(p) else ' '}" for p in self.values)]
-            for layer in range(len(self.mean(next(iter(self.values)))))
-        ]
+        columns = [self.starred(pooling) for pooling in self.values]
+        lines = zip(map(str, range(len(columns[0]))), *columns, strict=True)
         return "\n".join([aligned(["layer", *self.values], lines, left=0), "", self.reading()])
+
+    def starred(self, pooling: str) -> list[str]:
+        """The mean over the data sets by layer, the best one starred."""
+        best = self.best(pooling)
+        return [f"{score:.4f}{'*' if layer == best else ' '}" for layer, score in enumerate(self.mean(pooling))]
 
     def reading(self) -> str:
         """What the scores are, in a line."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..taps import find_layers
+from ..trunk import find_layers
 from .states import _batches
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def seconds_by_depth(
     backbone: Any = next(model.children())
     if hasattr(backbone, "arrange"):
         backbone.arrange()
-    handles = [layers[0].register_forward_pre_hook(lambda *_: clock.read(0))]
-    handles += [layer.register_forward_hook(functools.partial(clock.behind, i)) for i, layer in enumerate(layers, 1)]  # type: ignore[arg-type]
+    handles = [layers[0].register_forward_pre_hook(functools.partial(clock.read, 0))]
+    handles += [layer.register_forward_hook(functools.partial(clock.read, i)) for i, layer in enumerate(layers, 1)]
     try:
         for _ in _batches(model, list(texts[:8]), prompt, token_budget):  # what only a first call does
             pass
@@ -57,14 +57,11 @@ class _Clock:
     def __init__(self, count: int, device: torch.device) -> None:
         self.spent, self._device, self._last = np.zeros(count), device, 0.0
 
-    def read(self, layer: int) -> None:
-        """At the end of a layer, 0 for the start of the first."""
+    def read(self, layer: int, *_: Any) -> None:
+        """At the end of a layer, 0 for the start of the first; a hook."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         if layer:
             self.spent[layer - 1] += now - self._last
         self._last = now
-
-    def behind(self, layer: int, *_: Any) -> None:
-        self.read(layer)

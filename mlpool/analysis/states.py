@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import show
 from ..pooling.base import gather_tokens
 from ..pooling.tokens import Tokens, select_tokens
-from ..taps import find_layers
+from ..trunk import find_layers
 from . import FEWEST, POOLINGS, WINDOW
 
 if TYPE_CHECKING:

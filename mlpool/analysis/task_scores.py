@@ -19,7 +19,7 @@ from ..evaluation.encoder import Prompts, make_encoder, name_of
 from ..evaluation.evaluate import evaluate_once
 from ..files import check_room
 from ..show import progress
-from ..taps import find_layers
+from ..trunk import find_layers
 from .scores import LayerScores
 from .states import poolings_of, windows
 
@@ -31,16 +31,16 @@ _METRICS = {"cosine_spearman": "Spearman"}  # as the scores of pairs are called
 
 
 def task_scores(
-    model: SentenceTransformer, tasks: Sequence[AbsTask], *, token_pooling: str = "all", scratch: str | None = None,
-    **options: Any,
-) -> tuple[LayerScores, list[str]]:  # fmt: skip
+    model: SentenceTransformer, tasks: Sequence[AbsTask], *, token_pooling: str = "all", **options: Any
+) -> tuple[LayerScores, list[str]]:
     """The main score of every layer, untrained, on tasks; and the texts of the first, as it asked for them.
+
+    The states of one task, [P, L+1, texts, D] float32, lie in TMPDIR meanwhile.
 
     Args:
         model: as of `mlpool.analysis.layers.analyse`. tasks: of `mlpool.evaluation.local.local_tasks`.
         token_pooling: "last", "mean", "unit_mean" or "all". A layer's embedding is brought to unit length, as a pool
             brings it.
-        scratch: a folder for the states of one task, [P, L+1, texts, D] float32; None is the system's own.
         options: window, token_budget and progress, as of `windows`.
 
     Raises:
@@ -54,7 +54,7 @@ def task_scores(
     with progress("scores", "layer", len(tasks) * (len(poolings) * count + 1), shown) as bar:
         for task in tasks:
             bar.set_postfix_str(name_of(task))
-            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            with tempfile.TemporaryDirectory() as folder:
                 layers = _Layers(model, poolings, count, Path(folder), options)
                 encoder = make_encoder(model, "layers", Prompts("model"), progress=False, embed=layers.embed)
                 own.append(evaluate_once(encoder, task))

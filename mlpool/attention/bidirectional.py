@@ -19,13 +19,12 @@ Qwen, Phi3, Gemma, OLMo2, Granite, GPT-NeoX, OPT, Falcon are bidirectional again
 from __future__ import annotations
 
 import inspect
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..pooling.base import check_choice, log_once
-from ..taps import find_layers
+from ..trunk import ForwardPatch, argument_names, family_name, find_layers, no_cache
 from .check import check_attention, claims_bidirectional, is_encoder, measure
 from .families import (
     NO_LIMIT,
@@ -33,6 +32,7 @@ from .families import (
     attentions,
     check_backend,
     family_of,
+    flagged,
     require_text_model,
     require_transformers,
     varies_by_layer,
@@ -110,9 +110,7 @@ class bidirectional:  # called like a function; an object so that `with` can und
     def __enter__(self) -> nn.Module:
         return self.model
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._owner:
             patch: _Patch | None = find_layers(self.model)[0].__dict__.get(_MARK)
             if patch is not None:  # else causal(model) was called inside
@@ -134,7 +132,7 @@ def causal(model: nn.Module) -> nn.Module:
     patch: _Patch | None = trunk.__dict__.get(_MARK)
     if patch is not None:
         patch.undo()
-        if _flagged(trunk.config):  # it was saved bidirectional: what was before the patch is not causal either
+        if flagged(trunk.config):  # it was saved bidirectional: what was before the patch is not causal either
             _clear_flags(model, trunk, layers)
     elif is_encoder(trunk, layers):
         raise ValueError(
@@ -174,7 +172,6 @@ class _Patch:
             self._set(module, "is_causal", False)
             self._set_window(module, family, layers_own=True)
         self.forward = _Forward(trunk)
-        trunk.forward = self.forward
         trunk.__dict__[_MARK] = self
 
     def _set_config(self, config: Any, family: Family) -> None:
@@ -218,18 +215,10 @@ class _Missing:
     """Stands for "was not set"; a class, because copies and pickles of a class are itself."""
 
 
-class _Forward:
-    """The trunk's `forward` while patched: no cache, and positions where the family needs them.
+class _Forward(ForwardPatch):
+    """The trunk's `forward` while patched: no cache, and positions where the family needs them."""
 
-    No hook, since peft calls `trunk.forward` directly. It has slots so that wrappers which copy a function's `__dict__`
-    (functools.update_wrapper, as taps and accelerate use it) take nothing from it.
-    """
-
-    __slots__ = ("below", "trunk")
-
-    def __init__(self, trunk: nn.Module):
-        self.trunk = trunk
-        self.below = trunk.__dict__.get("forward")  # someone else's patch, or None
+    __slots__ = ()
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -245,43 +234,25 @@ class _Forward:
         return type(self.trunk).forward(self.trunk, *args, **kwargs)
 
     def _arguments(self, patch: _Patch, args: tuple, kwargs: dict) -> dict[str, Any]:
-        names = list(inspect.signature(type(self.trunk).forward).parameters)[1:]
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        call = {**dict(zip(argument_names(self.trunk), args, strict=False)), **kwargs}
         if call.get("past_key_values") is not None:
             raise ValueError(
                 f"past_key_values were passed to a bidirectional {type(self.trunk).__name__}: states of earlier tokens "
                 "would have to change with every later one, so there is no cache (nor generation, nor prefix tuning); "
                 "call causal(model) first"
             )
-        if "use_cache" in names:
-            call["use_cache"] = False
+        call |= no_cache(self.trunk)
         mask = call.get("attention_mask")
         if patch.text_positions and call.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
             call["position_ids"] = text_positions(mask)
         return call
 
-    def restore(self) -> None:
-        if self.trunk.__dict__.get("forward") is not self:
-            return  # wrapped by someone else since: stays beneath, and does nothing
-        if self.below is None:
-            del self.trunk.forward
-        else:
-            self.trunk.forward = self.below
-
 
 def _refuse(model: nn.Module, trunk: nn.Module) -> None:
-    """What cannot be patched, with the reason."""
-    config: Any = trunk.config
-    name, family = getattr(config, "model_type", type(trunk).__name__), family_of(config)
-    if family.refused:
-        raise ValueError(f"{name} cannot be made bidirectional: {family.refused}")
+    if refused := family_of(trunk.config).refused:
+        raise ValueError(f"{family_name(trunk)} cannot be made bidirectional: {refused}")
     require_text_model(model, trunk)
-    check_backend(config)
-
-
-def _flagged(config: Any) -> bool:
-    """Whether the config alone makes the model bidirectional."""
-    return getattr(config, "is_causal", None) is False or bool(getattr(config, "use_bidirectional_attention", None))
+    check_backend(trunk.config)
 
 
 def _configs(model: nn.Module, trunk: nn.Module) -> list[Any]:

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..pooling.base import check_choice
-from ..taps import find_layers
-from .families import attentions, backend_of, family_of
+from ..trunk import family_name, find_layers
+from .families import attentions, backend_of, family_of, flagged
 from .probe import AGREE, AttentionCheckError, LayerReport, Probe, require_weights, undisturbed
 
 
@@ -94,10 +93,7 @@ def check_attention(model: nn.Module, expect: str | None = None) -> AttentionRep
 
 def claims_bidirectional(trunk: nn.Module, layers: nn.Module) -> bool:
     """What config and modules say; only `measure` says what is true."""
-    config: Any = trunk.config
-    if getattr(config, "is_causal", None) is False or getattr(config, "use_bidirectional_attention", None):
-        return True
-    return is_encoder(trunk, layers)
+    return flagged(trunk.config) or is_encoder(trunk, layers)
 
 
 def is_encoder(trunk: nn.Module, layers: nn.Module) -> bool:
@@ -106,10 +102,7 @@ def is_encoder(trunk: nn.Module, layers: nn.Module) -> bool:
     Where it cannot be measured (padding removed inside, weights on meta), the modules' own flags count.
     """
     flags = [module.is_causal for module in attentions(layers)]
-    config: Any = trunk.config
-    if getattr(config, "is_decoder", False) or any(flags) or getattr(config, "is_causal", None) is False:
-        return False
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(trunk.config, "is_decoder", False) or any(flags) or flagged(trunk.config):
         return False
     try:
         return measure(trunk, layers).bidirectional
@@ -126,13 +119,11 @@ def measure(trunk: nn.Module, layers: nn.Module, give_positions: bool = False) -
     probe = Probe(trunk, layers, give_positions)
     with undisturbed(trunk):
         probe.run()
-    config: Any = trunk.config
-    family = getattr(config, "model_type", type(trunk).__name__)
-    return AttentionReport(family, backend_of(config), probe.dtype, probe.reports, probe.input_errors)
+    backend = backend_of(trunk.config)
+    return AttentionReport(family_name(trunk), backend, probe.dtype, probe.reports, probe.input_errors)
 
 
 def _problems(report: AttentionReport, expect: str, ignored: Sequence[str] = ()) -> list[str]:
-    """What is wrong, as parts of a sentence."""
     problems, tolerance = [], AGREE[report.dtype]
     silent, verb = expect == "bidirectional", "does not answer" if expect == "bidirectional" else "answers"
     for batch in report.layers[0].answers:

@@ -50,6 +50,7 @@ _SOFTCAP = (
     "attn_logit_softcapping is set, and scaled_dot_product_attention cannot soft-cap; load with "
     "attn_implementation='eager'"
 )
+_CHUNKS = "its layers attend in chunks, and the chunked mask ignores is_causal"
 _SERVED = Family(serving_flag=True)
 _POSITIONS = Family(
     text_positions=True,
@@ -62,37 +63,30 @@ _ALIBI = (
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": _SERVED,
-    "mistral": _SERVED,
-    "qwen3": _SERVED,
-    "gemma": _SERVED,
-    "gemma2": Family(
-        serving_flag=True,
-        refused_backends={"sdpa": _SOFTCAP},
-    ),
+    **dict.fromkeys(("llama", "mistral", "qwen3", "gemma"), _SERVED),
+    "gemma2": Family(serving_flag=True, refused_backends={"sdpa": _SOFTCAP}),
     "gemma3_text": Family(serving_flag=True, own_mode=True, halves_window=True),
     "stablelm": Family(
         advice="its attention reads is_causal from each module only, which a saved config does not set: a reloaded "
         "model is causal in unpadded batches until bidirectional(model) is called again"
     ),
-    "gpt2": _POSITIONS,
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "xglm", "biogpt"), _POSITIONS),
     "gpt_neo": Family(refused="its attention holds a causal mask of its own, which no flag reaches"),
-    "gpt_bigcode": _POSITIONS,
-    "xglm": _POSITIONS,
-    "biogpt": _POSITIONS,
     "bloom": Family(warning=_ALIBI),
-    "falcon_h1": Family(
-        warning="its attention alone; the Mamba half of every layer stays causal (attention only)",
-    ),
+    "falcon_h1": Family(warning="its attention alone; the Mamba half of every layer stays causal (attention only)"),
     "falcon": Family(refused_backends=dict.fromkeys(("flex_attention", PACKED), _NO_REGISTRY)),
-    "llama4": Family(refused="its layers attend in chunks, and the chunked mask ignores is_causal"),
-    "llama4_text": Family(refused="its layers attend in chunks, and the chunked mask ignores is_causal"),
+    **dict.fromkeys(("llama4", "llama4_text"), Family(refused=_CHUNKS)),
 }
 
 
 def family_of(config: Any) -> Family:
     """The table's row for this (text) config; an empty one for a family that is not in it."""
     return FAMILIES.get(getattr(config, "model_type", ""), Family())
+
+
+def flagged(config: Any) -> bool:
+    """Whether the config alone makes the model bidirectional."""
+    return getattr(config, "is_causal", None) is False or bool(getattr(config, "use_bidirectional_attention", None))
 
 
 def require_text_model(model: nn.Module, trunk: nn.Module) -> None:

@@ -13,7 +13,6 @@ calls `trunk.forward`. A call that is packed already goes through.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 import warnings
@@ -22,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pooling.tokens import note_offsets, read_offsets, require, select_tokens
-from ..taps import find_layers
+from ..pooling.tokens import held, note_offsets, read_offsets, require, select_tokens
+from ..trunk import argument_names, family_name, find_layers, mixed, no_cache
 from .families import PACKED, backend_of, require_text_model
-from .trial import compare, name_of, try_packed
-from .varlen import PackedCall, has_flash_attn, register, require_no_softcap, running
+from .trial import compare, try_packed
+from .varlen import PackedCall, has_flash_attn, lengths_of, register, require_no_softcap, require_whole, running
 
 _MARK = "_mlpool_packed"  # on the trunk: its Packing
 _ROWS = ("input_ids", "inputs_embeds", "token_type_ids")  # [B, T, ...], packed with the batch
@@ -80,7 +79,7 @@ def pack(model: nn.Module, padded_output: bool = True, check: bool = True) -> nn
     trunk.__dict__[_MARK] = packing
     if not isinstance(trunk, _PackedTrunk):  # it is one when an earlier unpack had to leave the class
         cls: type = type(trunk)
-        trunk.__class__ = _packed_class(cls)
+        trunk.__class__ = mixed(_PackedTrunk, cls)
     try:
         if expected is not None:
             compare(trunk, try_packed(trunk), expected, packing.backend)
@@ -135,14 +134,12 @@ class Packing:
 
     def run(self, trunk: nn.Module, below: Any, args: tuple, kwargs: dict) -> Any:
         """One forward of the trunk, by what is beneath the packing."""
-        names = inspect.signature(type(trunk).forward).parameters
-        call = {**dict(zip(list(names)[1:], args, strict=False)), **kwargs}
+        call = {**dict(zip(argument_names(trunk), args, strict=False)), **kwargs}
         packed, active = call.get("cu_seq_lens_q"), running.get()
         if packed is not None and active is not None and active.offsets is packed:
             return below(*args, **kwargs)  # others hold the packed forward beneath their own
         _refuse_arguments(trunk, call)
-        if "use_cache" in names:
-            call["use_cache"] = False
+        call |= no_cache(trunk)
         if packed is not None:
             call, packed_call = self._given(call)
             return self._forward(trunk, below, call, packed_call)
@@ -202,7 +199,7 @@ class Packing:
         # kept tokens are one run if the first of them is where the last one and their number say
         assert tokens.keep is not None
         first = tokens.starts + tokens.keep.view(shape).int().argmax(1)
-        fine = torch.stack([check.fine for check in tokens.checks]).all().to(counts)
+        fine = held(tokens.checks).to(counts)
         values = torch.cat([counts, first - starts, fine[None]]).tolist()  # the one wait for the device
         lengths, gaps = values[: shape[0]], values[shape[0] : -1]
         if not values[-1]:
@@ -211,7 +208,7 @@ class Packing:
             rows = [i for i, gap in enumerate(gaps) if gap]
             raise ValueError(f"attention_mask has a gap within the text of row(s) {rows[:10]}; packing needs one run")
         total = _check_total(sum(lengths))
-        offsets = _offsets(counts)
+        offsets = nn.functional.pad(counts.cumsum(0), (1, 0)).int()
         begins = offsets[:-1].long()
         # the text's own first row, less its place in the packed row, then counted on
         shift = torch.repeat_interleave(torch.stack([starts - begins, -begins]), counts, 1, output_size=total)
@@ -235,11 +232,8 @@ class Packing:
             raise ValueError(f"with cu_seq_lens_q the batch must be one row [1, total], got {list(inputs.shape[:2])}")
         total = _check_total(inputs.shape[1])
         ends = read_offsets(offsets, total)
-        if ends[0] != 0 or ends[-1] != total:
-            raise ValueError(
-                f"cu_seq_lens_q runs from {ends[0]} to {ends[-1]} in a row of {total} tokens; it must cover the row"
-            )
-        lengths = [end - start for start, end in itertools.pairwise(ends)]
+        require_whole(ends, total)
+        lengths = lengths_of(ends)
         call = dict(call)
         if call.get("position_ids") is None:
             positions = torch.cat([torch.arange(n) for n in lengths]) + self.position_offset
@@ -297,22 +291,14 @@ class _PackedTrunk:
         return _rebuild, (type(self).__mro__[type(self).__mro__.index(_PackedTrunk) + 1],), self.__dict__
 
 
-@functools.cache
-def _packed_class(cls: type) -> type:
-    # of the same name, since saving and sharding look modules up by it
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (_PackedTrunk, cls), names)
-
-
 def _rebuild(cls: type) -> Any:
     """An empty packed trunk, for copies and pickles."""
     register()
-    packed: Any = _packed_class(cls)
+    packed: Any = mixed(_PackedTrunk, cls)
     return packed.__new__(packed)
 
 
 def _refuse(trunk: nn.Module) -> None:
-    """Models that cannot run packed, with the reason."""
     config: Any = trunk.config
     parameters = inspect.signature(type(trunk).forward).parameters
     reason = ""
@@ -323,11 +309,9 @@ def _refuse(trunk: nn.Module) -> None:
     elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         reason = f"{type(trunk).__name__}.forward takes no further arguments, so the offsets do not reach its attention"
     elif "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        reason = (
-            "some of its layers attend in chunks, which no packed kernel does (short texts alone would come through)"
-        )
+        reason = "some of its layers attend in chunks, as no packed kernel does (short texts alone would come through)"
     if reason:
-        raise ValueError(f"{name_of(trunk)} cannot run packed: {reason}")
+        raise ValueError(f"{family_name(trunk)} cannot run packed: {reason}")
     if not (has_flash_attn() and torch.cuda.is_available()):
         require_no_softcap(getattr(config, "attn_logit_softcapping", None))
 
@@ -358,10 +342,6 @@ def _check_total(total: int) -> int:
     if total >= 2**31:
         raise ValueError(f"{total} tokens in one batch: packed offsets are int32, up to {2**31 - 1}; split the batch")
     return total
-
-
-def _offsets(counts: Tensor) -> Tensor:
-    return nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
 def _pad(value: Any, rows: Tensor, shape: tuple[int, int]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..show import some
 from ..taps import _MARK as _TAPS
+from ..trunk import family_name, no_cache
 from .families import PACKED_MARK, backend_of, family_of, window_of
 
 _LONG, _SHORT = 8, 5  # tokens of the two texts
@@ -95,16 +96,15 @@ class Probe:
         try:
             for index, layer in enumerate(self.layers):
                 handles += [
-                    layer.register_forward_pre_hook(self._before(index), with_kwargs=True),
-                    layer.register_forward_hook(self._after(index)),
+                    layer.register_forward_pre_hook(functools.partial(self._before, index), with_kwargs=True),  # type: ignore[arg-type]
+                    layer.register_forward_hook(functools.partial(self._after, index)),  # type: ignore[arg-type]
                 ]
             self.trunk(**call)
         except AttentionCheckError:
             raise
         except Exception as error:
-            config: Any = self.trunk.config
             raise AttentionCheckError(
-                f"{getattr(config, 'model_type', '?')} on {backend_of(config)}: the forward of the self-test failed "
+                f"{family_name(self.trunk)} on {backend_of(self.trunk.config)}: the forward of the self-test failed "
                 f"behind layer {self.seen[-1] if self.seen else '-'}: {type(error).__name__}: {error}"
             ) from error
         finally:
@@ -142,24 +142,16 @@ class Probe:
             call = {"input_ids": ids, "attention_mask": mask}
             if self.give_positions:
                 call["position_ids"] = text_positions(mask)
-        if "use_cache" in inspect.signature(type(self.trunk).forward).parameters:
-            call["use_cache"] = False
-        return call, [place.to(device) for place in places]
+        return call | no_cache(self.trunk), [place.to(device) for place in places]
 
-    def _before(self, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            changed = self._change(index, self._flat(index, hidden)).view_as(hidden)
-            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+    def _before(self, index: int, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        changed = self._change(index, self._flat(index, hidden)).view_as(hidden)
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
-        return hook
-
-    def _after(self, index: int) -> Any:
-        def hook(_: nn.Module, __: tuple, output: Any) -> None:
-            self._judge(index, self._flat(index, output[0] if isinstance(output, tuple) else output))
-            self.seen.append(index)
-
-        return hook
+    def _after(self, index: int, _: nn.Module, __: tuple, output: Any) -> None:
+        self._judge(index, self._flat(index, output[0] if isinstance(output, tuple) else output))
+        self.seen.append(index)
 
     def _flat(self, index: int, hidden: Tensor) -> Tensor:
         tokens = sum(map(len, self.rows)) if self.packed else len(self.rows) * max(map(len, self.rows))
@@ -265,8 +257,7 @@ def require_weights(trunk: nn.Module) -> None:
 
 def _not_finite(trunk: nn.Module, index: int, dtype: torch.dtype) -> str:
     """What to say of a layer whose output is NaN or infinite: the weights that are."""
-    config: Any = trunk.config
-    family = getattr(config, "model_type", type(trunk).__name__)
+    family = family_name(trunk)
     wrong = [name for name, p in trunk.named_parameters() if not p.is_meta and not p.isfinite().all()]
     if wrong:
         return (

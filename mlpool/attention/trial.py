@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..trunk import family_name, no_cache
 from .families import backend_of
 from .probe import AttentionCheckError, device_of, error_of, ordinary_tokens, precision_of, require_weights, undisturbed
 
@@ -23,7 +23,7 @@ def try_packed(trunk: nn.Module) -> list[Tensor]:
         raise
     except Exception as error:  # ours, or one from code of the family's own that takes the row for one text
         raise ValueError(
-            f"{name_of(trunk)} cannot run packed: a trial of two short texts failed on {backend_of(trunk.config)} "
+            f"{family_name(trunk)} cannot run packed: a trial of two short texts failed on {backend_of(trunk.config)} "
             f"({type(error).__name__}: {error})"
         ) from error
 
@@ -38,9 +38,8 @@ def _probe(trunk: nn.Module) -> list[Tensor]:
     mask = torch.zeros_like(ids)
     for row, n in enumerate(lengths):
         ids[row, :n], mask[row, :n] = text[8 * row : 8 * row + n], 1
-    cache = {"use_cache": False} if "use_cache" in inspect.signature(type(trunk).forward).parameters else {}
     with undisturbed(trunk):
-        output = trunk(input_ids=ids.to(device), attention_mask=mask.to(device), **cache)
+        output = trunk(input_ids=ids.to(device), attention_mask=mask.to(device), **no_cache(trunk))
     hidden = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
     return [hidden[row, :n] for row, n in enumerate(lengths)]
 
@@ -49,13 +48,8 @@ def compare(trunk: nn.Module, got: list[Tensor], expected: list[Tensor], backend
     limit = _LIMITS[precision_of(got[0])]
     errors = [error_of(one, other, other) for one, other in zip(got, expected, strict=True)]
     if not all(error <= limit for error in errors):  # or NaN
+        listed = ", ".join(f"{error:.1e}" for error in errors)
         raise AttentionCheckError(
-            f"{name_of(trunk)} gives other hidden states packed than padded on "
-            f"{backend}: relative errors {', '.join(f'{error:.1e}' for error in errors)} (at most {limit:.0e} is "
-            "rounding); the model was left unpacked"
+            f"{family_name(trunk)} gives other hidden states packed than padded on {backend}: relative errors {listed} "
+            f"(at most {limit:.0e} is rounding); the model was left unpacked"
         )
-
-
-def name_of(trunk: nn.Module) -> str:
-    config: Any = trunk.config
-    return getattr(config, "model_type", type(trunk).__name__)

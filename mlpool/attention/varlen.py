@@ -50,13 +50,21 @@ class PackedCall:
     @property
     def longest(self) -> tuple[int, int]:
         """Start and length of the longest text."""
-        lengths = _lengths(self.ends)
+        lengths = lengths_of(self.ends)
         index = max(range(len(lengths)), key=lengths.__getitem__)
         return self.ends[index], lengths[index]
 
 
-def _lengths(ends: Sequence[int]) -> list[int]:
+def lengths_of(ends: Sequence[int]) -> list[int]:
     return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def require_whole(ends: Sequence[int], total: int) -> None:
+    """Refuse offsets that leave out tokens of the packed row."""
+    if ends[0] != 0 or ends[-1] != total:
+        raise ValueError(
+            f"cu_seq_lens_q runs from {ends[0]} to {ends[-1]} in a row of {total} tokens; it must cover the row"
+        )
 
 
 running: ContextVar[PackedCall | None] = ContextVar("mlpool_packed_call", default=None)
@@ -78,15 +86,9 @@ def register() -> None:
 
 
 def packed_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable | None = None,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
+    mask_function: Callable | None = None, attention_mask: Tensor | None = None, **kwargs: Any,
+) -> Tensor | None:  # fmt: skip
     """In a packed forward the span, int32 [2 + B+1]; otherwise what sdpa gets.
 
     Raises:
@@ -136,15 +138,9 @@ def _reach(rows: Tensor, places: Sequence[int]) -> list[int]:
 
 
 def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """query [1, H, total, d], key and value [1, H_kv, total, d], with a span or `cu_seq_lens_q` → [1, total, H, d].
 
     Without either the batch is padded and goes to the library's sdpa.
@@ -173,8 +169,7 @@ def packed_attention(
             f"{type(module).__name__}: packed attention is among the tokens of one row [1, total], got queries "
             f"{list(query.shape)} and keys {list(key.shape)} (cross-attention, a cache?)"
         )
-    call = running.get()
-    if call is not None:
+    if (call := running.get()) is not None:
         call.attended += 1
     mask, left, right = None, -1, -1
     if is_span:
@@ -188,20 +183,15 @@ def packed_attention(
         else:
             mask = attention_mask
             log_once(f"{PACKED} builds a mask of [total, total] tokens until mlpool.attention.pack(model) is called")
-    if ends[0] != 0 or ends[-1] != query.shape[2]:
-        raise ValueError(
-            f"cu_seq_lens_q runs from {ends[0]} to {ends[-1]} in a row of {query.shape[2]} tokens; "
-            "it must cover the row"
-        )
+    require_whole(ends, query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = _as_autocast(query, key, value)
     kernel = "sdpa" if mask is not None else choose_kernel(query, value, dropout, softcap)
     if kernel == "sdpa":
         require_no_softcap(softcap)
-        return text_by_text(query, key, value, _lengths(ends), left, right, scale, dropout, mask), None
-    if offsets is None:
-        offsets = torch.tensor(ends, dtype=torch.int32, device=query.device)
-    longest = max(_lengths(ends))
+        return text_by_text(query, key, value, lengths_of(ends), left, right, scale, dropout, mask), None
+    offsets = torch.tensor(ends) if offsets is None else offsets
+    offsets, longest = offsets.to(query.device, torch.int32), max(lengths_of(ends))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if kernel == "torch":
         return torch_varlen(q, k, v, offsets, longest, (left, right), scale)[None], None
@@ -222,12 +212,10 @@ def choose_kernel(query: Tensor, value: Tensor, dropout: float, softcap: float |
 
 @functools.cache
 def has_flash_attn() -> bool:
-    """Whether flash-attn 2 can be imported."""
     return importlib.util.find_spec("flash_attn") is not None
 
 
 def require_no_softcap(softcap: float | None) -> None:
-    """Refuse soft-capping where no kernel has it."""
     if softcap:
         raise ValueError(
             f"this model soft-caps its attention (softcap={softcap}), which neither scaled_dot_product_attention nor "
@@ -245,16 +233,9 @@ def _as_autocast(*tensors: Tensor) -> list[Tensor]:
 
 
 def text_by_text(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Sequence[int],
-    left: int,
-    right: int,
-    scale: float,
-    dropout: float = 0.0,
-    mask: Tensor | None = None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], left: int, right: int, scale: float,
+    dropout: float = 0.0, mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """scaled_dot_product_attention of each text alone → [1, total, H, d].
 
     Args:
@@ -305,7 +286,6 @@ def torch_varlen(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int,
             options["enable_gqa"] = True
         else:  # torch 2.11
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    offsets = offsets.to(q.device, torch.int32)
     out: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
     return out
 
@@ -317,7 +297,6 @@ def flash_attn(
     """The same by flash-attn, which has dropout and soft-capping."""
     from flash_attn import flash_attn_varlen_func
 
-    offsets = offsets.to(q.device, torch.int32)
     out: Any = flash_attn_varlen_func(
         q, k, v, offsets, offsets, longest, longest, dropout_p=dropout, softmax_scale=scale, causal=False,
         window_size=span, softcap=softcap or 0.0,

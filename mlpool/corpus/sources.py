@@ -108,22 +108,20 @@ def _folder(path: Path, split: str) -> list[Part]:
     visible = [p for p in sorted(path.rglob("*")) if not any(s.startswith(".") for s in p.relative_to(path).parts)]
     files = [p for p in visible if p.is_file() and kind_of(p) in _READ]
     if not files:
-        raise FileNotFoundError(f"{path} holds no data: looked for {_ACCEPTED}; found {_some(visible) or 'nothing'}")
+        there = some([p.name for p in visible]) or "nothing"
+        raise FileNotFoundError(f"{path} holds no data: looked for {_ACCEPTED}; found {there}")
     # A file named after no split is data like any other only where none is named so.
     if any(words & set(_words(p)) for p in files for words in SPLITS.values()):
         mine = [p for p in files if SPLITS.get(split, {split}) & set(_words(p))]
         if not mine:
-            raise FileNotFoundError(f"{path} has no file for the split {split!r}; found {_some(files)}")
+            there = some([p.name for p in files])
+            raise FileNotFoundError(f"{path} has no file for the split {split!r}; found {there}")
         files = mine
     return [_file(p) for p in files]
 
 
 def _words(path: Path) -> list[str]:
     return re.split(r"[^a-z]+", path.name.lower())
-
-
-def _some(paths: Sequence[Path]) -> str:
-    return some([path.name for path in paths])
 
 
 def _hub(name: str, split: str, path: Path) -> Part:

@@ -38,7 +38,7 @@ def add_lora(
     Raises:
         ModuleNotFoundError: peft is missing. ValueError: there is an adapter already.
     """
-    LoraConfig = _peft().LoraConfig
+    peft = _peft()
     model: Any = embedder[0].model
     if has_adapter(model):
         raise ValueError("this embedder has an adapter already; merge(embedder) it before adding another")
@@ -48,12 +48,10 @@ def add_lora(
     backbone: Any = embedder[0]
     backbone.base_fingerprint = fingerprint(model)
     model.requires_grad_(False)
-    model.add_adapter(
-        LoraConfig(
-            task_type="FEATURE_EXTRACTION", r=rank, lora_alpha=alpha, lora_dropout=dropout,
-            target_modules=target_modules, **{"revision": _commit(model), **options},
-        )
-    )  # fmt: skip
+    model.add_adapter(peft.LoraConfig(
+        task_type="FEATURE_EXTRACTION", r=rank, lora_alpha=alpha, lora_dropout=dropout,
+        target_modules=target_modules, **{"revision": _commit(model), **options},
+    ))  # fmt: skip
     return embedder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,35 +19,36 @@ from ..attention.families import backend_of, family_of, require_transformers
 from ..attention.packed import _position_offset, is_packed, pack, unpack
 from ..attention.probe import embedding_table, text_positions
 from ..files import read_json
-from ..pooling.base import broken_weights, check_choice, check_positive, check_token_pooling, log_once
+from ..pooling.base import check_choice, check_positive, check_token_pooling, log_once
 from ..schema import arguments, check, section
-from ..taps import Taps, find_layers
-from .adapters import check_base, fingerprint, has_adapter, load_adapter
+from ..taps import Taps
+from ..trunk import argument_names, find_layers
+from .adapters import fingerprint, has_adapter
+from .base_model import hub_options, load_model
 from .depth import cut
 from .designs import DESIGNS, find_design
-from .folder import MANIFEST, check_folder, check_index
+from .folder import MANIFEST, check_folder
 from .texts import TextTokenizer, TokenIds, Truncated
 
 CONFIG_NAME = "backbone_config.json"
 PACKING = ("auto", "always", "never")
-_T5 = ("t5", "mt5", "umt5")  # of these the encoder alone is loaded
+
+
+def _of_texts(name: str, meaning: str) -> Any:
+    """A setting of the backbone's `TextTokenizer`, as one of its own."""
+    return property(
+        lambda self: getattr(self.texts, name), lambda self, value: setattr(self.texts, name, value), doc=meaning
+    )
 
 
 class Backbone(InputModule):
     """A decoder or encoder with its tokenizer, as one design needs it. Input module of a SentenceTransformer.
 
     Args:
-        model: a bare transformers model (AutoModel); made causal or bidirectional here.
-        tokenizer: of that model.
-        design: a name of `mlpool.embedder.designs.DESIGNS`.
-        layers: the layers to tap, for designs that read all; None for all.
-        max_seq_length: tokens, BOS and EOS counted; None for the model's own limit.
-        append_eos, include_prompt, include_bos: see `TextTokenizer`.
-        packing: run without padding. "auto" where it is at least as fast (a CPU; a GPU in half precision) and the model
-            can; "always" or an error; "never".
-        sliding_window: of bidirectional designs, see `mlpool.bidirectional`.
+        model: a bare transformers model (AutoModel); made causal or bidirectional here. tokenizer: of that model.
+        layers: to tap, for designs that read all; None for all. depth: how many are kept, None for the whole model.
         skip_tokens: first tokens of a text that are left out of the mean of each layer, as the pool is told too.
-        depth: how many layers are kept, see depth.py; None for the whole model.
+        The others are as of `mlpool.load`.
 
     Raises:
         ValueError: a causal design on an encoder, and what `bidirectional`, `TextTokenizer`, `find_layers` raise.
@@ -200,7 +200,6 @@ class Backbone(InputModule):
 
     @property
     def packed(self) -> bool:
-        """Whether the model runs packed as it stands."""
         return is_packed(self.model)
 
     def _pack(self) -> None:
@@ -234,23 +233,8 @@ class Backbone(InputModule):
         vocabulary = embedding_table(self.model).weight.shape[0]
         return TextTokenizer(tokenizer, self.append_eos, include_prompt, include_bos, vocabulary)
 
-    @property
-    def include_prompt(self) -> bool:
-        """Whether the prompt's tokens are pooled, or only read by the model."""
-        return self.texts.include_prompt
-
-    @include_prompt.setter
-    def include_prompt(self, include_prompt: bool) -> None:
-        self.texts.include_prompt = include_prompt
-
-    @property
-    def include_bos(self) -> bool:
-        """Whether the tokens that the tokenizer puts before a text are pooled."""
-        return self.texts.include_bos
-
-    @include_bos.setter
-    def include_bos(self, include_bos: bool) -> None:
-        self.texts.include_bos = include_bos
+    include_prompt = _of_texts("include_prompt", "Whether the prompt's tokens are pooled, or only read by the model.")
+    include_bos = _of_texts("include_bos", "Whether the tokens that the tokenizer puts before a text are pooled.")
 
     @property
     def truncated(self) -> Truncated:
@@ -282,24 +266,9 @@ class Backbone(InputModule):
         self.save_config(output_path)
 
     @classmethod
-    def load(  # type: ignore[override]
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        model_kwargs: dict[str, Any] | None = None,
-        processor_kwargs: dict[str, Any] | None = None,
-        config_kwargs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> Self:
+    def load(cls, model_name_or_path: str, subfolder: str = "", **options: Any) -> Self:  # type: ignore[override]
         """Load what `save` wrote; called by sentence-transformers with its usual arguments."""
-        hub: dict[str, Any] = {
-            "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
-        }  # fmt: skip
+        hub = hub_options(options)
         check_folder(model_name_or_path)
         path = cls.load_file_path(model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         config = {} if path is None else check(_config_keys(), read_json(path), str(path))
@@ -308,8 +277,9 @@ class Backbone(InputModule):
         find_design(config["design"], config.pop("design_package", None))  # before the weights are read
         expected = config.pop("base_fingerprint", None)
         model, tokenizer = load_model(
-            model_name_or_path, {**hub, "trust_remote_code": trust_remote_code}, model_kwargs, subfolder,
-            processor_kwargs, config_kwargs, expected, config.get("depth"),
+            model_name_or_path, {**hub, "trust_remote_code": options.get("trust_remote_code", False)},
+            options.get("model_kwargs"), subfolder, options.get("processor_kwargs"), options.get("config_kwargs"),
+            expected, config.get("depth"),
         )  # fmt: skip
         backbone = cls(model, tokenizer, **config)
         backbone.base_fingerprint = expected
@@ -323,95 +293,13 @@ def _config_keys() -> Any:
     return section("key", {**keys, "design_package": str, "base_fingerprint": str | None})
 
 
-def load_model(
-    name: str,
-    hub: dict[str, Any],
-    model_kwargs: dict[str, Any] | None = None,
-    subfolder: str = "",
-    tokenizer_kwargs: dict[str, Any] | None = None,
-    config_kwargs: dict[str, Any] | None = None,
-    expected: str | None = None,
-    depth: int | None = None,
-) -> tuple[nn.Module, Any]:
-    """A bare model in evaluation mode, in the dtype it was saved in, with its adapter if it has one; its tokenizer.
-
-    Args:
-        model_kwargs: of `AutoModel.from_pretrained`; "base" replaces the base model that an adapter names.
-        expected: the fingerprint of the base model that an adapter needs. depth: layers to keep, None for all.
-    """
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
-    from transformers.utils.hub import cached_file, extract_commit_hash
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    hub = {("cache_dir" if key == "cache_folder" else key): value for key, value in hub.items()}
-    options: dict[str, Any] = {"dtype": "auto", **(model_kwargs or {})}
-    base = options.pop("base", None)
-    shared = {key: hub[key] for key in ("token", "cache_dir", "local_files_only")}
-    adapter = find_adapter_config_file(name, revision=hub["revision"], subfolder=subfolder, **shared)
-    place: dict[str, Any] = {**hub, "subfolder": subfolder}
-    source = name
-    if adapter is not None:
-        saved = read_json(adapter)
-        source = base or check(str, saved.get("base_model_name_or_path"), f"{adapter}.base_model_name_or_path")
-        if not Path(source).is_dir() and (Path(source).is_absolute() or str(source).count("/") > 1):
-            raise FileNotFoundError(
-                f"{name} is an adapter for the base model at {source}, which is not there; pass base= with its folder "
-                "or name to mlpool.load"
-            )
-        revision = None if base else saved.get("revision")
-        place = {**shared, "revision": revision, "trust_remote_code": hub["trust_remote_code"]}
-    if Path(source).is_dir():
-        source = str(Path(source).resolve())  # which an adapter records as its base
-    check_index(Path(source) / place.get("subfolder", ""))
-    try:
-        config = AutoConfig.from_pretrained(source, **place, **(config_kwargs or {}))
-        if config_kwargs:
-            options["config"] = config
-        kind: Any = AutoModelForTextEncoding if config.model_type in _T5 else AutoModel
-        model = kind.from_pretrained(source, **place, **options)
-    except Exception as error:
-        if damaged := _unreadable(Path(source) / place.get("subfolder", "")):
-            raise ValueError(f"{damaged} cannot be read, is it cut short? ({error})") from error
-        raise
-    if not Path(source).is_dir():
-        held = {key: place.get(key) for key in ("cache_dir", "token", "local_files_only", "revision")}
-        config_file = cached_file(source, "config.json", subfolder=place.get("subfolder", ""), **held)
-        model.config._commit_hash = extract_commit_hash(config_file, None)  # for `add_lora`; not saved
-    if depth is not None:
-        cut(model, depth)  # an adapter and its fingerprint are of the cut model
-    if adapter is not None:
-        check_base(model, expected, str(source), name)
-        load_adapter(model, name, {**shared, "revision": hub["revision"], "subfolder": subfolder})
-    if faults := broken_weights(model):
-        more = f" and {len(faults) - 3} more" if faults[3:] else ""
-        raise ValueError(
-            f"{name} cannot be used: {'; '.join(faults[:3])}{more}; take an earlier checkpoint, or copy it again"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(name, **hub, subfolder=subfolder, **(tokenizer_kwargs or {}))
-    return model.eval(), tokenizer
-
-
-def _unreadable(folder: Path) -> Path | None:
-    """The first safetensors file of a folder whose header or length is wrong."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError:
-            return path
-    return None
-
-
 def _counts_padding(trunk: nn.Module) -> bool:
     """Whether its learned positions count from the start of the row, padding included, unless they are given."""
-    takes = "position_ids" in inspect.signature(type(trunk).forward).parameters
     learned = any(
         name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is None
         for name, module in trunk.named_modules()
     )
-    return takes and (learned or family_of(trunk.config).text_positions)
+    return "position_ids" in argument_names(trunk) and (learned or family_of(trunk.config).text_positions)
 
 
 class _Lock:

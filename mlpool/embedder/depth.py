@@ -8,7 +8,6 @@ model the row of layer L is final-normed, as transformers' hidden_states[-1] is.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..pooling.layers import select_layers
-from ..taps import Taps, find_layers
+from ..taps import Taps
+from ..trunk import find_layers, no_cache, text_config
 
 _PROBE = 8  # tokens
 
@@ -61,8 +61,7 @@ def cut(model: nn.Module, depth: int) -> nn.Module:
         raise ValueError(f"depth={depth} layers cannot be kept of the {count} of {type(trunk).__name__}")
     if depth == count:
         return model
-    config: Any = trunk.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(trunk)
     before, above, kept = _rows(model, depth), list(layers)[depth:], _per_layer(config, count)
     del layers[depth:]
     _set(config, {name: value[:depth] for name, value in kept.items()}, depth)
@@ -88,11 +87,9 @@ def _rows(model: nn.Module, depth: int) -> Tensor:
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     weight = embedding.weight
     ids = torch.arange(_PROBE, device=weight.device)[None] % weight.shape[0]
-    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with Taps(model, layers=range(depth), final_norm=False) as taps:
-        if "use_cache" in inspect.signature(type(taps.trunk).forward).parameters:
-            call["use_cache"] = False  # type: ignore[assignment]  # kinds of caches are looked up by layer
-        model(**call)
+        # Without a cache, whose kind is looked up by layer.
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), **no_cache(taps.trunk))
         return taps.take()
 
 

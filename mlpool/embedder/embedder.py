@@ -21,6 +21,7 @@ from ..pooling.base import StatesTooLarge, broken_weights
 from ..show import progress
 from .adapters import has_adapter
 from .folder import staged, write_manifest
+from .saved import as_ours, out_of_memory, verify_saved
 from .texts import TokenIds, check_texts
 
 logger = logging.getLogger("mlpool")
@@ -91,20 +92,10 @@ class Embedder(SentenceTransformer):
 
     @torch.inference_mode()
     def _inference(  # type: ignore[override]
-        self,
-        inputs: list[str],
-        *,
-        prompt: str | None,
-        batch_size: int,
-        show_progress_bar: bool,
-        output_value: str | None,
-        save_to_cpu: bool,
-        normalize_embeddings: bool,
-        truncate_dim: int | None,
-        device: Any = None,
-        token_budget: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        self, inputs: list[str], *, prompt: str | None, batch_size: int, show_progress_bar: bool,
+        output_value: str | None, save_to_cpu: bool, normalize_embeddings: bool, truncate_dim: int | None,
+        device: Any = None, token_budget: int | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """sentence-transformers' hook behind `encode`, here and in the workers of a multi-process pool."""
         if output_value != "sentence_embedding":
             return super()._inference(
@@ -161,7 +152,7 @@ class Embedder(SentenceTransformer):
                 yield part, self._embed(tokens, part, device)
                 continue
             except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if len(part) == 1:
                     raise RuntimeError(
@@ -209,20 +200,18 @@ class Embedder(SentenceTransformer):
         """
         model: Any = self[0].model
         if has_adapter(model) and Path(path).resolve() == Path(model.name_or_path).resolve():
-            raise ValueError(
-                f"{path} holds the base model of this adapter; save into another folder, or merge it first"
-            )
+            raise ValueError(f"{path} holds the base model of this adapter; save into another folder, or merge first")
         if not safe_serialization:
             raise ValueError("embedders are saved as safetensors only; leave out safe_serialization=False")
         if faults := broken_weights(self):
             raise RuntimeError(f"not saved: {'; '.join(faults[:5])}; what was in {path} stays")
         from ..version import __version__
 
-        with self._undisturbed(), staged(path) as stage:
+        with self.undisturbed(), staged(path) as stage:
             super().save(str(stage), model_name, create_model_card, train_datasets)
             write_manifest(stage, version=__version__, design=getattr(self[0], "design", None))
             if verify:
-                self._verify(stage)
+                verify_saved(self, stage)
 
     def save_pretrained(self, path: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """`save`, under the name of transformers."""
@@ -234,12 +223,12 @@ class Embedder(SentenceTransformer):
         if card.is_file():
             model: Any = self[0].model
             base = self.base_name or (Path(model.name_or_path).name if has_adapter(model) else None)
-            text = _as_ours(card.read_text(encoding="utf8"), self.model_card_data.model_id, base)
+            text = as_ours(card.read_text(encoding="utf8"), self.model_card_data.model_id, base)
             write_text(card, text)
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Mode, random state and counts stay, though the model card and the comparison embed texts."""
+    def undisturbed(self) -> Iterator[None]:
+        """Mode, random state and counts are afterwards as before, though a model card and a comparison embed texts."""
         training = [module for module in self.modules() if module.training]
         backbone: Any = self[0]
         cut = backbone.truncated
@@ -254,30 +243,6 @@ class Embedder(SentenceTransformer):
                 self.__dict__["forward"] = wrapped
             for module in training:
                 module.training = True
-
-    def _verify(self, folder: Path) -> None:
-        problems = self._compare(folder, self.device)
-        if problems is None:
-            logger.warning("no room for a second model on %s: verifying %s on the CPU", self.device, folder)
-            problems = self._compare(folder, torch.device("cpu"))
-        if problems:
-            raise RuntimeError(
-                f"not saved: the folder that was written does not load as the same model: {'; '.join(problems[:5])}"
-            )
-
-    def _compare(self, folder: Path, device: torch.device) -> list[str] | None:
-        """What the saved folder gives otherwise than this model; None where memory runs out on an accelerator."""
-        try:
-            again = reload(self, folder, device)
-            if problems := _differences(self, again):
-                return problems
-            # The copy is what is widened for the comparison: this model may be in training.
-            change, limit = again.disagreement(again._probe(), self._probe(), again._probe)
-        except RuntimeError as error:
-            if device.type == "cpu" or not _out_of_memory(error):
-                raise
-            return None
-        return [] if change <= limit else [f"embeddings differ by {change:.1e} (at most {limit:.1e} is rounding)"]
 
     def disagreement(self, ours: Tensor, theirs: Tensor, embed: Callable[[], Tensor]) -> tuple[float, float]:
         """How far other embeddings are from this model's, and how far rounding may take them.
@@ -328,17 +293,6 @@ class Embedder(SentenceTransformer):
         backbone.include_prompt = include_prompt
 
 
-def reload(embedder: Embedder, folder: str | Path, device: torch.device | None = None) -> Any:
-    """Load what was saved of this embedder, in its dtype and on its device, with its own module classes."""
-    classes = {f"{type(m).__module__}.{type(m).__qualname__}": type(m) for m in embedder.children()}
-    backbone: Any = embedder[0]
-    options: dict[str, Any] = {"dtype": embedder.dtype, "attn_implementation": backbone.attn_implementation}
-    return type(embedder)._load_with_module_classes(
-        str(folder), classes, device=str(device or embedder.device), trust_remote_code=embedder.trust_remote_code,
-        model_kwargs=options, local_files_only=True, cache_folder=embedder.cache_folder,
-    )  # fmt: skip
-
-
 def _check_finite(embeddings: Tensor, model: SentenceTransformer) -> None:
     finite = embeddings.isfinite().all(1)
     if bool(finite.all()):
@@ -351,42 +305,8 @@ def _check_finite(embeddings: Tensor, model: SentenceTransformer) -> None:
     raise ValueError(f"row {rows[0]}: its embedding is NaN or infinite (rows {rows[:10]}, {len(rows)} in all); {why}")
 
 
-def _as_ours(card: str, model_id: str | None, base: str | None) -> str:
-    """sentence-transformers' model card, with the lines of its example that are otherwise here."""
-    placeholder = "sentence_transformers_model_id"
-    unknown = "<!-- - **Base model:** [Unknown](https://huggingface.co/unknown) -->\n"
-    for theirs, ours in (
-        (unknown, f"- **Base model:** {base} (a folder)\n" if base else ""),
-        ("pip install -U sentence-transformers", "pip install 'mlpool[st]'"),
-        ("from sentence_transformers import SentenceTransformer\n", "import mlpool\n"),
-        ("model = SentenceTransformer(", "model = mlpool.load("),
-        (f'mlpool.load("{placeholder}"', f'mlpool.load("{model_id or placeholder}"'),
-    ):
-        card = card.replace(theirs, ours)
-    return card
-
-
 def _distance(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of a coordinate."""
     return (ours.double() - theirs.to(ours.device).double()).abs().max().item()
-
-
-def _differences(model: SentenceTransformer, again: SentenceTransformer) -> list[str]:
-    """What differs between two models' settings and weights."""
-    problems = [
-        f"{name} is {getattr(again, name)!r}, not {getattr(model, name)!r}"
-        for name in ("prompts", "default_prompt_name", "max_seq_length", "similarity_fn_name", "truncate_dim")
-        if getattr(again, name) != getattr(model, name)
-    ]
-    ours, theirs = model.state_dict(), again.state_dict()
-    problems += [f"{name} is missing" for name in ours if name not in theirs]
-    problems += [f"{name} was not there before" for name in theirs if name not in ours]
-    problems += [
-        f"{name} differs"
-        for name, tensor in ours.items()
-        if name in theirs and not torch.equal(tensor.to(theirs[name].dtype), theirs[name].to(tensor.device))
-    ]
-    return problems
 
 
 def _take(waiting: list[int], lengths: np.ndarray, budget: int, batch_size: int, packed: bool) -> list[int]:
@@ -401,9 +321,3 @@ def _take(waiting: list[int], lengths: np.ndarray, budget: int, batch_size: int,
     part = waiting[-count:][::-1]
     del waiting[-count:]
     return part
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # The allocators of CPU, MPS and XPU raise a plain RuntimeError, as does a kernel that finds no room.
-    words = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

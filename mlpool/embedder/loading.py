@@ -14,8 +14,9 @@ from ..options import check_place, near
 from ..pooling.base import check_choice
 from ..pooling.layers import select_layers
 from ..schema import check
-from ..taps import find_layers
-from .backbone import PACKING, Backbone, load_model
+from ..trunk import find_layers
+from .backbone import PACKING, Backbone
+from .base_model import load_model
 from .depth import resolve_depth
 from .designs import build_pool, find_design
 from .embedder import Embedder
@@ -70,7 +71,8 @@ def load(
         max_seq_length: tokens, EOS counted. None: what was saved, or the model's own limit.
         prompts: texts put before queries, documents or others, e.g. {"query": "Instruct: ...\\nQuery: "}; stored.
         append_eos: append EOS where the tokenizer does not. include_prompt, include_bos: whether they are pooled.
-        packing: "auto", "always" or "never"; see `Backbone`. Of a saved embedder "auto" is what was saved.
+        packing: run without padding. "auto" where it is at least as fast (a CPU; a GPU in half precision) and the model
+            can; "always" or an error; "never". Of a saved embedder "auto" is what was saved.
         sliding_window: see `mlpool.bidirectional`.
         base: the base model of a saved adapter, where it is no longer at the place it was trained from.
         device, dtype, attn_implementation, model_kwargs: as of `AutoModel.from_pretrained`; dtype "auto" is the saved.
@@ -111,10 +113,8 @@ def load(
             model_kwargs=kwargs, **hub,
         )  # fmt: skip
         loaded: Any = embedder[0]
-        if design is not None and find_design(design).name != loaded.design:
-            raise ValueError(
-                f"{name} was saved as {loaded.design}, not as {find_design(design).name}; leave design out"
-            )
+        if design is not None and (asked := find_design(design).name) != loaded.design:
+            raise ValueError(f"{name} was saved as {loaded.design}, not as {asked}; leave design out")
         if max_seq_length is not None:
             loaded.max_seq_length = max_seq_length
         if packing != "auto":
@@ -135,9 +135,8 @@ def load(
         if Path(name).is_dir():
             raise
         reason = str(error).partition("\n")[0]
-        raise FileNotFoundError(
-            f"{name} is no folder here{near(Path(name))} and no model on the Hub: {reason}"
-        ) from error
+        here = f"{name} is no folder here{near(Path(name))}"
+        raise FileNotFoundError(f"{here} and no model on the Hub: {reason}") from error
     count = len(find_layers(transformer)[1])
     if layers is not None and chosen.reads_all_layers:
         layers = select_layers(layers, count)  # counted in the whole model, also where the end of it is cut off
@@ -148,14 +147,8 @@ def load(
     )  # fmt: skip
     backbone.untuned = modules is None and not is_encoder(*find_layers(backbone.model))
     pool = build_pool(chosen, backbone.hidden_size, backbone.num_layers, pooler, layers, backbone.untuned)
-    embedder = Embedder(
-        modules=OrderedDict(  # type: ignore[arg-type]
-            backbone=backbone, pooler=Pooler(pool)
-        ),
-        device=device,
-        prompts=dict(prompts or {}),
-        trust_remote_code=trust_remote_code,
-    )
+    made: Any = OrderedDict(backbone=backbone, pooler=Pooler(pool))
+    embedder = Embedder(modules=made, device=device, prompts=dict(prompts or {}), trust_remote_code=trust_remote_code)
     if Path(name).exists():
         embedder.base_name = Path(name).resolve().name
     else:

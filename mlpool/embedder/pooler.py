@@ -11,6 +11,7 @@ from torch import Tensor
 from ..files import read_json
 from ..pooling.base import CONFIG_NAME, Pool
 from ..pooling.registry import find_pool
+from .base_model import hub_options
 
 
 class Pooler(Module):
@@ -47,24 +48,13 @@ class Pooler(Module):
         self.pool.save_pretrained(output_path)
 
     @classmethod
-    def load(  # type: ignore[override]
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        **_: Any,
-    ) -> Self:
+    def load(cls, model_name_or_path: str, subfolder: str = "", **options: Any) -> Self:  # type: ignore[override]
         """Load what `save` wrote, from a folder or a Hub repository.
 
         Raises:
             FileNotFoundError, ValueError: a missing, damaged or foreign file, named; see `Pool.from_pretrained`.
         """
-        hub: dict[str, Any] = {
-            "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
-        }  # fmt: skip
+        hub = hub_options(options)
         path = cls.load_file_path(model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         config = {} if path is None else read_json(path)
         try:

@@ -79,8 +79,7 @@ class TextTokenizer:
 
     Args:
         tokenizer: left as it is, but for a pad token where it has none (its EOS or UNK; no vocabulary is resized).
-        append_eos: append EOS where the tokenizer puts nothing behind a text.
-        include_prompt, include_bos: whether those tokens are pooled, or only read by the model.
+        append_eos, include_prompt, include_bos: as of `mlpool.load`.
         vocabulary: the number of the model's token embeddings, where known.
 
     Raises:
@@ -160,7 +159,8 @@ class TextTokenizer:
         frame = len(self.prefix) + len(self.suffix)
         content = self._without_eos(content)
         if max_length is not None and len(content) + frame > max_length:
-            self._count(len(content) + frame, max_length)
+            seen, length = self.truncated, len(content) + frame
+            self.truncated = Truncated(seen.count + 1, max(seen.longest, length), max_length)
             content = self._without_eos(content[: max_length - frame])
         return self.prefix + content + self.suffix
 
@@ -227,10 +227,6 @@ class TextTokenizer:
 
     def _text_of(self, token: str) -> str:
         return str(self.tokenizer.convert_tokens_to_string([token]))
-
-    def _count(self, length: int, limit: int | None) -> None:
-        seen = self.truncated
-        self.truncated = Truncated(seen.count + 1, max(seen.longest, length), limit or 0)
 
 
 def check_texts(texts: Sequence[Any]) -> None:

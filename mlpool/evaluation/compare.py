@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import statistics as plain
+import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,18 +79,15 @@ def _models(results: Iterable[str | Path | Score], split: str | None) -> dict[st
     """Label → task → scores. A label that several inputs use gets the input's name."""
     given = [results] if isinstance(results, (str, Path, Score)) else list(results)
     loose = [row for row in given if isinstance(row, Score)]
-    sources = [(str(path), read(path)) for path in given if not isinstance(path, Score)] + (
-        [("", loose)] if loose else []
-    )
+    sources = [(str(path), read(path)) for path in given if not isinstance(path, Score)]
+    sources += [("", loose)] if loose else []
     labels = [label for _, rows in sources for label in {row.model for row in rows}]
     models: dict[str, Runs] = {}
     for name, rows in sources:
         kept = [row for row in rows if split in (None, row.split)]
         if not kept:
-            splits = ", ".join(sorted({repr(row.split) for row in rows}))
-            raise ValueError(
-                f"{name or 'the given rows'}: no rows" + (f" of split {split!r}, only {splits}" if rows else "")
-            )
+            only = f" of split {split!r}, only {', '.join(sorted({repr(row.split) for row in rows}))}" if rows else ""
+            raise ValueError(f"{name or 'the given rows'}: no rows{only}")
         for label in dict.fromkeys(row.model for row in kept):
             unique = label if labels.count(label) == 1 else f"{label} ({name})"
             if unique in models:
@@ -302,25 +300,18 @@ def _order(items: Items, ids: Any) -> Any:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "results", nargs="+", metavar="RESULTS", help="results folder, or tidy CSV (several models: split)"
-    )
-    parser.add_argument("--baseline", metavar="LABEL", help="model to compare with (default: the first)")
-    parser.add_argument(
-        "--alpha", type=float, default=0.05, help="level of the verdicts, after Holm (default: %(default)s)"
-    )
-    parser.add_argument("--split", help="keep only rows of this split")
-    parser.add_argument("--permutations", type=int, default=9999, help="of each test over items (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the tests over items (default: %(default)s)")
-    parser.add_argument("--datasets", action="store_true", help="print the table by data set too")
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="write tables (Markdown, CSV) and a forest plot"
-    )
+    add = parser.add_argument
+    add("results", nargs="+", metavar="RESULTS", help="results folder, or tidy CSV (several models: split)")
+    add("--baseline", metavar="LABEL", help="model to compare with (default: the first)")
+    add("--alpha", type=float, default=0.05, help="level of the verdicts, after Holm (default: %(default)s)")
+    add("--split", help="keep only rows of this split")
+    add("--permutations", type=int, default=9999, help="of each test over items (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the tests over items (default: %(default)s)")
+    add("--datasets", action="store_true", help="print the table by data set too")
+    add("-o", "--output", type=Path, metavar="DIR", help="write tables (Markdown, CSV) and a forest plot")
 
 
 def run(args: argparse.Namespace) -> int | None:
-    import sys
-
     found = compare(
         args.results, args.baseline, alpha=args.alpha, permutations=args.permutations, seed=args.seed, split=args.split
     )

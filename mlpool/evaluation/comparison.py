@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from ..show import markdown
 
 Row = dict[str, Any]
 
@@ -39,8 +41,8 @@ class Comparison:
     def markdown(self) -> str:
         """Both tables and the notes."""
         parts = [
-            f"# Compared with {self.baseline}", "## By task type", _markdown(_cells(self.table, _TABLE)),
-            "## By data set", _markdown(_cells(self.datasets, _DATASETS)),
+            f"# Compared with {self.baseline}", "## By task type", markdown(_cells(self.table, _TABLE)),
+            "## By data set", markdown(_cells(self.datasets, _DATASETS)),
             "## How to read it", "\n".join(f"- {note}" for note in self.notes),
         ]  # fmt: skip
         return "\n\n".join(parts) + "\n"
@@ -103,16 +105,19 @@ def _score(value: float | None, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}.4f}"
 
 
-_TABLE = {
+_COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda r: r["model"],
     "task type": lambda r: r["task_type"],
     "n": lambda r: str(r["n"]),
+    "data set": lambda r: r["task"],
+    "metric": lambda r: r["metric"] or "–",
     "baseline": lambda r: _score(r["baseline_score"]),
     "score": lambda r: _score(r["model_score"]),
     "difference": lambda r: _score(r["difference"], "+"),
     "[low, high]": lambda r: "–" if r["low"] is None else f"[{r['low']:+.4f}, {r['high']:+.4f}]",
     "+/−/=": lambda r: f"{r['wins']}/{r['losses']}/{r['ties']}",
     "r": lambda r: f"{r['effect']:+.2f}",
+    "items": lambda r: "–" if r["items"] is None else str(r["items"]),
     "p": lambda r: number(r["p"]),
     "least p": lambda r: number(r["smallest_p"]),
     "Holm": lambda r: number(r["p_holm"]),
@@ -120,31 +125,24 @@ _TABLE = {
     "sd": lambda r: f"{_score(r['model_seed_sd'])} : {_score(r['baseline_seed_sd'])}",
     "verdict": lambda r: r["verdict"],
 }
-_DATASETS = {
-    "model": lambda r: r["model"],
-    "task type": lambda r: r["task_type"],
-    "data set": lambda r: r["task"],
-    "metric": lambda r: r["metric"] or "–",
-    "baseline": lambda r: _score(r["baseline_score"]),
-    "score": lambda r: _score(r["model_score"]),
-    "difference": lambda r: _score(r["difference"], "+"),
-    "sd": lambda r: f"{_score(r['model_seed_sd'])} : {_score(r['baseline_seed_sd'])}",
-    "items": lambda r: "–" if r["items"] is None else str(r["items"]),
-    "p": lambda r: number(r["p"]),
-    "least p": lambda r: number(r["smallest_p"]),
-    "Holm": lambda r: number(r["p_holm"]),
-    "verdict": lambda r: r["verdict"],
-}
+_TABLE = (
+    "model", "task type", "n", "baseline", "score", "difference", "[low, high]", "+/−/=", "r", "p", "least p", "Holm",
+    "seeds", "sd", "verdict",
+)  # fmt: skip
+_DATASETS = (
+    "model", "task type", "data set", "metric", "baseline", "score", "difference", "sd", "items", "p", "least p",
+    "Holm", "verdict",
+)  # fmt: skip
 
 
-def _cells(rows: list[Row], columns: dict[str, Any]) -> list[list[str]]:
+def _cells(rows: list[Row], columns: Sequence[str]) -> list[list[str]]:
     """A header and a line per row; columns that say nothing anywhere are left out."""
-    lines = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    lines = [list(columns), *([_COLUMNS[name](row) for name in columns] for row in rows)]
     useful = [i for i, column in enumerate(zip(*lines[1:], strict=True)) if set(column) - {"–", "– : –"}]
     return [[line[i] for i in useful] for line in lines]
 
 
-def _terminal(rows: list[Row], columns: dict[str, Any]) -> str:
+def _terminal(rows: list[Row], columns: Sequence[str]) -> str:
     """Aligned, the models one under the other with a heading each."""
     header, *body = _cells(rows, columns)
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)][1:]
@@ -155,9 +153,3 @@ def _terminal(rows: list[Row], columns: dict[str, Any]) -> str:
         parts += ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         parts.append("")
     return "\n".join(parts[:-1])
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    header, *body = ["| " + " | ".join(line) + " |" for line in escaped]
-    return "\n".join([header, "|" + " --- |" * len(lines[0]), *body])

@@ -73,10 +73,12 @@ class Prompts:
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(
-                f"prompts must be mteb, model, none, paper-exact or a file; there is no file {source}"
+                f"prompts must be mteb, model, none, paper-exact or a file; there is no file {path}"
             )
+        import yaml
+
         try:
-            found = json.loads(path.read_text()) if path.suffix == ".json" else _yaml().safe_load(path.read_text())
+            found = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
         except Exception as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         if not isinstance(found, dict) or not all(isinstance(x, str) for pair in found.items() for x in pair):
@@ -134,14 +136,6 @@ class Prompts:
 def name_of(task: AbsTask) -> str:
     """A task's name in tables: a local folder, or mteb's name."""
     return getattr(task, "folder", task.metadata.name)
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reading YAML needs PyYAML: pip install pyyaml (or use a .json file)") from error
-    return yaml
 
 
 # --- the corpus's embeddings on disk -------------------------------------------------------------------------------
@@ -232,16 +226,10 @@ class EmbeddingCache:
 
 
 def make_encoder(
-    model: SentenceTransformer,
-    label: str,
-    prompts: Prompts,
-    *,
-    cache: Path | None = None,
-    token_budget: int | None = None,
-    batch_size: int = 32,
-    progress: bool = True,
+    model: SentenceTransformer, label: str, prompts: Prompts, *, cache: Path | None = None,
+    token_budget: int | None = None, batch_size: int = 32, progress: bool = True,
     embed: Callable[[list[str], str | None, str | None], NDArray[Any]] | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """An mteb encoder for `model`, filed under `label` and, as its revision, the identity of model and prompts.
 
     Args:

@@ -21,14 +21,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import show
 from ..files import write_json
 from ..options import rank_and_world
-from ..version import versions
+from ..version import versions_line
 from . import results
 from .encoder import Prompts, make_encoder, name_of
 from .items import count_items, items_of, keep_predictions
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger("mlpool")
+_PACKAGES = ("mlpool", "mteb", "sentence-transformers", "transformers", "torch")
 
 
 def evaluate_local(
@@ -103,19 +104,10 @@ def evaluate(
 
 
 def _run(
-    model: SentenceTransformer,
-    tasks: Sequence[AbsTask],
-    output: str | Path | None,
-    *,
-    label: str,
-    prompts: Prompts,
-    seed: int | None = None,
-    token_budget: int | None = None,
-    batch_size: int = 32,
-    cache: bool = True,
-    shard: bool = False,
-    progress: bool = True,
-) -> list[Score]:
+    model: SentenceTransformer, tasks: Sequence[AbsTask], output: str | Path | None, *, label: str, prompts: Prompts,
+    seed: int | None = None, token_budget: int | None = None, batch_size: int = 32, cache: bool = True,
+    shard: bool = False, progress: bool = True,
+) -> list[Score]:  # fmt: skip
     if not label.strip():
         raise ValueError("label is empty; it names the model in tables")
     prompts.check(tasks)
@@ -158,7 +150,7 @@ def _run(
 
 
 def _evaluate(encoder: Any, task: AbsTask, prompts: Prompts, store: Path | None) -> Score:
-    """Evaluate one task, or take the result that lies there for the same model, data and prompts."""
+    """Of one task, or the result that lies there for the same model, data and prompts."""
     meta, name, split = encoder.mteb_model_meta, task.metadata.name, ",".join(task.eval_splits)
     inputs = {
         "dataset_revision": task.metadata.revision,
@@ -184,11 +176,12 @@ def _evaluate(encoder: Any, task: AbsTask, prompts: Prompts, store: Path | None)
             model=meta.name, task=name_of(task), task_type=task.metadata.type, score=score, identity=meta.revision,
             split=split, metric=task.metadata.main_score, n_items=count_items(task), items=items,
             seconds=round(took, 3), texts_per_second=round(texts / seconds, 1) if seconds else None,
-            versions=_versions(), date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=versions_line(*_PACKAGES), date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
     task.unload_data()
     if marker:
-        _write_marker(marker, {"inputs": inputs, "row": {k: v for k, v in asdict(row).items() if k in results.COLUMNS}})
+        columns = {name: getattr(row, name) for name in results.COLUMNS}
+        write_json(marker, {"inputs": inputs, "row": columns}, indent=None)
     return row
 
 
@@ -253,9 +246,8 @@ def _quiet() -> Iterator[None]:
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="(?s).*(superseded|failed to converge|Number of distinct clusters)"
-            )
+            known = "(?s).*(superseded|failed to converge|Number of distinct clusters)"
+            warnings.filterwarnings("ignore", message=known)
             yield
     finally:
         log.setLevel(level)
@@ -292,9 +284,8 @@ def _score_of(found: Any, task: AbsTask) -> float:
     values = [entry["main_score"] for split in task.eval_splits for entry in found.scores[split]]
     score = float(sum(values) / len(values))
     if math.isnan(score):
-        logger.warning(
-            "%s: %s is undefined (are all embeddings alike?); it counts as 0", name_of(task), task.metadata.main_score
-        )
+        what = f"{name_of(task)}: {task.metadata.main_score}"
+        logger.warning("%s is undefined (are all embeddings alike?); it counts as 0", what)
         return 0.0
     return score
 
@@ -310,10 +301,6 @@ def _read_marker(path: Path, inputs: dict[str, Any]) -> Score | None:
         return None
     there = not row.items or (path.with_suffix(".npz")).is_file()
     return row if found["inputs"] == inputs and there else None
-
-
-def _write_marker(path: Path, content: dict[str, Any]) -> None:
-    write_json(path, content, indent=None)
 
 
 def _share(tasks: Sequence[AbsTask], rank: int, world: int) -> list[AbsTask]:
@@ -361,11 +348,6 @@ def _kept_random_state() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-def _versions() -> str:
-    found = versions("mlpool", "mteb", "sentence-transformers", "transformers", "torch")
-    return ", ".join(f"{name} {number}" for name, number in found.items())
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

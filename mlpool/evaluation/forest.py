@@ -11,9 +11,8 @@ from ..show import COLORS, MARKERS, figure, save_figure
 def forest(comparison: Any, path: str | Path) -> None:
     """Of a `Comparison`: mean difference to the baseline with its interval, a row per model × task type.
 
-    Filled markers: shown after Holm.
-
-    Intervals of fewer than 5 data sets do not set the scale; where one leaves it, an arrow says so.
+    Filled markers: shown after Holm. Intervals of fewer than 5 data sets do not set the scale; where one leaves it, an
+    arrow says so.
     """
     rows = comparison.table
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -38,13 +37,11 @@ def forest(comparison: Any, path: str | Path) -> None:
         axes.plot(row["difference"], y, marker, color=color, markerfacecolor=face, markersize=7)
         axes.annotate(_verdict(row), (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     several = len(models) > 1
-    axes.set_yticks(
-        heights, [f"{r['task_type']}: {r['model']}" if several else r["task_type"] for r in rows], fontsize=9
-    )
+    names = [f"{r['task_type']}: {r['model']}" if several else r["task_type"] for r in rows]
+    axes.set_yticks(heights, names, fontsize=9)
     axes.set(xlim=(-limit, limit), ylim=(heights[-1] + 0.7, -0.7))
-    axes.set_xlabel(
-        f"mean difference in score{'' if several else f' of {models[0]}'} to {comparison.baseline}, 95 % interval"
-    )
+    of = "" if several else f" of {models[0]}"
+    axes.set_xlabel(f"mean difference in score{of} to {comparison.baseline}, 95 % interval")
     axes.set_title(f"filled marker: a difference is shown at {comparison.alpha:g} after Holm", fontsize=9, loc="left")
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)

@@ -15,9 +15,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..corpus.rows import BadRow, lines, not_unicode, read_rows
 from ..show import shorten
@@ -125,56 +125,59 @@ def _label_fault(row: Row) -> str | None:
     return _text(row, "label") if isinstance(label, str) else None
 
 
-def _columns(path: Path, rows: Iterable[Row], *keys: str) -> dict[str, list]:
-    rows = list(rows)
+def _columns(path: Path, check: Callable[[Row], str | None], *keys: str) -> dict[str, list]:
+    rows = list(read_jsonl(path, check))
     if len(rows) < 2:
         raise ValueError(f"{path} holds {len(rows)} rows; at least 2 are needed")
     return {key: [row[key] for row in rows] for key in keys}
 
 
+def _numbered(path: Path, labels: list) -> dict[Any, int]:
+    known = {label: i for i, label in enumerate(sorted(set(labels), key=str))}
+    if len(known) < 2:
+        raise ValueError(f"{path} has a single label, {labels[0]!r}; at least two are needed")
+    return known
+
+
 def _read_sts(folder: Path, split: str) -> Any:
     path = folder / f"{split}.jsonl"
-    columns = _columns(path, read_jsonl(path, scored_fault), "sentence1", "sentence2", "score")
+    columns = _columns(path, scored_fault, "sentence1", "sentence2", "score")
     columns["score"] = [float(score) for score in columns["score"]]
     if len(set(columns["score"])) == 1:
         raise ValueError(f"{path}: every score is {columns['score'][0]}, so no correlation is defined")
-    return _splits(**{split: columns})
+    return _splits({split: columns})
 
 
 def _read_pairs(folder: Path, split: str) -> Any:
     path = folder / f"{split}.jsonl"
-    columns = _columns(path, read_jsonl(path, _pair_fault), "sentence1", "sentence2", "label")
+    columns = _columns(path, _pair_fault, "sentence1", "sentence2", "label")
     columns["labels"] = [int(label) for label in columns.pop("label")]
     if len(set(columns["labels"])) == 1:
         raise ValueError(f"{path}: every label is {columns['labels'][0]}; both 0 and 1 are needed")
-    return _splits(**{split: columns})
+    return _splits({split: columns})
 
 
 def _read_classification(folder: Path, split: str) -> Any:
-    paths = {name: folder / f"{name}.jsonl" for name in ("train", split)}
-    train = _columns(paths["train"], read_jsonl(paths["train"], _label_fault), "text", "label")
-    known = {label: i for i, label in enumerate(sorted(set(train["label"]), key=str))}
+    path = folder / "train.jsonl"
+    train = _columns(path, _label_fault, "text", "label")
+    known = _numbered(path, train["label"])
 
     def fault(row: Row) -> str | None:
         if (wrong := _label_fault(row)) or row["label"] in known:
             return wrong
-        return f"label {row['label']!r} does not occur in {paths['train']}"
+        return f"label {row['label']!r} does not occur in {path}"
 
-    if len(known) < 2:
-        raise ValueError(f"{paths['train']} has a single label, {next(iter(known))!r}; at least two are needed")
-    test = _columns(paths[split], read_jsonl(paths[split], fault), "text", "label")
+    test = _columns(folder / f"{split}.jsonl", fault, "text", "label")
     for columns in (train, test):
         columns["label"] = [known[label] for label in columns["label"]]
-    return _splits(**{"train": train, split: test})
+    return _splits({"train": train, split: test})
 
 
 def _read_clustering(folder: Path, split: str) -> Any:
     path = folder / f"{split}.jsonl"
-    columns = _columns(path, read_jsonl(path, _label_fault), "text", "label")
-    known = {label: i for i, label in enumerate(sorted(set(columns["label"]), key=str))}
-    if len(known) < 2:
-        raise ValueError(f"{path} has a single label, {next(iter(known))!r}; at least two are needed")
-    return _splits(**{split: {"sentences": columns["text"], "labels": [known[label] for label in columns["label"]]}})
+    columns = _columns(path, _label_fault, "text", "label")
+    known = _numbered(path, columns["label"])
+    return _splits({split: {"sentences": columns["text"], "labels": [known[label] for label in columns["label"]]}})
 
 
 def _read_retrieval(folder: Path, split: str) -> Any:
@@ -193,18 +196,13 @@ def _read_retrieval(folder: Path, split: str) -> Any:
         relevant.setdefault(query, {})[document] = score
     if not any(score > 0 for scores in relevant.values() for score in scores.values()):
         raise ValueError(f"{path} names no relevant document")
-    split_data = {
-        "corpus": Dataset.from_dict(corpus),
-        "queries": Dataset.from_dict({"id": queries["id"], "text": queries["text"]}),
-        "relevant_docs": relevant,
-        "top_ranked": None,
-    }
-    return {"default": {split: split_data}}
+    queries.pop("title")
+    tables = {"corpus": Dataset.from_dict(corpus), "queries": Dataset.from_dict(queries)}
+    return {"default": {split: {**tables, "relevant_docs": relevant, "top_ranked": None}}}
 
 
 def _read_entries(path: Path) -> dict[str, list[str]]:
     """Ids, texts and titles; BEIR writes the id as `_id`, mteb as `id`."""
-
     seen: set[str] = set()
 
     def fault(row: Row) -> str | None:
@@ -247,7 +245,7 @@ def _read_tsv(path: Path) -> Iterator[tuple[int, tuple[str, str, int]]]:
         yield number, (fields[0], fields[1], int(fields[2]))
 
 
-def _splits(**splits: dict[str, list]) -> Any:
+def _splits(splits: dict[str, dict[str, list]]) -> Any:
     from datasets import Dataset, DatasetDict
 
     return DatasetDict({name: Dataset.from_dict(columns) for name, columns in splits.items()})
@@ -256,28 +254,28 @@ def _splits(**splits: dict[str, list]) -> Any:
 # --- kinds ---------------------------------------------------------------------------------------------------------
 
 
-class _Kind:
+class _Kind(NamedTuple):
     """One shape of folder: which of mteb's tasks it becomes, which files it needs and how they are read."""
 
-    def __init__(
-        self, folder: str, type: str, main_score: str, read: Callable[[Path, str], Any], files: Sequence[str] = ()
-    ):
-        self.folder, self.type, self.main_score, self.read = folder, type, main_score, read
-        self._files = files or ("{split}.jsonl",)
+    folder: str
+    task_type: str
+    main_score: str
+    read: Callable[[Path, str], Any]
+    needs: tuple[str, ...] = ("{split}.jsonl",)
 
     def files(self, folder: Path, split: str) -> list[Path]:
-        if self.type == "Retrieval":
+        if self.task_type == "Retrieval":
             return [folder / "corpus.jsonl", folder / "queries.jsonl", _qrels(folder, split)]
-        return [folder / name.format(split=split) for name in self._files]
+        return [folder / name.format(split=split) for name in self.needs]
 
     def base(self) -> tuple[type, dict[str, Any]]:
         """mteb's class, and what differs from its defaults."""
         from mteb import abstasks
 
-        if self.type == "Clustering":
+        if self.task_type == "Clustering":
             # mteb's default embeds 4 % of the texts, made for sets of hundreds of thousands.
             return abstasks.AbsTaskClustering, {"max_fraction_of_documents_to_embed": None}
-        return getattr(abstasks, f"AbsTask{self.type}"), {}
+        return getattr(abstasks, f"AbsTask{self.task_type}"), {}
 
 
 KINDS = (
@@ -311,7 +309,7 @@ def _choose(found: dict[str, tuple[_Kind, Path]], names: Iterable[str]) -> dict[
     """The tasks that are meant, and whether each was named itself, not with its whole kind."""
     chosen: dict[str, bool] = {}
     for name in names:
-        of_kind = [task for task, (kind, _) in found.items() if name in (kind.folder, kind.type)]
+        of_kind = [task for task, (kind, _) in found.items() if name in (kind.folder, kind.task_type)]
         own = [name] if name in found else [task for task in found if task.split("/")[1] == name]
         if not of_kind and len(own) > 1:
             raise ValueError(f"{name!r} is the name of several tasks: {', '.join(own)}; give the whole name")
@@ -333,8 +331,8 @@ def _task(kind: _Kind, name: str, folder: Path, split: str) -> AbsTask:
         description=f"Local data {name}",
         # The hash of all splits is the revision: results of data that has changed since are not taken for these.
         dataset={"path": name, "revision": _revision({path for s in SPLITS for path in kind.files(folder, s)})},
-        type=kind.type,  # type: ignore[arg-type]
-        category="t2c" if kind.type in ("Classification", "Clustering") else "t2t",
+        type=kind.task_type,  # type: ignore[arg-type]
+        category="t2c" if kind.task_type in ("Classification", "Clustering") else "t2t",
         eval_splits=[split],
         eval_langs=["eng-Latn"],
         main_score=kind.main_score,
@@ -343,7 +341,7 @@ def _task(kind: _Kind, name: str, folder: Path, split: str) -> AbsTask:
     def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
         if not self.data_loaded:
             self.dataset, self.data_loaded = kind.read(folder, split), True
-            if kind.type == "Clustering":  # bootstrap samples as large as the set, where it is smaller than mteb's
+            if kind.task_type == "Clustering":  # bootstrap samples as large as the set, where it is smaller than mteb's
                 self.max_documents_per_cluster = min(self.max_documents_per_cluster, len(self.dataset[split]))
 
     size = sum(path.stat().st_size for path in kind.files(folder, split))

@@ -21,11 +21,11 @@ import csv
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..files import confined, replacing
+from ..files import confined, replacing, write_csv
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -131,10 +131,7 @@ def append(path: str | Path, rows: Iterable[Score]) -> None:
 
 def write(path: str | Path, rows: Iterable[Score]) -> None:
     """Write the rows as the whole file, at once: the old file stays until the new one is complete."""
-    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_csv(path, COLUMNS, ([getattr(row, name) for name in COLUMNS] for row in rows))
 
 
 def _check_header(header: list[str], path: Path) -> None:
@@ -174,14 +171,7 @@ def _score(header: list[str], cells: list[str], path: Path, line: int) -> Score:
 # --- per-item results -------------------------------------------------------------------------------------------------
 
 
-def write_items(
-    path: str | Path,
-    item: ArrayLike,
-    *,
-    value: ArrayLike | None = None,
-    prediction: ArrayLike | None = None,
-    gold: ArrayLike | None = None,
-) -> None:
+def write_items(path: str | Path, item: ArrayLike, **numbers: ArrayLike) -> None:
     """Write a per-item file (see the module): `value`, or `prediction` with `gold`. What cannot be read is not written.
 
     Raises:
@@ -192,9 +182,7 @@ def write_items(
     path = Path(path)
     ids = np.asarray(item)
     arrays: dict[str, Any] = {"item": ids if ids.dtype.kind in "iuU" else ids.astype(str)}
-    for name, given in (("value", value), ("prediction", prediction), ("gold", gold)):
-        if given is not None:
-            arrays[name] = np.asarray(given, dtype=np.float64)
+    arrays |= {name: np.asarray(given, dtype=np.float64) for name, given in numbers.items()}
     _check_items(arrays, path)
     with replacing(path) as new:
         np.savez_compressed(new, **arrays)
@@ -213,10 +201,10 @@ def read_items(path: str | Path) -> Items:
 
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = dict(file)
+    except FileNotFoundError:
+        raise
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
     _check_items(arrays, path)
     return Items(arrays["item"], arrays["value" if "value" in arrays else "prediction"], arrays.get("gold"))

@@ -106,8 +106,8 @@ def smallest_holm(p_values: Sequence[float], smallest: Sequence[float]) -> list[
     return [holm([*p_values[:i], least, *p_values[i + 1 :]])[i] for i, least in enumerate(smallest)]
 
 
-def mean_interval(differences: ArrayLike, level: float = 0.95) -> tuple[float, float] | None:
-    """Student's t interval for the mean difference; None where there is no spread to judge by.
+def mean_interval(differences: ArrayLike) -> tuple[float, float] | None:
+    """Student's 95 % t interval for the mean difference; None where there is no spread to judge by.
 
     Tried beside percentile, BCa and studentised bootstraps (`benchmarks/calibration.py`): it alone is exact for normal
     differences at any n, and at most cautious (96.5 %) under heavy tails. It covers 93 to 94 % at skewness 1 and 89 to
@@ -116,7 +116,7 @@ def mean_interval(differences: ArrayLike, level: float = 0.95) -> tuple[float, f
     d = np.round(np.asarray(differences, dtype=np.float64), DECIMALS)
     if len(np.unique(d)) < 2:
         return None
-    low, high = stats.ttest_1samp(d, 0).confidence_interval(level)
+    low, high = stats.ttest_1samp(d, 0).confidence_interval()
     return float(low), float(high)
 
 
@@ -135,10 +135,8 @@ def randomise(differences: ArrayLike, permutations: int = 9999, seed: int | Sequ
     moved = d[np.round(d, DECIMALS) != 0]
     drawn = np.concatenate([signs @ moved for signs in _signs(len(moved), permutations, seed)])
     extreme = int((abs(drawn) >= abs(moved.sum()) - len(d) * 10.0**-DECIMALS).sum())  # equal but for rounding counts
-    p, least = (extreme + 1) / (permutations + 1), 1 / (permutations + 1)
-    return Randomisation(
-        float(d.mean()), p, min(p, max(least, min(1.0, 2.0 ** (1 - len(moved))))), len(d), permutations
-    )
+    p, least = (extreme + 1) / (permutations + 1), max(1 / (permutations + 1), min(1.0, 2.0 ** (1 - len(moved))))
+    return Randomisation(float(d.mean()), p, min(p, least), len(d), permutations)
 
 
 def spearman_differences(a: ArrayLike, b: ArrayLike, gold: ArrayLike) -> NDArray[np.float64]:

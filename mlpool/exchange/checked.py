@@ -1,28 +1,13 @@
-"""What every export shares: the model as it was, what is made compared with it, and what cannot be exported."""
+"""What every export shares: what is made compared with the embedder, and what cannot be exported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
 from ..embedder.adapters import has_adapter
 from ..embedder.embedder import Embedder
-
-
-@contextmanager
-def undisturbed(embedder: Embedder) -> Iterator[None]:
-    """Afterwards training modes and the count of cut texts are as before."""
-    backbone: Any = embedder[0]
-    training, cut = [module for module in embedder.modules() if module.training], backbone.truncated
-    try:
-        yield
-    finally:
-        backbone.texts.truncated = cut
-        for module in training:
-            module.training = True
 
 
 def agreement(embedder: Embedder, theirs: Tensor, embed: Callable[[], Tensor], failure: str) -> float:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .. import options
@@ -14,14 +13,6 @@ from . import FORMATS
 
 if TYPE_CHECKING:
     from ..embedder.embedder import Embedder
-
-
-@dataclass(frozen=True)
-class Command:
-    """What `mlpool.cli` asks of a subcommand."""
-
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
 
 
 def _add_common(parser: argparse.ArgumentParser, folder: str, output: str) -> None:
@@ -130,6 +121,7 @@ def _run_import(args: argparse.Namespace) -> None:
     print(f"{args.output}: {embedder[0].design}; loads with mlpool.load({args.output!r})")
 
 
-merge = Command(_merge_arguments, _run_merge)
-export = Command(_export_arguments, _run_export)
-import_released = Command(_import_arguments, _run_import)
+# What `mlpool.cli` asks of a subcommand.
+merge = SimpleNamespace(add_arguments=_merge_arguments, run=_run_merge)
+export = SimpleNamespace(add_arguments=_export_arguments, run=_run_export)
+import_released = SimpleNamespace(add_arguments=_import_arguments, run=_run_import)

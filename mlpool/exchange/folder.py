@@ -25,8 +25,8 @@ from ..embedder.texts import TextTokenizer
 from ..files import new_place, write_json
 from ..pooling import EosPool, MeanPool
 from ..pooling.base import log_once
-from ..taps import find_layers
-from .checked import agreement, check_mergeable, undisturbed
+from ..trunk import find_layers
+from .checked import agreement, check_mergeable
 
 _CLASSIC = "sentence_transformers.models."  # the names that serving tools look for; every version imports them
 _MODES = {"cls_token": None, "mean_tokens": MeanPool, "max_tokens": None, "mean_sqrt_len_tokens": None,
@@ -70,7 +70,7 @@ def export_folder(embedder: Embedder, path: str | Path) -> float:
     path = new_place(path)
     if path.suffix == ".pt2":
         raise ValueError(f"{design.name} is written as a folder, and {path} is named like a file; see --format torch")
-    with undisturbed(embedder), staged(path) as stage:
+    with embedder.undisturbed(), staged(path) as stage:
         tokenizer = _self_contained(backbone.texts)
         tokenizer.model_max_length = backbone.max_seq_length or tokenizer.model_max_length
         backbone.model.save_pretrained(stage)

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mlpool_kernels import Weights
-from mlpool_kernels.attend import NORM_EPS, norm_keys
+from mlpool_kernels.chunk import NUM_WEIGHTS, Weights
+from mlpool_kernels.rows import NORM_EPS, norm_rows
 from torch import Tensor, nn
 
 from ..attention import unpack
@@ -26,7 +26,7 @@ from ..embedder.embedder import _PROBES, Embedder
 from ..embedder.pooler import Pooler
 from ..embedder.texts import TextTokenizer
 from ..pooling.trainable import TrainablePool
-from .checked import agreement, check_mergeable, undisturbed
+from .checked import agreement, check_mergeable
 
 _TRACED = ("eager", "sdpa")
 _CONFIG, _TOKENIZER = "embedder.json", "tokenizer/"
@@ -70,7 +70,7 @@ def export_program(embedder: Embedder, path: str | Path) -> float:
     path.parent.mkdir(parents=True, exist_ok=True)
     stage = path.with_name(f".{path.stem}.saving-{os.getpid()}.pt2")
     try:
-        with undisturbed(embedder):
+        with embedder.undisturbed():
             torch.export.save(_trace(embedder), stage, extra_files=_extra_files(embedder))
             error = _verify_program(embedder, load_exported(stage))
         stage.rename(path)
@@ -153,9 +153,9 @@ def _plain_gather(states, starts, ends, last, count, keep, mean, backend, unit=F
 
 def _plain_pool(states, rows, key_mask, *rest) -> list[Tensor]:
     """Of a folded pool: queries are absorbed (None for a single key), values with Wo or absorbed too."""
-    w, heads = Weights(*rest[:12]), rest[12]
+    w, heads = Weights(*rest[:NUM_WEIGHTS]), rest[NUM_WEIGHTS]
     dtype, latents = w.ff_in_weight.dtype, w.latents
-    keys = norm_keys(states[0], w.layer_weights, w.key_norm_weight, w.key_norm_bias, dtype)
+    keys, base = norm_rows(states[0], w.of_keys, dtype)
     values = (keys @ w.value_weight.T).unflatten(2, (heads, -1))
     if w.output_weight is not None:
         values = torch.einsum("bnhi,dhi->bnhd", values, w.output_weight.unflatten(1, (heads, -1)))
@@ -170,15 +170,17 @@ def _plain_pool(states, rows, key_mask, *rest) -> list[Tensor]:
     normed = F.layer_norm(y, y.shape[-1:], w.ff_norm_weight.to(dtype), w.ff_norm_bias.to(dtype), NORM_EPS)
     a, gate = F.linear(normed, w.ff_in_weight, w.ff_in_bias.to(dtype)).chunk(2, -1)
     wide = torch.promote_types(dtype, torch.float32)
+    y_mean = y.mean(1, dtype=wide)
+    if base is not None:
+        y_mean = base + (y_mean - latents.to(dtype).mean(0, dtype=wide))
     empty = y.new_empty(0)
-    return [(a * F.gelu(gate)).mean(1, dtype=wide), y.mean(1, dtype=wide), empty, empty.clone()]
+    return [(a * F.gelu(gate)).mean(1, dtype=wide).to(dtype), y_mean, empty, empty.clone()]
 
 
 _PLAIN = {torch.ops.mlpool.gather.default: _plain_gather, torch.ops.mlpool.pool.default: _plain_pool}
 
 
 def _extra_files(embedder: Embedder) -> dict[str, str]:
-    """The settings and the tokenizer's files, as text."""
     from ..version import __version__
 
     backbone: Any = embedder[0]

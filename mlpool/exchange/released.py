@@ -14,12 +14,10 @@ anything is embedded with their code, makes both the same.
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..embedder.adapters import _peft, fingerprint
@@ -28,7 +26,7 @@ from ..embedder.embedder import Embedder
 from ..embedder.loading import load
 from ..pooling.base import Pool
 from ..pooling.checkpoints import RELEASED, read_tensors
-from ..taps import find_layers
+from ..trunk import find_layers
 
 logger = logging.getLogger("mlpool")
 
@@ -62,17 +60,19 @@ def import_released(
     config, adapter = _read_adapter(folder)
     path = _pool_file(folder)
     chosen = _design(path, design) if path else _design_without_pool(folder, design)
-    read = functools.partial(_read_pool, chosen, path, num_heads)
-    pool = read()  # what is wrong with the file shows before the base model is loaded
+    kind: Any = chosen.pool
+    sizes = {"num_heads": num_heads, "token_pooling": chosen.token_pooling}
+    # What is wrong with the file shows before the base model is loaded.
+    pool: Any = kind.from_released(path, **sizes) if path else None
     embedder = load(base, chosen.name, **options)
     backbone: Any = embedder[0]
-    if pool is not None and path is not None:
+    if path:
         if getattr(pool, "num_layers", 0) > backbone.num_layers:
             logger.warning(
                 "%s has rows for %d layers and the base model has %d: the first are read, as in theirs", path,
                 pool.num_layers, backbone.num_layers,
             )  # fmt: skip
-            pool = read(num_layers=backbone.num_layers)
+            pool = kind.from_released(path, **sizes, num_layers=backbone.num_layers)
         _check_pool(pool, backbone.hidden_size, backbone.num_layers, path)
     _add_adapter(backbone.model, config, adapter, str(base), folder)
     backbone.base_fingerprint = fingerprint(backbone.model)
@@ -85,14 +85,6 @@ def _pool_file(folder: Path) -> Path | None:
     """`attn_pool.pt` in the folder, or beside it under a name that begins with the folder's; None where neither is."""
     whole = folder.resolve()
     return next((path for path in (folder / POOL, whole.with_name(whole.name + POOL)) if path.is_file()), None)
-
-
-def _read_pool(chosen: Design, path: Path | None, num_heads: int, **options: Any) -> Any:
-    if path is None:
-        return None
-    return chosen.pool.from_released(  # type: ignore[attr-defined]
-        path, num_heads=num_heads, token_pooling=chosen.token_pooling, **options
-    )
 
 
 def _read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -116,10 +108,10 @@ def _read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
 
 def _design(path: Path, design: str | int | None) -> Design:
     """The design that was asked for, if the file is of its kind."""
-    layers = _has_layer_weights(path)
-    fitting = [d for d in DESIGNS.values() if d.has_latents and (layers is None or d.reads_all_layers == layers)]
+    layers = RELEASED["layer_weights"] in read_tensors(path)
+    fitting = [d for d in DESIGNS.values() if d.has_latents and d.reads_all_layers == layers]
     listed = " or ".join(f"{d.number} ({d.attention})" for d in fitting)
-    has = {True: "has layer weights", False: "has no layer weights", None: "cannot be read"}[layers]
+    has = "has layer weights" if layers else "has no layer weights"
     if design is None:
         raise ValueError(f"{path} {has}, so its design is {listed}, which no file says: pass design= (--design)")
     chosen = find_design(design)
@@ -140,15 +132,6 @@ def _design_without_pool(folder: Path, design: str | int | None) -> Design:
     return chosen
 
 
-def _has_layer_weights(path: Path) -> bool | None:
-    """None where the file cannot be read; `from_released` then says why."""
-    try:
-        released = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        return None
-    return RELEASED["layer_weights"] in released if isinstance(released, dict) else None
-
-
 def _check_pool(pool: Pool, hidden_size: int, num_layers: int, path: Path) -> None:
     for what, found, expected in (
         ("hidden size", pool.hidden_size, hidden_size), ("layers", getattr(pool, "num_layers", num_layers), num_layers),
@@ -160,7 +143,6 @@ def _check_pool(pool: Pool, hidden_size: int, num_layers: int, path: Path) -> No
 
 
 def _add_adapter(model: nn.Module, config: Any, tensors: dict[str, Tensor], base: str, folder: Path) -> None:
-    """Put the adapter on the bare model, every tensor in its place."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     trained_on = config.base_model_name_or_path

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from mlpool_kernels.rows import unit_rows
 from torch import Tensor
 
 from . import checkpoints
@@ -92,15 +93,19 @@ class LastLayerPool(TrainablePool):
         one_key = self.token_pooling == "last"
         base = None
         if one_key or self.residual:
-            base = self._rows(gather_tokens([state], tokens, self.token_pooling, self.backend).to(home))
+            base = gather_tokens([state], tokens, self.token_pooling, self.backend).to(home)
+            check_range(base)
         if one_key:
             assert base is not None
             keys, key_mask = base, None
         else:
             keys, key_mask = (t.to(home) for t in _padded_keys(state, tokens))
             check_range(keys)
-        product, y_mean, attention, _ = self._cross_attend([keys], None, key_mask, output_attentions)
-        embedding = self._embed(product, y_mean, keys if base is None else base, state.dtype)
+            # Its keys are the tokens; the mix is of their mean.
+            base = unit_rows(base) if base is not None and self.mix_weights is not None else base
+        mixes = one_key and self.mix_weights is not None
+        product, y_mean, attention, _ = self._cross_attend([keys], None, key_mask, output_attentions, mixes)
+        embedding = self._embed(product, y_mean, base, state.dtype, mixes)
         return embedding if attention is None else (embedding, attention)
 
     def _plan_keys(self, tokens: int | None) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from mlpool_kernels import rows
 from torch import Tensor, nn
 
 from .base import check_range
@@ -54,12 +55,4 @@ def unit_rows(x0: Tensor) -> Tensor:
         StatesTooLarge: such a row, on a CPU; see `check_range`.
     """
     check_range(x0)
-    x = x0.to(torch.promote_types(x0.dtype, torch.float32))
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    length = length.masked_fill(length.isinf(), torch.nan).masked_fill(length == 0, torch.inf)
-    return x * (x.shape[-1] ** 0.5 / length)
-
-
-def mix_rows(weights: Tensor, rows: Tensor) -> Tensor:
-    """Σ_l w_l x_l: weights [L], rows [B, L, D] -> [B, D]. Products and a sum, which autocast leaves in float32."""
-    return (weights[:, None] * rows).sum(1)
+    return rows.unit_rows(x0)

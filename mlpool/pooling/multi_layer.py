@@ -12,9 +12,9 @@ from mlpool_kernels.runtime import use_triton
 from torch import Tensor
 
 from . import checkpoints
-from .base import check_positive, check_token_pooling, gather_tokens, log_once
+from .base import check_positive, check_range, check_token_pooling, gather_tokens, log_once
 from .layers import read_layer_states, read_layers, select_layers
-from .tokens import select_tokens
+from .tokens import Check, require, select_tokens
 from .trainable import PAPER, TrainablePool
 
 
@@ -122,36 +122,43 @@ class MultiLayerPool(TrainablePool):
             ValueError, TypeError: a wrong number of layers, mixed shapes or dtypes, masks and offsets that do not fit,
             a text without a token (its row is named).
         """
+        checks: Sequence[Check] = ()
         if layer_states is not None:
             states, rows = [read_layer_states(self, hidden_states, layer_states)], None
         else:
             layers = read_layers(self, hidden_states, includes_embedding)
-            states, rows = self._gather(layers, attention_mask, cu_seqlens, token_mask)
-        dtype = states[0].dtype
+            states, rows, checks = self._gather(layers, attention_mask, cu_seqlens, token_mask)
         if rows is None:
-            states = [self._rows(states[0])]
-        product, y_mean, attention, x0 = self._cross_attend(states, rows, None, output_attentions)
-        embedding = self._embed(product, y_mean, states[0] if x0 is None else x0, dtype)
+            check_range(states[0])
+        mixes = self.mix_weights is not None
+        product, y_mean, attention, x0 = self._cross_attend(states, rows, None, output_attentions, mixes)
+        embedding = self._embed(product, y_mean, states[0] if x0 is None else x0, states[0].dtype, mixes)
+        require(checks)
         return embedding if attention is None else (embedding, attention)
 
     def _gather(
         self, layers: list[Tensor], attention_mask: Tensor | None, cu_seqlens: Tensor | None, token_mask: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """X0, or the layers and their rows where the pool's own kernel is to gather them."""
+    ) -> tuple[list[Tensor], Tensor | None, Sequence[Check]]:
+        """X0, or the layers and their rows where the pool's own kernel is to gather them; and what is still to check.
+
+        The host waits for a GPU when all is launched, behind the embedding: its own time then passes beside the
+        backbone's.
+        """
         tokens = select_tokens(
-            layers[0].shape, layers[-1].device, attention_mask, cu_seqlens, token_mask, skip_tokens=self.skip_tokens,
-            backend=self.backend,
+            layers[0].shape, layers[-1].device, attention_mask, cu_seqlens, token_mask, check=False,
+            skip_tokens=self.skip_tokens, backend=self.backend,
         )  # fmt: skip
-        home = self.latents.device
-        # Rows that are brought to one length first are gathered first.
-        fused = self.token_pooling == "last" and self.mix_weights is None
-        fused = fused and use_triton(self.backend, self.latents, layers[0]) and len(layers) > 1
+        checks, home = tokens.checks, self.latents.device
+        if not all(check.fine.is_cuda for check in checks):
+            require(checks)
+            checks = ()
+        fused = self.token_pooling == "last" and use_triton(self.backend, self.latents, layers[0]) and len(layers) > 1
         if fused and layers[0].device == home and one_launch(layers):
-            return layers, tokens.last
+            return layers, tokens.last, checks
         x0 = gather_tokens(layers, tokens, self.token_pooling, self.backend)
         if x0.device != home:
             log_once(f"the last layer is on {x0.device}, the pool on {home}: its rows are copied for every batch")
-        return [x0.to(home)], None
+        return [x0.to(home)], None, checks
 
     def _plan_keys(self, tokens: int | None) -> int:
         return self.num_layers if self.layers is None else len(self.layers)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from mlpool_kernels.rows import mix_rows
 from torch import Tensor, nn
 
 from .base import Pool, check_choice, check_flags, check_positive, check_token_pooling, gather
 from .layers import last_state, read_layer_states, read_layers, select_layers
-from .mix import fill_start, mix_rows, start_weights, unit_rows
+from .mix import fill_start, start_weights, unit_rows
 
 LEARNING_RATES = {"": 3e-2}  # of a unit mix: one number a layer moves far
 

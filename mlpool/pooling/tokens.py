@@ -23,8 +23,8 @@ from torch import Tensor
 class Check(NamedTuple):
     """Something that must hold of a batch, and the error if it does not.
 
-    fine: bool [], on the device. message: said by the device where the host may not wait. error: makes the exception,
-    which may read the device to name the rows.
+    fine: numbers on the device of which none may be 0. message: said by the device where the host may not wait. error:
+    makes the exception, which may read the device to name the rows.
     """
 
     fine: Tensor
@@ -134,12 +134,24 @@ def _together(device: torch.device, *tensors: Any) -> Any:
 
 
 def require(checks: Sequence[Check]) -> None:
-    """Raise the error of the first check that does not hold; one wait for the device."""
+    """Raise the error of the first check that does not hold; one wait for the device, where there are any."""
+    if not checks:
+        return
     if not _may_sync(checks[0].fine):
         for check in checks:
-            torch._assert_async(check.fine, check.message)
-    elif not bool(checks[0].fine if len(checks) == 1 else torch.stack([check.fine for check in checks]).all()):
-        raise next(check.error() for check in checks if not bool(check.fine))
+            torch._assert_async(held([check]), check.message)
+    # Read as they are: to ask on a GPU whether all hold is two launches more.
+    elif 0 in (checks[0].fine if len(checks) == 1 else _entries(checks)).flatten().tolist():
+        raise next(check.error() for check in checks if not bool(held([check])))
+
+
+def held(checks: Sequence[Check]) -> Tensor:
+    """Whether all checks hold, bool [] on the device."""
+    return (_entries(checks) != 0).all()
+
+
+def _entries(checks: Sequence[Check]) -> Tensor:
+    return torch.cat([check.fine.flatten() for check in checks])
 
 
 def note_offsets(cu_seqlens: Tensor, values: Sequence[int]) -> None:
@@ -176,12 +188,12 @@ def _padded(
         keep = keep & (keep.cumsum(1) > skip_tokens)
     if token_mask is not None:
         keep = keep & _as_bool(token_mask)
-    # The place behind a text's last token, counted from 1; 0 for none.
-    behind = (keep * torch.arange(1, length + 1, device=keep.device)).amax(1)
-    starts = torch.arange(batch, device=keep.device) * length
-    checks.append(_any_token(behind, source))
-    flat = (keep.sum(1), keep.reshape(-1))
-    return Tokens(starts, starts + length, starts + behind - 1, *flat, (batch, length), False, length, tuple(checks))
+    # Of a text of which nothing is kept the first place: a row all the same, which may be read before the host knows.
+    final = (keep * torch.arange(length, device=keep.device)).amax(1)
+    starts, count = torch.arange(batch, device=keep.device) * length, keep.sum(1)
+    checks.append(_any_token(count, source))
+    flat = (count, keep.reshape(-1))
+    return Tokens(starts, starts + length, starts + final, *flat, (batch, length), False, length, tuple(checks))
 
 
 def _packed(shape, cu_seqlens: Tensor, token_mask: Tensor | None, skip_tokens: int) -> Tokens:
@@ -216,7 +228,7 @@ def _leave_out(tokens: Tokens, token_mask: Tensor | None, skip_tokens: int) -> T
         keep = keep & _as_bool(flat[0])
     last = torch.full_like(starts, -1).scatter_reduce(0, text, torch.where(keep, row, -1), "amax")
     count = torch.zeros_like(starts).index_add(0, text, keep.to(torch.int64))
-    checks.append(_any_token(last + 1, _source(token_mask, skip_tokens)))
+    checks.append(_any_token(count, _source(token_mask, skip_tokens)))
     return replace(tokens, last=last, count=count, keep=keep, checks=tuple(checks))
 
 
@@ -261,7 +273,7 @@ def _any_token(count: Tensor, source: str) -> Check:
         rows = (count == 0).nonzero().flatten().tolist()
         return ValueError(f"no token left by {source} in row(s) {rows[:10]}; every text needs at least one token")
 
-    return Check(count.amin() > 0, f"a text has no token left by {source}", error)
+    return Check(count, f"a text has no token left by {source}", error)
 
 
 def _check_form(cu_seqlens: Tensor) -> None:
@@ -277,8 +289,9 @@ def read_offsets(cu_seqlens: Tensor, total: int, checks: Sequence[Check] = ()) -
     version, values = getattr(cu_seqlens, "_mlpool_values", (None, None))
     fine = 0
     if values is None or version != _version(cu_seqlens):
-        held = torch.stack([check.fine for check in checks]).all() if checks else cu_seqlens.new_ones(())
-        *values, fine = torch.cat([cu_seqlens, held[None].to(cu_seqlens)]).tolist()
+        seen = torch.cat([cu_seqlens, held(checks)[None].to(cu_seqlens)]) if checks else cu_seqlens
+        values = seen.tolist()
+        fine = values.pop() if checks else 1
     if values[0] < 0 or values[-1] > total:
         raise ValueError(f"cu_seqlens runs from {values[0]} to {values[-1]}, but there are {total} packed rows")
     rows = [row for row, (start, end) in enumerate(pairwise(values)) if end <= start]

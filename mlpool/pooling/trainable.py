@@ -10,14 +10,15 @@ from typing import Any, Self, cast
 import torch
 from mlpool_kernels import Plan, Sizes, Weights, choose, cross_attend, embed, fold_queries, fold_values
 from mlpool_kernels.plan import default_rates
+from mlpool_kernels.rows import mix_rows
 from mlpool_kernels.runtime import BACKENDS, use_triton
 from mlpool_kernels.tiles import fitted_rates
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checkpoints, report
-from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive, check_range
-from .mix import fill_start, mix_rows, start_weights, unit_rows
+from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive
+from .mix import fill_start, start_weights
 
 # The sizes of the paper's released module.
 PAPER = {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "ff_mult": 4, "residual": False}
@@ -182,11 +183,18 @@ class TrainablePool(Pool):
         """Only where nothing can be learning: not in training mode, nor under gradients, nor in a traced graph."""
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.folded)
 
-    def _folded_weights(self, plan: Plan, one_key: bool) -> tuple[Tensor | None, ...]:
+    def _matrices(self, plan: Plan, one_key: bool) -> tuple[Tensor | None, ...]:
+        """What `_fold` gives, W1 and W2, all in the compute dtype; kept where nothing learns."""
+
+        def fold() -> tuple[Tensor | None, ...]:
+            dtype = self._compute_dtype()
+            return *self._fold(plan, one_key), self.ff_in_weight.to(dtype), self.ff_out_weight.to(dtype)
+
         if not self._may_cache():
             self._cache = None
-            return self._fold(plan, one_key)
+            return fold()
         used = [*self._query_parameters(), self.latents, self.value_weight, self.output_weight]
+        used += [self.ff_in_weight, self.ff_out_weight]
         key = (
             plan.keys, plan.values, one_key, self._compute_dtype(), _optimizer_steps,
             tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in used if p is not None),
@@ -194,7 +202,7 @@ class TrainablePool(Pool):
         if self._cache is None or self._cache[0] != key:
             # Outside inference mode: a cache of inference tensors could not be used in a later no_grad forward.
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = key, self._fold(plan, one_key)
+                self._cache = key, fold()
         return self._cache[1]
 
     def train(self, mode: bool = True) -> Self:
@@ -248,26 +256,31 @@ class TrainablePool(Pool):
     # --- the pool ------------------------------------------------------------------------------------------------
 
     def _cross_attend(
-        self, states: Sequence[Tensor], rows: Tensor | None, key_mask: Tensor | None, output_attentions: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """W2 ū and ȳ [B, D], of which `_embed` makes the embedding; A [B, H, R, n] where asked; X0 where gathered."""
+        self, states: Sequence[Tensor], rows: Tensor | None, key_mask: Tensor | None, output_attentions: bool,
+        mixes: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """W2 ū and ȳ [B, D], of which `_embed` makes the embedding; A [B, H, R, n] where asked; X0 where gathered.
+
+        mixes: the keys are the rows that residual="mix" mixes, at one length, and ȳ stands on their mix.
+        """
         batch, keys = (rows.shape[0], len(states)) if rows is not None else states[0].shape[:2]
         training = torch.is_grad_enabled() and any(t.requires_grad for t in chain(states, self.parameters()))
         if self.folded and training:
             raise RuntimeError("a folded pool is for inference; use the pool it was folded from to train")
         plan = self._choose(batch, keys, training=training, cached=self._may_cache() or self.folded)
-        queries, key, value, output = self._folded_weights(plan, one_key=keys == 1)
+        queries, key, value, output, ff_in, ff_out = self._matrices(plan, one_key=keys == 1)
         assert value is not None
-        dtype = value.dtype
+        assert ff_in is not None
+        assert ff_out is not None
         weights = Weights(
             self.layer_weights, self.key_norm_weight, self.key_norm_bias, queries, key, value, output, self.latents,
-            self.ff_norm_weight, self.ff_norm_bias, self.ff_in_weight.to(dtype), self.ff_in_bias,
+            self.ff_norm_weight, self.ff_norm_bias, ff_in, self.ff_in_bias,
+            self.mix_weights if mixes else None,
         )  # fmt: skip
         if keys == 1 and training and not self.folded:
             states = [_zero_gradients(states[0], self._query_parameters())]
         product, y_mean, attention, x0 = cross_attend(
-            states, rows, key_mask, weights, self.ff_out_weight.to(dtype), self.num_heads, plan, self.backend,
-            output_attentions,
+            states, rows, key_mask, weights, ff_out, self.num_heads, plan, self.backend, output_attentions,
         )  # fmt: skip
         if attention is not None:
             attention = attention.unflatten(2, (self.num_heads, self.num_latents)).permute(0, 2, 3, 1)
@@ -276,19 +289,21 @@ class TrainablePool(Pool):
     def _query_parameters(self) -> list[Tensor]:
         return [self.query_weight, self.key_weight, self.latent_norm_weight, self.latent_norm_bias]
 
-    def _rows(self, x0: Tensor) -> Tensor:
-        """What the pool reads of X0 [B, n, D], its range checked: with residual="mix" every row at the same length."""
-        if self.mix_weights is not None:
-            return unit_rows(x0)
-        check_range(x0)
-        return x0
+    def _embed(
+        self, product: Tensor, y_mean: Tensor, rows: Tensor | None, dtype: torch.dtype, mixed: bool
+    ) -> Tensor:  # fmt: skip
+        """What the pooler is added to, and unit length.
 
-    def _embed(self, product: Tensor, y_mean: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the pooler is added to, on the rows [B, n, D] of states that were of `dtype`; and unit length."""
+        Args:
+            rows: X0 [B, n, D], read by residual=True, and by "mix" unless it is `mixed` already, in ȳ; at one length
+                then. dtype: of the hidden states.
+        """
         base, bias = None, cast(Tensor, self.ff_out_bias)
         if self.gate is not None:
+            assert rows is not None
             base = rows[:, -1]
-        elif self.mix_weights is not None:
+        elif self.mix_weights is not None and not mixed:
+            assert rows is not None
             base = mix_rows(self.mix_weights, rows)
             # Less what the latents alone would give, all texts the same; rounded as in the pool.
             bias = bias.to(y_mean.dtype) - self.latents.to(self._compute_dtype()).mean(0, dtype=y_mean.dtype)

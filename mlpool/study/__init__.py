@@ -27,6 +27,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_json, write_text
+from ..options import rank_and_world
 
 if TYPE_CHECKING:
     from .config import Study, read_study
@@ -105,7 +106,7 @@ def study(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     config = config if isinstance(config, Study) else read_study(config, overrides)
-    first = work.rank() == 0
+    first = rank_and_world()[0] == 0
     if force:
         config.output = _free_folder(config.output)
     matched = match_parameters(config)
@@ -142,7 +143,7 @@ def choose(config: Study) -> dict[str, dict[str, Any]]:
     """
     from ..evaluation import results
     from .config import fitting
-    from .runs import finished, rank
+    from .runs import finished
 
     if missing := [run for run in config.search_runs() if not finished(config.output, run)]:
         raise ValueError(
@@ -163,7 +164,7 @@ def choose(config: Study) -> dict[str, dict[str, Any]]:
         best = max(tried, key=lambda one: one["score"])
         labels = [entry.label for entry in members]
         found[group] = {"recipe": best["recipe"], "score": best["score"], "searched_with": labels, "tried": tried}
-    if rank() == 0:
+    if rank_and_world()[0] == 0:
         write_json(config.output / "recipe.json", found, 1)
     return {group: one["recipe"] for group, one in found.items()}
 
@@ -174,9 +175,7 @@ def _free_folder(output: Path) -> Path:
     Raises:
         ValueError: with several processes, which could not agree on one.
     """
-    from .runs import world
-
-    if world() > 1:
+    if rank_and_world()[1] > 1:
         raise ValueError("--force cannot be used with several processes, which must agree on a folder: give --output")
     places = (output.with_name(f"{output.name}-{n}" if n > 1 else output.name) for n in count(1))
     return next(place for place in places if not place.exists())

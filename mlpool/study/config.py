@@ -92,10 +92,6 @@ class Run:
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
 
-    @property
-    def steps(self) -> int:
-        return 0 if self.kind == "untrained" else int(self.train.get("max_steps") or 0)
-
 
 @dataclass
 class Study:
@@ -241,7 +237,6 @@ def use_made_data(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def slug(text: str) -> str:
-    """A name for a folder."""
     return re.sub(r"[^A-Za-z0-9.=+-]+", "-", text).strip("-").lstrip(".")
 
 

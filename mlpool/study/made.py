@@ -9,6 +9,7 @@ development and test are the same, the combinations are not. It shows that every
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -36,6 +37,16 @@ _THINGS = (
 )  # fmt: skip
 _PLACES = ("Lisbon", "Oslo", "Cairo", "Lima", "Prague", "Kyoto", "Dublin", "Nairobi", "Quito", "Riga")
 _TIMES = ("in the morning", "at noon", "in the evening", "at night", "on Monday", "on Friday", "in May", "in winter")
+
+
+_SENTENCES = (
+    "{person} {deed} the {thing} in {place} {time}.", "{time}, {person} {deed} the {thing} in {place}.",
+    "It was {person} who {deed} the {thing} {time} in {place}.",
+)  # fmt: skip
+_QUESTIONS = (
+    "Where was the {thing} that {person} {deed}?", "When was it that {person} {deed} the {thing}?",
+    "Is it known when and where {person} {deed} the {thing}?",
+)  # fmt: skip
 
 
 class _Fact(NamedTuple):
@@ -69,25 +80,13 @@ def write_data(folder: str | Path, seed: int = 0) -> Path:
     return folder
 
 
-def _sentence(fact: _Fact, rng: random.Random) -> str:
+def _said(forms: tuple[str, ...], fact: _Fact, rng: random.Random) -> str:
     deed, thing = rng.choice(_DEEDS[fact.deed]), rng.choice(_THINGS[fact.thing])
-    form = rng.choice((
-        "{person} {deed} the {thing} in {place} {time}.",
-        "{time}, {person} {deed} the {thing} in {place}.",
-        "It was {person} who {deed} the {thing} {time} in {place}.",
-    ))  # fmt: skip
-    text = form.format(person=fact.person, deed=deed, thing=thing, place=fact.place, time=fact.time)
+    text = rng.choice(forms).format(person=fact.person, deed=deed, thing=thing, place=fact.place, time=fact.time)
     return text[0].upper() + text[1:]
 
 
-def _question(fact: _Fact, rng: random.Random) -> str:
-    deed, thing = rng.choice(_DEEDS[fact.deed]), rng.choice(_THINGS[fact.thing])
-    form = rng.choice((
-        "Where was the {thing} that {person} {deed}?",
-        "When was it that {person} {deed} the {thing}?",
-        "Is it known when and where {person} {deed} the {thing}?",
-    ))  # fmt: skip
-    return form.format(person=fact.person, deed=deed, thing=thing)
+_sentence, _question = functools.partial(_said, _SENTENCES), functools.partial(_said, _QUESTIONS)
 
 
 def _scored(fact: _Fact, rng: random.Random) -> dict[str, str | float]:

@@ -16,7 +16,7 @@ import yaml
 
 from ..evaluation import results
 from ..files import write_text
-from ..version import versions
+from ..version import versions_line
 from .config import UNTRAINED
 from .report import COMPARISON, MARKS, Found, cost_table, headline, is_baseline, profiles, spread, summary
 
@@ -115,7 +115,8 @@ def _values(found: Found, command: str, forest: Path | None) -> dict[str, Any]:
 def _scores(found: Found, lines: Sequence[tuple[str, str]], caption: str) -> Table:
     """A line per (label, shown name), coloured by the difference to the baseline."""
     verdicts = found.verdicts()
-    columns: dict[str, Any] = {"mean": found.means, **{task: _scores_on(found, task) for task in found.tasks}}
+    columns: dict[str, Any] = {"mean": found.means}
+    columns |= {task: lambda label, task=task: found.scores[label][task] for task in found.tasks}
     level = {name: fmean(of(found.study.baseline)) for name, of in columns.items()}
     best = {name: max(fmean(of(label)) for label, _ in lines) for name, of in columns.items()}
     off = {(label, name): fmean(of(label)) - level[name] for name, of in columns.items() for label, _ in lines}
@@ -139,10 +140,6 @@ def _colored(difference: float, factor: float) -> Cell:
     if not difference:
         return Cell("")
     return Cell("", classes="up" if difference > 0 else "down", shade=factor * abs(difference))
-
-
-def _scores_on(found: Found, task: str) -> Any:
-    return lambda label: found.scores[label][task]
 
 
 def _forest(found: Found, path: Path | None) -> dict[str, Any] | None:
@@ -220,7 +217,7 @@ def _facts(found: Found) -> dict[str, str]:
     return {
         "base": f"{found.study.base} ({inputs.pop(found.study.base, 'of the Hub')})",
         "data": "; ".join(f"{name} ({digest})" for name, digest in inputs.items()),
-        "versions": ", ".join(f"{name} {number}" for name, number in versions(*_PACKAGES).items()),
+        "versions": versions_line(*_PACKAGES),
         "machine": f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
     }

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..files import read_json, write_json
+from ..options import rank_and_world
 from ..show import aligned, progress
-from .config import Run, Study
-from .runs import context, count_parameters, finished, own_device, threads, untrained, world
+from .config import UNTRAINED, Run, Study
+from .runs import context, count_parameters, finished, own_device, threads, untrained
 
 PROBE = "probe.json"
 _TEXTS = 64  # of a timed batch
@@ -25,7 +26,7 @@ def plan(study: Study, jobs: int, probe: bool = True) -> str:
     total, steps, tokens = 0.0, 0, 0.0
     for entry in study.entries:
         found = timed.get(entry.label, {})
-        mine = [r for r in (*search, *runs) if _of(r, entry.label)]
+        mine = [r for r in (*search, *runs) if r.label in (entry.label, UNTRAINED.format(entry.label))]
         waiting = [r for r in mine if not finished(study.output, r)]
         seconds = sum(_seconds(r, found) for r in waiting)
         total += seconds
@@ -38,7 +39,7 @@ def plan(study: Study, jobs: int, probe: bool = True) -> str:
             str(_steps(mine[-1], found)), f"{found['step_seconds']:.2f}" if found else "?",
             f"{seconds / 60:.1f}" if found else "?",
         ])  # fmt: skip
-    processes = jobs * world()
+    processes = jobs * rank_and_world()[1]
     summary = [
         f"base      {study.base}",
         f"data      {study.data_dir}; tasks {', '.join(study.tasks) if study.tasks else 'all that are there'} "
@@ -60,14 +61,10 @@ def _search_line(study: Study, search: Sequence[Run]) -> str:
     return f"{grid}; per {study.search['per']}, {len(search)} short runs scored on the dev split"
 
 
-def _of(run: Run, label: str) -> bool:
-    return run.label == label or (run.kind == "untrained" and run.label.startswith(f"{label} ("))
-
-
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else (
-        f"{seconds / 3600:.1f} h"
-    )  # fmt: skip
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 # --- the estimate -----------------------------------------------------------------------------------------------------
@@ -76,9 +73,8 @@ def _duration(seconds: float) -> str:
 def _steps(run: Run, found: dict[str, Any]) -> int:
     if run.kind == "untrained":
         return 0
-    if (run.train.get("max_steps") or 0) > 0:
-        return int(run.train["max_steps"])
-    return int(found.get("steps", 0))
+    steps = run.train.get("max_steps") or 0
+    return int(steps if steps > 0 else found.get("steps", 0))
 
 
 def _seconds(run: Run, found: dict[str, Any]) -> float:
@@ -107,21 +103,21 @@ def _probes(study: Study, jobs: int) -> dict[str, dict[str, Any]]:
         sizes = {"runs": _bytes(study.data_dir, study.tasks, study.split), "search": 0}
         if study.search:
             sizes["search"] = _bytes(study.data_dir, study.search["tasks"], study.search["split"])
-        with context() as processes:
-            receiver, sender = processes.Pipe(duplex=False)
-            process = processes.Process(target=_probe_process, args=(missing, jobs, sender))
-            process.start()
-            sender.close()
-            try:
-                for run in missing:
-                    found = receiver.recv()
-                    if isinstance(found, Exception):
-                        raise found
-                    known[run.label] = {**found, "hash": run.hash, "sizes": sizes}
-            except EOFError:
-                raise RuntimeError(f"a step of {run.label} could not be timed; what it said is above") from None
-            finally:
-                process.join()
+        processes = context()
+        receiver, sender = processes.Pipe(duplex=False)
+        process = processes.Process(target=_probe_process, args=(missing, jobs, sender))
+        process.start()
+        sender.close()
+        try:
+            for run in missing:
+                found = receiver.recv()
+                if isinstance(found, Exception):
+                    raise found
+                known[run.label] = {**found, "hash": run.hash, "sizes": sizes}
+        except EOFError:
+            raise RuntimeError(f"a step of {run.label} could not be timed; what it said is above") from None
+        finally:
+            process.join()
         write_json(path, {"machine": machine, "designs": known}, 1)
     return {run.label: known[run.label] for run in todo}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..evaluation.compare import compare
 from ..evaluation.comparison import Comparison
+from ..show import markdown
 from .config import UNTRAINED, Entry, Study
 from .runs import collect, finished
 
@@ -73,12 +74,7 @@ def gather(study: Study, recipes: dict[str, dict[str, Any]], matched: Sequence[s
 
 
 def summary(found: Found) -> str:
-    """The tables of scores and costs in Markdown."""
-    parts = []
-    for header, *body in (score_table(found), cost_table(found)):
-        lines = [f"| {' | '.join(line)} |" for line in (header, *body)]
-        parts.append("\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]]))
-    return "\n\n".join([headline(found), *parts]) + "\n"
+    return "\n\n".join([headline(found), markdown(score_table(found)), markdown(cost_table(found))]) + "\n"
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

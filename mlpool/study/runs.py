@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import wait
@@ -25,6 +25,7 @@ from typing import Any
 from ..evaluation import results
 from ..evaluation.results import Score
 from ..files import read_json, write_json
+from ..options import rank_and_world
 from ..show import progress
 from .config import Run, changes
 
@@ -33,14 +34,6 @@ _PRELOAD = [__name__, "mlpool.training.train", "mlpool.evaluation.evaluate", "ml
 _DISTRIBUTED = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "ACCELERATE_USE_", "FSDP_", "PARALLELISM_")
 _PROFILED = 256  # texts over which a pool's profile is averaged
 _WAIT = 2.0  # seconds between two looks at what other machines have done
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 # --- what is done -----------------------------------------------------------------------------------------------------
@@ -127,10 +120,10 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
         config = {**run.train, "seed": run.seed, "output_dir": str(place)}
         embedder = train(config, resume=True)
         steps = {**_history(place, time.perf_counter() - began), "resumed": resumed}
-    parameters = count_parameters(embedder)
+    device, parameters = embedder.device, count_parameters(embedder)
     training_memory = _memory()
     began = time.perf_counter()
-    with torch.autocast(embedder.device.type, torch.bfloat16, enabled=run.bf16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
         with encode_once(embedder) as work:
             evaluate_local(
                 embedder, run.data_dir, run.tasks, folder / "evaluation", label=run.label, split=run.split,
@@ -142,7 +135,8 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
         **steps, "parameters": parameters, "evaluate_seconds": round(evaluated, 2),
         "texts": work["texts"], "texts_per_second": round(work["texts"] / max(work["seconds"], 1e-9), 1),
         "memory": {"start": start, "training": training_memory, "evaluation": peak}, "profile": profile,
-        "device": _device(embedder.device), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
@@ -216,8 +210,8 @@ def _profile(embedder: Any, texts: Sequence[str]) -> dict[str, Any] | None:
 
 def _history(place: Path, seconds: float) -> dict[str, Any]:
     """Seconds, steps and losses, from the trainer's own state where it wrote one."""
-    states = [place / "trainer_state.json", *sorted(place.glob("checkpoint-*/trainer_state.json"))]
-    log = [entry for path in states[:1] if path.is_file() for entry in json.loads(path.read_text())["log_history"]]
+    path = place / "trainer_state.json"
+    log = json.loads(path.read_text())["log_history"] if path.is_file() else []
     runtime = [entry["train_runtime"] for entry in log if "train_runtime" in entry]
     return {
         "train_seconds": round(runtime[-1] if runtime else seconds, 2), "train_seconds_in_all": round(seconds, 2),
@@ -248,12 +242,6 @@ def _memory() -> dict[str, int | None]:
     return {"resident": peak, "cuda": cuda}
 
 
-def _device(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
 # --- many runs --------------------------------------------------------------------------------------------------------
 
 
@@ -266,9 +254,10 @@ def run_all(runs: Sequence[Run], output: Path, jobs: int, keep_models: bool, wha
     check_unchanged(output, runs)
     missing = [run for run in runs if not finished(output, run)]
     # By place in the whole list: processes do not look at the same time, and must not both take a run.
-    mine = [run for run in runs[rank() :: world()] if run in missing]
+    rank, world = rank_and_world()
+    mine = [run for run in runs[rank::world] if run in missing]
     failed: dict[str, str] = {}
-    with progress(what, "run", len(runs), rank() == 0, initial=len(runs) - len(missing)) as bar:
+    with progress(what, "run", len(runs), rank == 0, initial=len(runs) - len(missing)) as bar:
         for run, code in _processes(mine, output, jobs, keep_models, bar):
             if code:
                 failed[str(run.folder)] = _last_words(output / run.folder / LOG) or f"exit status {code}"
@@ -298,39 +287,37 @@ def _processes(
     waiting = list(runs)
     working: dict[Any, tuple[Any, Run, int]] = {}
     slots = list(range(jobs))
-    with context() as processes:
-        try:
-            while waiting or working:
-                while waiting and slots:
-                    run, slot = waiting.pop(0), slots.pop(0)
-                    process = processes.Process(target=_child, args=(execute, output, run, slot, jobs, keep_models))
-                    process.start()
-                    working[process.sentinel] = process, run, slot
-                bar.set_postfix_str("; ".join(f"{run.label}, seed {run.seed}" for _, run, _ in working.values()))
-                for sentinel in wait(list(working)):
-                    process, run, slot = working.pop(sentinel)
-                    process.join()
-                    slots.append(slot)
-                    yield run, process.exitcode
-        finally:
-            for process, _, _ in working.values():
-                process.terminate()
+    processes = context()
+    try:
+        while waiting or working:
+            while waiting and slots:
+                run, slot = waiting.pop(0), slots.pop(0)
+                process = processes.Process(target=_child, args=(output, run, slot, jobs, keep_models))
+                process.start()
+                working[process.sentinel] = process, run, slot
+            bar.set_postfix_str("; ".join(f"{run.label}, seed {run.seed}" for _, run, _ in working.values()))
+            for sentinel in wait(list(working)):
+                process, run, slot = working.pop(sentinel)
+                process.join()
+                slots.append(slot)
+                yield run, process.exitcode
+    finally:
+        for process, _, _ in working.values():
+            process.terminate()
 
 
-@contextmanager
-def context() -> Iterator[Any]:
+def context() -> Any:
     """Processes that begin with the libraries imported, and share nothing else."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
-        yield multiprocessing.get_context("spawn")
-        return
+        return multiprocessing.get_context("spawn")
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(_PRELOAD)
-    yield processes
+    return processes
 
 
 def _child(
-    target: Callable[..., None], output: Path, run: Run, slot: int, jobs: int, keep_model: bool
-) -> None:  # pragma: no cover (in a process of its own)
+    output: Path, run: Run, slot: int, jobs: int, keep_model: bool
+) -> None:  # pragma: no cover (another process)
     import torch
 
     folder = output / run.folder
@@ -343,7 +330,7 @@ def _child(
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            target(run, output, keep_model)
+            execute(run, output, keep_model)
         except BaseException as error:
             traceback.print_exc()
             print(f"{type(error).__name__}: {error}", flush=True)
@@ -365,19 +352,15 @@ def own_device(slot: int, jobs: int) -> None:
     """Make this a process alone with one GPU: a run trains on one, and the study spreads runs over them."""
     import torch
 
-    local, distributed = int(os.environ.get("LOCAL_RANK", 0)), world() > 1
-    if distributed:
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if rank_and_world()[1] > 1:
         for name in list(os.environ):
             if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") or name.startswith(_DISTRIBUTED):
                 del os.environ[name]
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = [d for d in named.split(",") if d] if named is not None else list(map(str, range(_gpus(torch))))
+    devices = range(torch.cuda.device_count()) if named is None else [d for d in named.split(",") if d]
     if len(devices) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[(local * jobs + slot) % len(devices)]
-
-
-def _gpus(torch: Any) -> int:
-    return torch.cuda.device_count()
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(devices[(local * jobs + slot) % len(devices)])
 
 
 def threads(jobs: int) -> int:

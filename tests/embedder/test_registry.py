@@ -1,8 +1,6 @@
 """Pools and designs of a user's own: registered or announced, saved, reloaded, trained and studied like ours."""
 
 import json
-import os
-import subprocess
 import sys
 import textwrap
 
@@ -72,8 +70,8 @@ def test_a_folder_that_needs_an_absent_package_names_it(registered, tmp_path):
         find_pool("Unknown", "somebody")
 
 
-def test_an_installed_package_announces_them(tmp_path):
-    """A distribution with entry points, found without an import by hand, in a fresh process."""
+def test_an_installed_package_announces_them(registered, tmp_path, monkeypatch):
+    """A distribution with entry points, found without an import by hand."""
     (tmp_path / "theirs.py").write_text(
         textwrap.dedent(
             """
@@ -93,13 +91,12 @@ def test_an_installed_package_announces_them(tmp_path):
     (info / "entry_points.txt").write_text(
         "[mlpool.pools]\nTheirPool = theirs:TheirPool\n\n[mlpool.designs]\ntheir-design = theirs:DESIGN\n"
     )
-    code = (
-        "from mlpool.embedder.designs import find_design; from mlpool.pooling.registry import find_pool; "
-        "d = find_design('their-design'); print(d.pool.__name__, d.package, find_pool('TheirPool') is d.pool)"
-    )
-    env = {**os.environ, "PYTHONPATH": ":".join([str(tmp_path), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-    assert done.stdout.split() == ["TheirPool", "theirs", "True"]
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "theirs" not in sys.modules
+    design = find_design("their-design")
+    monkeypatch.delitem(sys.modules, "theirs")
+    assert (design.pool.__name__, design.package) == ("TheirPool", "theirs")
+    assert find_pool("TheirPool") is design.pool
 
 
 def test_what_cannot_be_registered(registered):

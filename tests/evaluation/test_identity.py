@@ -1,10 +1,7 @@
 """The identity: the same for the same model, another one for every change that makes other embeddings."""
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -81,19 +78,12 @@ def test_the_same_model_keeps_its_identity(tiny, tiny_folder, tmp_path):
     assert identity(tiny_model(Path(shutil.copytree(tiny_folder, tmp_path / "elsewhere")))) == before
 
 
-def test_the_same_in_another_process_and_after_saving(tiny, tmp_path):
+def test_the_same_after_saving(tiny, tmp_path):
+    """In other processes too: test_evaluate.py, test_two_processes."""
+    from sentence_transformers import SentenceTransformer
+
     tiny.save(str(tmp_path / "saved"))
-    code = """if True:
-        import sys
-        from sentence_transformers import SentenceTransformer
-        from mlpool.embedder.identity import identity
-        print(identity(SentenceTransformer(sys.argv[1], device="cpu")))
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "saved")], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONHASHSEED": "7", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert run.stdout.strip() == identity(tiny)
+    assert identity(SentenceTransformer(str(tmp_path / "saved"), device="cpu")) == identity(tiny)
 
 
 @pytest.mark.gpu

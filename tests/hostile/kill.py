@@ -21,8 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +142,6 @@ def prepare(place: Path) -> None:
 # --- killing ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _forks() -> Iterator[Any]:
-    yield multiprocessing.get_context("fork")  # a study's runs, without the seconds of importing everything again
-
-
 def start(work: Callable[[Path, Path], None], place: Path, out: Path, log: Path) -> int:
     """A process in a group of its own that does the work; what it says is added to the log."""
     child = os.fork()
@@ -159,7 +153,8 @@ def start(work: Callable[[Path, Path], None], place: Path, out: Path, log: Path)
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        runs.context = _forks
+        # A study's runs without the seconds of importing everything again.
+        runs.context = lambda: multiprocessing.get_context("fork")
         work(place, out)
         status = 0
     except BaseException:

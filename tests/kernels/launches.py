@@ -10,10 +10,14 @@ import torch
 from mlpool_kernels import tiles
 
 # By name: the package exports functions called as their modules.
-NAMES = ("attend", "contrast", "embed", "feed_forward", "gather", "mix", "select")
-attend, contrast, embed, feed_forward, gather, mix, select = MODULES = [
-    importlib.import_module(f"mlpool_kernels.{name}") for name in NAMES
-]
+NAMES = (
+    "attend", "contrast", "contrast_kernels", "embed", "feed_forward", "gather", "gather_kernels", "mix", "rows",
+    "select", "sums",
+)  # fmt: skip
+MODULES = {name: importlib.import_module(f"mlpool_kernels.{name}") for name in NAMES}
+attend, contrast, embed, feed_forward, gather, gather_kernels, mix, rows_of, select, sums = (
+    module for name, module in MODULES.items() if name != "contrast_kernels"
+)
 
 
 class Launch(NamedTuple):
@@ -47,7 +51,7 @@ class Sizes(NamedTuple):
 def record(monkeypatch: Any, name: str, tile: dict[str, int] | None, sizes: Sizes, device: str = "cpu") -> list[Launch]:
     """The launches of the kernel `name` of `tiles.TILES`, at `tile` or at its own; device "meta" needs no memory."""
     launches: list[Launch] = []
-    for module in MODULES:
+    for module in MODULES.values():
         for attribute in [a for a in vars(module) if a.endswith("_kernel")]:
             monkeypatch.setattr(module, attribute, Recorder(getattr(module, attribute), launches))
     for module in (contrast, embed, gather):
@@ -85,9 +89,26 @@ def _launch(name: str, sizes: Sizes) -> None:
         gather._backward(x0, states[0].shape, *spans, True, "triton", None, states)
         gather._backward(x0[:, :1], states[0].shape, *spans, True, "triton", states[0], states[:1])
     elif name in ("attend", "attend_text", "norm"):
-        queries = None if name == "norm" else torch.zeros(columns, hidden, dtype=dtype)
-        attend.attend_one_launch(states, rows, torch.zeros(layers, hidden), vector, vector, queries, dtype)
-        attend.attend_one_launch([x0], None, None, vector, vector, queries, dtype)
+        for mixing in (None, torch.zeros(layers)):
+            for given in (
+                (states, rows, _norm(sizes, mixing)),
+                ([x0], None, rows_of.Norm(mixing, None, vector, vector)),
+            ):
+                if name == "norm":
+                    rows_of.norm_rows_triton(*given, dtype)
+                else:
+                    attend.attend_one_launch(*given, torch.zeros(columns, hidden, dtype=dtype), dtype)
+    elif name == "norm_backward":
+        added = torch.zeros(batch, hidden)
+        rows_of.norm_rows_backward_triton(x0, x0, _norm(sizes, torch.zeros(layers)), added, summed=True)
+        rows_of.norm_rows_backward_triton(x0, x0, _norm(sizes, None), None, summed=True)
+        rows_of.norm_rows_backward_triton(x0, x0, rows_of.Norm(None, None, vector, vector), None, summed=False)
+        for shared in (False, True):
+            rows_of.norm_rows_backward_triton(
+                x0, x0, rows_of.Norm(None, None, vector, vector), added, summed=True, shared=shared
+            )
+    elif name == "sum":
+        sums.sum_parts({"one": torch.zeros(batch, hidden), "two": torch.zeros(512, 3 * hidden)}, batch, dtype)
     elif name == "softmax":
         attend.softmax_(scores, torch.ones(batch, layers, dtype=torch.bool), True)
         attend.softmax_backward_(scores, scores, True)
@@ -102,7 +123,23 @@ def _launch(name: str, sizes: Sizes) -> None:
         select.select_padded(mask.bool(), mask, 2)
     elif name == "mix":
         values = torch.zeros(batch * layers, heads, hidden, dtype=dtype)
-        mix._mix_triton(scores, values, torch.zeros(latents, hidden), vector, vector, True)
+        for base in (None, torch.zeros(batch, hidden)):
+            mix._mix_triton(scores, mix.Values(None, values), None, torch.zeros(latents, hidden), vector, vector, base)
+    elif name == "mix_heads":
+        values, weight = (
+            torch.zeros(*size, dtype=dtype) for size in ((batch * layers, heads, 64), (hidden, heads * 64))
+        )
+        for base in (None, torch.zeros(batch, hidden)):
+            mix._mix_triton(
+                scores, mix.Values(values, None), weight, torch.zeros(latents, hidden), vector, vector, base
+            )
+    elif name == "mix_backward":
+        values, grad = (
+            torch.zeros(batch * layers, heads, 64, dtype=dtype),
+            torch.zeros(batch, latents, heads * 64, dtype=dtype),
+        )
+        for given, scored in ((None, True), (scores, True), (None, False)):
+            mix.mix_heads_backward(grad, scores, values, latents, given, scored)
     elif name.startswith("contrast"):
         _launch_contrast(sizes, name == "contrast_stages")
     elif name.startswith("feed_forward"):
@@ -111,6 +148,11 @@ def _launch(name: str, sizes: Sizes) -> None:
     else:
         feed_forward.gate_mean(both, True)
         feed_forward.gate_backward(both, torch.zeros(batch, width), True, True)
+
+
+def _norm(sizes: Sizes, mixing: torch.Tensor | None) -> Any:
+    vector = torch.zeros(sizes.hidden)
+    return rows_of.Norm(mixing, torch.zeros(sizes.layers, sizes.hidden), vector, vector)
 
 
 def _launch_contrast(sizes: Sizes, stages: bool) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import re
 import subprocess
 import tempfile
@@ -33,6 +34,7 @@ import triton
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.backends.nvidia import driver as nvidia
 
@@ -262,9 +264,33 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+class Operations(TorchDispatchMode):
+    """The names of torch's own operations that a card would launch something for; views and new memory are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        on_card = any(t.device.type == "cuda" for t in tree_leaves(out) if isinstance(t, Tensor))
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if on_card and not view and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
+            self.names.append(name)
+        return out
+
+
+UNTRACED = ("mlpool_kernels.fold", "mlpool_kernels.gather", "mlpool_kernels.pool", "mlpool.pooling.tokens")
+
+
 @contextmanager
-def card(architecture: int) -> Iterator[list[Launch]]:
-    """Inside, "cuda" is a card of this architecture (80, 90, 100); yields the launches as they come."""
+def card(architecture: int, traced: bool = True) -> Iterator[list[Launch]]:
+    """Inside, "cuda" is a card of this architecture (80, 90, 100); yields the launches as they come.
+
+    traced: our ops go through the dispatcher, and what they give is held to what their fakes say; False: as a user's
+    own process runs them, and a batch's masks in one launch.
+    """
     properties = SimpleNamespace(
         name="stand-in", total_memory=80 << 30, multi_processor_count=132,
         major=architecture // 10, minor=architecture % 10,
@@ -283,6 +309,8 @@ def card(architecture: int) -> Iterator[list[Launch]]:
         stack.enter_context(patch.object(FakeTensor, "tolist", _to_list))
         stack.enter_context(patch.object(triton.runtime.driver, "_active", _driver(architecture)))
         # What follows the pooler is a launch where nothing traces; these tensors only look as if something did.
-        stack.enter_context(patch("mlpool_kernels.embed.untraced", lambda tensors: True))
+        for module in ("mlpool_kernels.embed", *(() if traced else UNTRACED)):
+            # By name: the package exports functions called as their modules.
+            stack.enter_context(patch.object(importlib.import_module(module), "untraced", lambda tensors: True))
         stack.enter_context(_Tensors())
         yield _launches

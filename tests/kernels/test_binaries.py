@@ -127,7 +127,7 @@ def test_default_tile_compiles_at_other_sizes(monkeypatch, name, sizes):
     dtype, _, _, latents, heads, *_ = SIZES[sizes]
     if name == "feed_forward_tma" and dtype == torch.float32:
         return  # read by pointers
-    if (name == "mix" and latents > 128) or (name.startswith("attend") and latents * heads > 1024):
+    if (name.startswith("mix") and latents > 128) or (name.startswith("attend") and latents * heads > 1024):
         return  # the cost model never launches it there
     for kernel, _, args, options in record(monkeypatch, name, None, SIZES[sizes]):
         _compile(kernel, args, options, "sm_90")

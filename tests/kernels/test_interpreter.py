@@ -5,7 +5,6 @@ The interpreter must be chosen before Triton is imported, so these tests have a 
     TRITON_INTERPRET=1 pytest tests/kernels/test_interpreter.py
 """
 
-import functools
 import importlib
 import itertools
 import os
@@ -32,36 +31,25 @@ from conftest import (
     use,
     use_rows,
 )  # fmt: skip
-from contrast_cases import OPTIONS, assert_three_ways, texts
-from contrast_cases import SIZES as CONTRAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlpool_kernels import Plan, reference
+from mlpool_kernels import Plan
 from mlpool_kernels import plan as cost_model
-from mlpool_kernels.contrast import contrast
-from mlpool_kernels.gather import gather_backward
-from test_ops import check_embed, check_select, unit_batch
 
 from mlpool import LastLayerPool, MultiLayerPool
-from mlpool.pooling import gather, select_tokens
-
-CONTRASTIVE, EMBED, feed_forward = (
-    importlib.import_module(f"mlpool_kernels.{name}") for name in ("contrast", "embed", "feed_forward")
-)
+from mlpool.pooling import select_tokens
 
 # NumPy warns: lanes past the end of a softmax row, never stored, divide zero by zero; some tests feed Inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
-# The form that gathers in the pool's own kernel; residual="mix" brings its rows to one length before.
-multi = functools.partial(multi, residual=True)
-GATHER, ATTEND = (importlib.import_module(f"mlpool_kernels.{name}") for name in ("gather", "attend"))
+ATTEND = importlib.import_module("mlpool_kernels.attend")
 LAYERS, HIDDEN, LATENTS = (1, 6, 24, 28, 36, 80), (64, 384, 896, 1536), (1, 7, 64)
 # Every pair of two sizes; 768 latents at a small D. The forms take turns.
 FORMS = list(itertools.product(cost_model.LAUNCHES, cost_model.FEED_FORWARD, cost_model.VALUES, cost_model.MEMORY))
 SIZES = [
     (layers, hidden, LATENTS[(i + j) % 3]) for i, layers in enumerate(LAYERS) for j, hidden in enumerate(HIDDEN)
 ] + [(layers, 64, 768) for layers in LAYERS]
-PAIRWISE = [(*size, FORMS[5 * i % len(FORMS)]) for i, size in enumerate(SIZES)]
+PAIRWISE = [(*size, FORMS[5 * i % len(FORMS)], ("mix", True)[i % 2]) for i, size in enumerate(SIZES)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -73,9 +61,10 @@ def name(form) -> str:
     return "-".join(form)
 
 
-@pytest.mark.parametrize(("layers", "hidden", "latents", "form"), PAIRWISE)
-def test_sizes(layers, hidden, latents, form):
-    pool = multi(hidden, layers, INTERPRETER, num_latents=latents, num_heads=1, head_dim=8, choices=forms(form))
+@pytest.mark.parametrize(("layers", "hidden", "latents", "form", "residual"), PAIRWISE)
+def test_sizes(layers, hidden, latents, form, residual):
+    sizes = {"num_latents": latents, "num_heads": 1, "head_dim": 8, "residual": residual}
+    pool = multi(hidden, layers, INTERPRETER, choices=forms(form), **sizes)
     batch = 1 if hidden == 1536 else 2
     assert_close_to_equations(pool, make_states(layers, (batch, 2, hidden)), make_mask(batch, 2))
 
@@ -117,6 +106,7 @@ def test_paper(kind, token_pooling, dtype):
     hidden=st.integers(4, 70), layers=st.integers(1, 9), num_latents=st.integers(1, 20), num_heads=st.integers(1, 3),
     batch=st.integers(1, 3), tokens=st.integers(1, 7), kind=st.sampled_from([multi, last]), seed=st.integers(0, 99),
     token_pooling=st.sampled_from(["last", "mean"]), form=st.sampled_from(FORMS),
+    residual=st.sampled_from(["mix", True]),
     padding=st.sampled_from(["left", "right"]),
 )  # fmt: skip
 def test_any_size(kind, hidden, layers, batch, tokens, seed, form, padding, **options):
@@ -139,162 +129,6 @@ def test_mix_by_kernel_and_by_product(values, mix, dtype, monkeypatch):
     pool = multi(72, 5, INTERPRETER, num_latents=9, num_heads=2, head_dim=8, choices={"values": values, "mix": mix})
     assert_close_to_equations(pool, make_states(5, (2, 3, 72)), make_mask(2, 3), dtype)
     assert bool(launched) == (mix == "kernel" and values != "late")
-
-
-# --- feed-forward --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("batch", "latents", "hidden", "width"),
-    # Latents that divide a tile share it with other texts; tiles that end inside texts, D and F; groups of tiles.
-    [(3, 9, 72, 40), (35, 8, 16, 72), (2, 130, 48, 130), (3, 64, 64, 100), (300, 1, 24, 16), (3, 7, 20, 33)],
-)
-def test_feed_forward_by_pointers_and_by_descriptors(batch, latents, hidden, width, dtype):
-    """A tile of the copy engine reads rows of other texts and units of the other half, here NaN: none may count."""
-    generator = torch.Generator().manual_seed(0)
-    normed, weight, bias = (
-        torch.randn(shape, generator=generator).to(dtype)
-        for shape in ((batch, latents, hidden), (2 * width, hidden), (2 * width,))
-    )
-    normed[1] = torch.nan
-    others = torch.arange(batch) != 1
-
-    def plain(precision):
-        both = (normed[others].to(precision) @ weight.to(precision).T) + bias.to(precision)
-        a, g = both.chunk(2, -1)
-        return (a * torch.nn.functional.gelu(g)).mean(1).double()
-
-    exact = plain(torch.float64)
-    limit = max(2 * (plain(dtype) - exact).norm() / exact.norm(), torch.finfo(dtype).eps)
-    fits = feed_forward.takes_descriptors(normed, weight)
-    assert fits == (dtype != torch.float32 and hidden % 8 == 0)
-    for descriptors in (False, True) if fits else (False,):
-        got = feed_forward._feed_forward_triton(normed, weight, bias, descriptors)
-        assert (got[others].double() - exact).norm() / exact.norm() <= limit
-        assert got[1].isnan().all()
-
-
-# --- gather --------------------------------------------------------------------------------------------------------
-
-
-def rounding(dtype):
-    eps = torch.finfo(dtype).eps
-    return {"rtol": 4 * eps, "atol": 8 * eps} if dtype == torch.float32 else {"rtol": eps, "atol": eps}
-
-
-def assert_same(got, states, want, wide):
-    """Values, and gradients by the states, to the precision of `got`; want and wide are their float64 counterparts."""
-    close = rounding(got.dtype)
-    torch.testing.assert_close(got.double(), want, **close)
-    grad = torch.randn(want.shape).to(got.dtype)
-    for mine, exact in zip(
-        torch.autograd.grad(got, states, grad), torch.autograd.grad(want, wide, grad.double()), strict=True
-    ):
-        torch.testing.assert_close(mine.double(), exact, **close)
-
-
-@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layers", "hidden"), [(1, 7), (3, 300), (80, 16)])
-def test_gather(layers, hidden, how, dtype):
-    """Values and gradients of padded states, and of the same texts packed."""
-    batch, tokens = (2, 3) if layers == 80 else (3, 20)
-    mask = make_mask(batch, tokens, "left")
-    states = [s.requires_grad_() for s in make_states(layers, (batch, tokens, hidden), dtype=dtype)]
-    wide = [s.detach().double().requires_grad_() for s in states]
-    got, want = gather(states, mask, token_pooling=how, backend="triton"), reference.gather(wide, mask, how)
-    assert_same(got, states, want, wide)
-
-    packed = [s.detach()[mask.bool()] for s in states]
-    offsets = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-    for view in (packed, [p[None] for p in packed]):
-        again = gather(view, cu_seqlens=offsets, token_pooling=how, backend="triton")
-        torch.testing.assert_close(again.double(), want, **rounding(dtype))
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("how", ["mean", "unit_mean"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_long_texts_are_summed_in_parts(packed, how, dtype, monkeypatch):
-    """Texts of 1 to 75 rows in up to 8 parts, some empty, a left-out run at a part's edge; and the gradients."""
-    monkeypatch.setattr(GATHER, "PART_ROWS", 10)
-    monkeypatch.setattr(GATHER, "PROGRAMS", 1000)
-    kernel = GATHER._mean_kernel
-    grids = []
-    monkeypatch.setattr(GATHER, "_mean_kernel", _Counted(kernel, grids))
-    mask = make_mask(3, 75, "left")
-    mask[0, 18:31] = 0
-    states = make_states(2, (3, 75, 37), dtype=dtype)
-    where = {"attention_mask": mask}
-    if packed:
-        rows = torch.cat([torch.arange(75 * b, 75 * b + 75)[n:] for b, n in enumerate((0, 40, 74))])
-        states = [s.flatten(0, 1)[rows] for s in states]
-        keep = torch.ones(len(rows), dtype=torch.bool)
-        keep[18:31] = False
-        where = {"cu_seqlens": torch.tensor([0, 75, 110, 111]), "token_mask": keep}
-    states = [s.requires_grad_() for s in states]
-    wide = [s.detach().double().requires_grad_() for s in states]
-    got = gather(states, token_pooling=how, backend="triton", **where)
-    want = gather(wide, token_pooling=how, backend="torch", **where)
-    assert len(grids) == 2  # the parts, and their sum
-    assert grids[0][0] > 3
-    assert_same(got, states, want, wide)
-
-
-class _Counted:
-    """A kernel that notes the grids it is launched with."""
-
-    def __init__(self, kernel, grids):
-        self.kernel, self.grids = kernel, grids
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return self.kernel[grid]
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
-def test_a_gradient_added_to_the_state_s_own(how, dtype):
-    """As taps ask, with rows before, between and behind packed texts; out of place; the same numbers as in torch."""
-    mask = torch.tensor([[0, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 0]])
-    padded = select_tokens((2, 6, 20), torch.device("cpu"), mask)
-    packed = select_tokens((1, 12, 20), torch.device("cpu"), None, torch.tensor([1, 2, 8, 11]))
-    for t in (padded, packed):
-        grad = torch.randn(t.batch_size, 1, 20).to(dtype)
-        added = torch.randn(12, 20).to(dtype)
-        given = added.clone()
-        spans = (t.starts, t.ends, t.last, t.count, t.keep, how != "last")
-        states = [torch.randn((*t.shape, 20)).to(dtype)] if how == "unit_mean" else []
-        for more in (None, added):
-            got, want = (
-                gather_backward(grad, (12, 20), *spans, backend, more, states)[0] for backend in ("triton", "torch")
-            )
-            torch.testing.assert_close(got, want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
-        assert torch.equal(added, given)
-    grad = torch.randn(2, 1, 20, requires_grad=True)
-    spans = (padded.starts, padded.ends, padded.last, padded.count, padded.keep, True)
-    (again,) = gather_backward(grad, (12, 20), *spans, "triton")
-    with pytest.raises(RuntimeError, match="autograd"):  # a kernel cannot be differentiated again: said, not wrong
-        again.sum().backward()
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_unit_mean_of_zeros_and_nan(dtype):
-    """As in torch, with zero tokens, a text of zeros alone and padding of NaN."""
-    states, _, mask = unit_batch(dtype, INTERPRETER)
-    got, want = (gather(states, mask, token_pooling="unit_mean", backend=backend) for backend in ("triton", "torch"))
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(got, want, rtol=2 * eps, atol=2 * eps)
-    grad = torch.randn(want.shape).to(dtype)
-    for mine, theirs in zip(*(torch.autograd.grad(out, states, grad) for out in (got, want)), strict=True):
-        # A tiny token's gradient is huge, a huge one's tiny: row by row.
-        torch.testing.assert_close(mine, theirs, rtol=8 * eps, atol=4 * eps * theirs.abs().max().item())
-        assert not mine[2].any()
-        assert not mine[mask == 0].any()
 
 
 @pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
@@ -352,11 +186,12 @@ def test_nan_in_padding_and_in_one_text(kind, how):
 
 
 @pytest.mark.parametrize("launches", ["one", "two"])
-def test_states_out_of_range_are_nan_and_not_zeros(launches, monkeypatch):
+@pytest.mark.parametrize("residual", ["mix", True])
+def test_states_out_of_range_are_nan_and_not_zeros(residual, launches, monkeypatch):
     """Where nobody looks beforehand, as on a GPU, their text alone has no number; its squares are none of float32."""
-    for place in ("trainable", "mix"):
-        monkeypatch.setattr(f"mlpool.pooling.{place}.check_range", lambda *_: None)
-    pool, (rows,) = multi(target=INTERPRETER, choices={"launches": launches}), make_states(1, (3, 4, 16))
+    monkeypatch.setattr("mlpool.pooling.multi_layer.check_range", lambda *_: None)
+    pool = multi(target=INTERPRETER, choices={"launches": launches}, residual=residual)
+    (rows,) = make_states(1, (3, 4, 16))
     want = use_rows(pool, [rows])
     rows[1, 2] *= 1e20
     got = use_rows(pool, [rows])
@@ -364,11 +199,19 @@ def test_states_out_of_range_are_nan_and_not_zeros(launches, monkeypatch):
     assert torch.equal(got[::2], want[::2])
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("memory", cost_model.MEMORY)
 @pytest.mark.parametrize("launches", cost_model.LAUNCHES)
-@pytest.mark.parametrize("how", ["last", "mean"])
-def test_a_mix_of_layers(how, launches):
-    pool = multi(24, 3, INTERPRETER, residual="mix", token_pooling=how, choices={"launches": launches})
-    assert_close_to_equations(pool, make_states(3, (2, 3, 24)), make_mask(2, 3))
+def test_rows_of_zeros(launches, memory):
+    """As in torch: at one length they stay zeros, and get no gradient."""
+    states, mask = make_states(3, (3, 3, 24)), make_mask(3, 3)
+    states[1][0] = states[2][2] = 0
+    choices = {"launches": launches, "memory": memory}
+    got, want = (ours(multi(24, 3, target, choices=choices), states, use, mask) for target in (INTERPRETER, TORCH))
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+    assert not got["states[1]"][0].any()
+    assert not got["states[2]"][2].any()
 
 
 @pytest.mark.parametrize("form", FORMS[::5], ids=name)
@@ -433,7 +276,8 @@ def test_opcheck(how):
         weights = [None if w is None else w.detach().requires_grad_() for w in weights]
         arguments = (
             states, t.last, None, pool.layer_weights, pool.key_norm_weight, pool.key_norm_bias, *weights, pool.latents,
-            pool.ff_norm_weight, pool.ff_norm_bias, pool.ff_in_weight, pool.ff_in_bias, 2, str(plan), "triton", True,
+            pool.ff_norm_weight, pool.ff_norm_bias, pool.ff_in_weight, pool.ff_in_bias, pool.mix_weights, 2, str(plan),
+            "triton", True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.mlpool.pool.default, arguments)
 
@@ -461,22 +305,6 @@ def test_gradients_for_the_upper_layers_alone():
         use(multi(24, 3, INTERPRETER).fold(), states, mask)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("base", "gate", "normalize"), [(True, True, True), (True, False, False), (False, False, True)]
-)
-def test_embed(base, gate, normalize, dtype):
-    check_embed(base, gate, normalize, dtype, INTERPRETER, hidden=72)
-
-
-def test_embed_of_zeros_of_huge_numbers_and_of_nan():
-    rows = torch.tensor([[0.0, 0, 0], [3e30, 4e30, 0], [3e-38, 4e-38, 0], [torch.nan, 1, 0]])
-    zeros = torch.zeros(3)
-    e = EMBED.embed(rows, zeros, torch.zeros(4, 3), None, None, True, torch.float32, "triton")
-    torch.testing.assert_close(e[:3], torch.tensor([[0, 0, 0], [0.6, 0.8, 0], [0.6, 0.8, 0]]), rtol=1e-6, atol=1e-6)
-    assert e[3].isnan().all()
-
-
 @pytest.mark.parametrize("latents", [1, 2])
 def test_gradients_of_the_scores_whatever_a_product_left_them_in(latents, monkeypatch):
     """A batched product of a GPU leaves dA in memory as it likes where a size is 1; the kernel reads rows."""
@@ -488,31 +316,3 @@ def test_gradients_of_the_scores_whatever_a_product_left_them_in(latents, monkey
     monkeypatch.setattr(ATTEND, "softmax_backward_", scattered)
     pool = multi(16, 6, INTERPRETER, num_latents=latents, num_heads=2)
     assert_close_to_equations(pool, make_states(6, (2, 3, 16), INTERPRETER), make_mask(2, 3))
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
-@pytest.mark.parametrize(("skip", "second"), [(0, False), (2, True)])
-@pytest.mark.parametrize("length", [7, 2500])
-def test_select(length, skip, second, dtype):
-    check_select(INTERPRETER, length, skip, second, dtype)
-
-
-# --- contrast ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize(("n", "m", "hidden", "workspace"), [(*CONTRAST[0], 1 << 20), (*CONTRAST[1], 32 << 10)])
-def test_contrast(n, m, hidden, options, dtype, workspace, monkeypatch):
-    """Losses and gradients, with every mask and with prefixes, the weights in one block and in many."""
-    monkeypatch.setattr(CONTRASTIVE, "WORKSPACE_BYTES", workspace)
-    monkeypatch.setattr(CONTRASTIVE, "PARTS", workspace >> 10)
-    arguments, options = texts(n, m, hidden, dtype, OPTIONS[options])
-    assert_three_ways(lambda *a, **o: contrast(*a, **o, backend="triton"), arguments, options)
-
-
-def test_opcheck_contrast():
-    (rows, others, partners), options = texts(5, 9, 8, torch.float32, OPTIONS["all"])
-    given = (partners, options["row_keys"], options["other_keys"], torch.full((5,), 0.5), [2, 5], 0.1, "triton")
-    torch.library.opcheck(torch.ops.mlpool.contrast.default, (rows.requires_grad_(), others.requires_grad_(), *given))

@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 import torch
-from launches import Sizes, gather, record
+from launches import Sizes, gather_kernels, record
 from mlpool_kernels import tiles
 
 from mlpool.pooling import select_tokens
@@ -56,6 +56,6 @@ def test_taps_launch_the_same_kernels(monkeypatch):
     _pool_rows(hidden, tokens, "mean")
     _add_rows(torch.zeros(10, 16), torch.zeros(2, 16), tokens, "mean")
     kernels = [launch.kernel for launch in launches]
-    assert kernels == [gather._mean_kernel.kernel, gather._backward_kernel.kernel]
+    assert kernels == [gather_kernels._mean_kernel.kernel, gather_kernels._backward_kernel.kernel]
     assert [len(launch.args[0]) for launch in launches] == [1, 1]
     assert launches[1].args[2] is not None

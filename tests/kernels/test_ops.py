@@ -1,36 +1,21 @@
-"""The two ops by themselves: torch's own checks, exact gradients in float64, strides, NaN, and the cost model."""
+"""The two ops by themselves: torch's own checks, exact gradients in float64, strides and NaN."""
 
-import importlib
 import itertools
-import json
-import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GPU, Target, assert_close_to_equations, last, make_mask, make_states, multi, use
+from conftest import GPU, Target, make_mask, make_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlpool_kernels import (
-    Plan,
-    Sizes,
-    Weights,
-    choose,
-    embed,
-    fold_queries,
-    fold_values,
-    gather,
-    pool,
-    reference,
-    tiles,
-)
+from mlpool_kernels import Plan, Weights, embed, fold_queries, fold_values, gather, pool, reference
 from mlpool_kernels import plan as cost_model
-from mlpool_kernels.runtime import use_triton
 
 from mlpool.pooling import gather as gather_states
 from mlpool.pooling import select_tokens
 
 FORMS = list(itertools.product(cost_model.KEYS, cost_model.VALUES, cost_model.MEMORY))
+# Each on raw rows or on rows of one length with their mix, in turn; whatever the keys, the values' forms meet both.
+MIXED_FORMS = [(*form, bool(i % 2)) for i, form in enumerate(FORMS)]
 
 
 def spans(shape, mask=None, **options):
@@ -38,7 +23,9 @@ def spans(shape, mask=None, **options):
     return t.starts, t.ends, t.last, t.count, t.keep
 
 
-def weights(form_keys, form_values, *, keys=3, hidden=8, latents=4, heads=2, head_dim=4, one_key=False, dtype=None):
+def weights(
+    form_keys, form_values, *, keys=3, hidden=8, latents=4, heads=2, head_dim=4, one_key=False, mixing=False, dtype=None
+):  # fmt: skip
     """Random weights of the op in the forms named, each a leaf."""
     generator = torch.Generator().manual_seed(1)
 
@@ -59,7 +46,7 @@ def weights(form_keys, form_values, *, keys=3, hidden=8, latents=4, heads=2, hea
     )
     w = Weights(
         new(keys, hidden), new(hidden), new(hidden), queries, key, value, output, new(latents, hidden), new(hidden),
-        new(hidden), new(2 * hidden, hidden), new(2 * hidden),
+        new(hidden), new(2 * hidden, hidden), new(2 * hidden), new(keys) if mixing else None,
     )  # fmt: skip
     return w, new(hidden, hidden), new(hidden)
 
@@ -88,10 +75,10 @@ def test_opcheck_gather(batch, pooling):
 
 
 @pytest.mark.parametrize("attentions", [False, True])
-@pytest.mark.parametrize(("keys", "values", "memory"), FORMS)
-def test_opcheck_pool(keys, values, memory, attentions):
+@pytest.mark.parametrize(("keys", "values", "memory", "mixing"), MIXED_FORMS)
+def test_opcheck_pool(keys, values, memory, mixing, attentions):
     states, mask = make_states(1, (2, 3, 8))[0].requires_grad_(), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
-    w, *_ = weights(keys, values, dtype=torch.float32)
+    w, *_ = weights(keys, values, mixing=mixing, dtype=torch.float32)
     arguments = pool_arguments(w, states, mask, Plan(keys, values, memory=memory), attentions)
     torch.library.opcheck(torch.ops.mlpool.pool.default, arguments)
 
@@ -112,19 +99,19 @@ def test_gradcheck_gather(pooling):
     assert torch.autograd.gradcheck(lambda *s: gather(s, *where, mean, "torch", unit), states)
 
 
-@pytest.mark.parametrize(("keys", "values", "memory"), FORMS)
-def test_gradcheck_pool(keys, values, memory):
+@pytest.mark.parametrize(("keys", "values", "memory", "mixing"), MIXED_FORMS)
+def test_gradcheck_pool(keys, values, memory, mixing):
     """Every input of the op, both outputs, in the form that the plan names."""
     states = make_states(1, (2, 3, 4), dtype=torch.float64)[0].requires_grad_()
     mask = torch.tensor([[1, 0, 1], [1, 1, 1]]).bool()
-    w, *out = weights(keys, values, hidden=4, latents=2, head_dim=2)
+    w, *out = weights(keys, values, hidden=4, latents=2, head_dim=2, mixing=mixing)
     given = [t for t in (states, *w, *out) if t is not None]
 
     def run(*tensors):
         left = iter(tensors)
         x, *rest = (None if t is None else next(left) for t in (states, *w, *out))
         embedding, attention, _ = pool(
-            [x], None, mask, Weights(*rest[:12]), *rest[12:], 2, Plan(keys, values, memory=memory), "torch", True
+            [x], None, mask, Weights(*rest[:-2]), *rest[-2:], 2, Plan(keys, values, memory=memory), "torch", True
         )
         return embedding, attention
 
@@ -276,264 +263,6 @@ def test_every_output_is_written(keys, values, memory):
     for how, mask in itertools.product(("last", "mean"), (make_mask(3, 4), make_mask(3, 4, "left"))):
         rows = gather_states(layers, mask, token_pooling=how, backend="torch")
         assert all(torch.isfinite(t).all() for t in (rows, *torch.autograd.grad(rows.sum(), layers)))
-
-
-# --- backend and tiles ---------------------------------------------------------------------------------------------
-
-
-def test_backends(monkeypatch):
-    tensor = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"backend must be one of .*'auto'.* got 'cuda'"):
-        use_triton("cuda", tensor)
-    monkeypatch.setattr("mlpool_kernels.runtime.INTERPRETED", False)
-    with pytest.raises(ValueError, match=r'backend="triton" needs CUDA tensors, got cpu.*TRITON_INTERPRET=1'):
-        use_triton("triton", tensor)
-    monkeypatch.setattr("mlpool_kernels.runtime.HAS_TRITON", False)
-    with pytest.raises(ModuleNotFoundError, match='pip install "triton'):
-        use_triton("triton", tensor)
-    assert not use_triton("auto", tensor)
-
-
-def test_float64_is_torch_s(monkeypatch):
-    """Kernels accumulate in float32: "auto" leaves float64 to torch, whichever tensor has it; "triton" refuses it."""
-    runtime = importlib.import_module("mlpool_kernels.runtime")
-    monkeypatch.setattr(runtime, "triton", runtime.triton or object())
-    monkeypatch.setattr(runtime, "HAS_TRITON", True)
-    single, double = (SimpleNamespace(is_cuda=True, dtype=dtype) for dtype in (torch.float32, torch.float64))
-    assert use_triton("auto", single, None)
-    assert not use_triton("auto", double)
-    assert not use_triton("auto", single, None, double)
-    with pytest.raises(ValueError, match=r'backend="triton" accumulates in float32, got float64; use backend="auto"'):
-        use_triton("triton", single, double)
-
-
-@pytest.mark.parametrize("which", ["pool", "states"])
-def test_the_pool_asks_for_float64_everywhere(which, monkeypatch):
-    """Kernels are asked for where neither states nor weights are float64, in the forward, backward and the gather."""
-    asked = []
-
-    def ask(_, *given):
-        asked.append({t.dtype for t in given if t is not None})
-        return False
-
-    for name in ("mlpool_kernels.pool", "mlpool.pooling.multi_layer"):
-        module = importlib.import_module(name)
-        monkeypatch.setattr(
-            module, "use_triton", lambda _, *given: bool(asked.append({t.dtype for t in given if t is not None}))
-        )
-    # Of raw rows, which the pool itself gathers.
-    net, states = multi(8, 3, residual=True), [s.requires_grad_() for s in make_states(3, (2, 3, 8))]
-    if which == "pool":
-        net = net.double()
-    else:
-        states = [s.double() for s in states]
-    use(net, states, make_mask(2, 3)).sum().backward()
-    assert len(asked) == 3
-    assert all(torch.float64 in dtypes for dtypes in asked)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", [multi, last])
-def test_float64_runs_on_a_gpu(kind):
-    pool = kind(8, target=GPU._replace(backend="auto")).double()
-    assert_close_to_equations(pool, make_states(4, (2, 3, 8), GPU), make_mask(2, 3), torch.float64)
-
-
-@pytest.mark.gpu
-def test_auto_means_triton_on_a_gpu():
-    assert use_triton("auto", torch.zeros(1, device=GPU.device))
-    assert not use_triton("torch", torch.zeros(1, device=GPU.device))
-
-
-@pytest.fixture
-def tuned_file(tmp_path, monkeypatch):
-    """Call with what MLPOOL_TILES is to hold, a text or what becomes JSON."""
-    path = tmp_path / "tiles.json"
-
-    def write(content) -> str:
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        monkeypatch.setenv("MLPOOL_TILES", str(path))
-        tiles.tuned.cache_clear()
-        return str(path)
-
-    yield write
-    tiles.tuned.cache_clear()
-
-
-RATES = {
-    "product": 2e11, "attend": 1e11, "mix": 1e11, "feed_forward": 1e11, "gate": 1e9, "memory": 1e10, "launch": 1e-5,
-}  # fmt: skip
-TUNED = {
-    "device": tiles.device_here(), **tiles.versions_here(),
-    "tiles": {"softmax": {"BLOCK_K": 8, "BLOCK_N": 16, "num_warps": 2}}, "rates": {"float32": RATES},
-}  # fmt: skip
-
-
-def test_tuned_file(tuned_file):
-    tuned_file(TUNED)
-    assert tiles.tile("softmax") == TUNED["tiles"]["softmax"]
-    assert tiles.tile("mix", hidden=20)["BLOCK_D"] == 32
-    fitted = tiles.fitted_rates(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    assert fitted == {torch.float32: cost_model.Rates(**RATES, source=f"fitted for {tiles.device_here()}")}
-    assert tiles.fitted_rates(torch.device("meta")) == {}
-    # As written before rates were: the tiles alone, without the fields of today.
-    tuned_file({"feed_forward": {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}})
-    assert tiles.tile("feed_forward") == tiles.TILES["feed_forward"][1]
-    assert tiles.tuned().rates == {}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is no JSON file that can be read"),
-        ([1], "must be a JSON object, got list"),
-        ({"softmix": {}}, "kernel 'softmix' is unknown; known: .*softmax"),
-        ({**TUNED, "tile": {}}, "field 'tile' is unknown"),
-        ({**TUNED, "tiles": {"softmax": {"BLOCK_M": 8}}}, "'softmax': field 'BLOCK_M' is unknown; known: BLOCK_K"),
-        ({**TUNED, "tiles": {"softmax": {"BLOCK_K": 48}}}, "BLOCK_K must be a power of two, got 48"),
-        ({**TUNED, "tiles": {"softmax": {"num_warps": "4"}}}, "num_warps must be a positive integer, got '4'"),
-        ({**TUNED, "tiles": {"softmax": 4}}, "'softmax' must be a JSON object, got int"),
-        ({**TUNED, "rates": {"int8": RATES}}, "dtype of rates 'int8' is unknown"),
-        ({**TUNED, "rates": {"float32": {**RATES, "launch": 0}}}, "launch must be a positive number, got 0"),
-        ({**TUNED, "rates": {"float32": {"product": 1e9}}}, "attend must be a positive number, got None"),
-        ({**TUNED, "device": "NVIDIA Z9"}, f"was tuned on 'NVIDIA Z9', this is '{tiles.device_here()}'"),
-        ({"tiles": {}}, "does not say its device"),
-    ],
-)
-def test_tuned_file_that_cannot_be_used(tuned_file, content, message):
-    path = tuned_file(content)
-    with pytest.raises(ValueError, match=f"MLPOOL_TILES={path}.*{message}"):
-        tiles.tile("softmax")
-
-
-def test_tuned_file_that_is_missing(tuned_file, monkeypatch):
-    tuned_file(TUNED)
-    monkeypatch.setenv("MLPOOL_TILES", "/nowhere/tiles.json")
-    with pytest.raises(ValueError, match=r"MLPOOL_TILES=/nowhere/tiles\.json is no JSON file"):
-        tiles.tile("softmax")
-
-
-def test_tuned_file_of_another_version(tuned_file):
-    """Said once, and used."""
-    tuned_file({**TUNED, "triton": "3.2.0"})
-    with pytest.warns(UserWarning, match=r"was tuned with triton 3.2.0, here is") as warned:
-        first = tiles.tile("softmax")
-    assert len(warned) == 1
-    assert first["BLOCK_K"] == 8
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert tiles.tile("softmax") == first
-
-
-# --- cost model ----------------------------------------------------------------------------------------------------
-
-RELEASED = {"D=4096": Sizes(1, 32, 4096, 768, 32, 2048, 4 * 4096), "D=896": Sizes(1, 24, 896, 768, 32, 2048, 4 * 896)}
-
-
-@pytest.mark.parametrize(("name", "reference_gflop", "here"), [("D=4096", 1175, 254), ("D=896", 206, 17.6)])
-def test_flops_of_the_released_sizes(name, reference_gflop, here):
-    """No more than the design's own table."""
-    s = RELEASED[name]
-    assert sum(cost_model.reference_flops(s).values()) / 1e9 == pytest.approx(reference_gflop, rel=0.01)
-    plan = choose(s, training=False, cached=True, triton=True, itemsize=2, memory_bytes=1 << 37)
-    cost = cost_model.key_flops(s, plan.keys)[0] + cost_model.value_flops(s, plan.values)[0]
-    assert (cost + cost_model.feed_forward_flops(s)) / 1e9 <= 1.01 * here
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    s=st.builds(
-        Sizes, *(st.integers(1, most) for most in (256, 600, 4096, 768, 32, 2048, 16384))
-    ), training=st.booleans(), triton=st.booleans(), memory=st.sampled_from([1 << 28, 1 << 33, 1 << 37]),
-)  # fmt: skip
-def test_the_cheapest_form_is_chosen(s, training, triton, memory):
-    cached = not training
-    plan = choose(s, training=training, cached=cached, triton=triton, itemsize=2, memory_bytes=memory)
-
-    def cost(flops):
-        return s.batch * flops[0] + (0 if cached else flops[1])
-
-    for chosen, forms, flops in (
-        (plan.keys, cost_model.KEYS, cost_model.key_flops), (plan.values, cost_model.VALUES, cost_model.value_flops)
-    ):  # fmt: skip
-        assert cost(flops(s, chosen)) == min(cost(flops(s, form)) for form in forms)
-    if not training:
-        assert plan.memory == "recompute"
-    elif plan.memory == "save":
-        assert s.batch * cost_model.saved_bytes(s, plan, 2) <= 0.1 * memory
-    assert triton or (plan.launches, plan.feed_forward) == ("two", "chunked")
-    assert Plan.parse(str(plan)) == plan
-
-
-def exact_plans(triton, one):
-    """Every plan that a call can run as, memory aside."""
-    for keys, values, launches, form, mix in itertools.product(
-        cost_model.KEYS, cost_model.VALUES, cost_model.LAUNCHES, cost_model.FEED_FORWARD, cost_model.MIX
-    ):
-        impossible = launches == "one" and (keys == "plain" or not one)
-        if not impossible and (triton or (form, mix) == ("chunked", "product")) and (values, mix) != ("late", "kernel"):
-            yield Plan(keys, values, launches, form, "recompute", mix)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    s=st.builds(Sizes, *(st.integers(1, most) for most in (256, 300, 4096, 128, 32, 2048, 16384))),
-    rates=st.builds(
-        cost_model.Rates, *(st.floats(1e9, 1e15) for _ in range(6)), st.floats(1e-7, 1e-3), st.just("fitted for a test")
-    ), triton=st.booleans(), masked=st.booleans(), cached=st.booleans(),
-)  # fmt: skip
-def test_rates_choose_the_fastest(s, rates, triton, masked, cached):
-    def time(plan):
-        return sum(cost_model.predict(s, plan, rates, itemsize=2, cached=cached).values())
-
-    plan = choose(
-        s, training=False, cached=cached, triton=triton, itemsize=2, memory_bytes=1 << 37, masked=masked, rates=rates
-    )
-    plans = list(exact_plans(triton, triton and not masked and s.keys <= 128))
-    assert plan in plans
-    assert time(plan) <= min(map(time, plans)) / cost_model.GAIN * (1 + 1e-9)
-
-
-def test_predicted_seconds_are_those_of_the_rates():
-    """With one rate at work at a time: FLOP over FLOP/s, launches, and what the backward and recomputing add."""
-    s, never = Sizes(3, 24, 896, 64, 8, 64, 896), 1e30
-    plan = Plan("absorbed", "early", "two", "chunked", "recompute")
-    alone = cost_model.Rates(1e9, never, never, never, never, never, 1e-30, "")
-    times = cost_model.predict(s, plan, alone, itemsize=2)
-    flops = [
-        cost_model.key_flops(s, "absorbed")[0],
-        cost_model.value_flops(s, "early")[0],
-        cost_model.feed_forward_flops(s),
-    ]
-    assert list(times.values()) == pytest.approx([3 * f / 1e9 for f in flops])
-    assert list(times) == list(cost_model.STEPS)
-    launches = cost_model.predict(s, plan, alone._replace(product=never, launch=1.0), itemsize=2)
-    assert list(launches.values()) == pytest.approx([3, 5, 3])
-    one = Plan("absorbed", "early", "one", "fused", "recompute", "kernel")
-    launches = cost_model.predict(s, one, alone._replace(product=never, launch=1.0), itemsize=2)
-    assert list(launches.values()) == pytest.approx([1, 3, 2])
-    # What is computed and what is moved go on side by side.
-    both = cost_model.predict(s, plan, alone._replace(memory=1e3), itemsize=2)
-    moved = cost_model.predict(s, plan, alone._replace(product=never, memory=1e3), itemsize=2)
-    assert both == pytest.approx(moved)
-    assert all(both[step] > times[step] for step in times)
-    for memory, passes in {"save": (3, 3, 3), "recompute_ff": (3, 3, 4), "recompute": (4, 4, 4)}.items():
-        kept = cost_model.predict(s, Plan("absorbed", "early", memory=memory), alone, itemsize=2, training=True)
-        assert list(kept.values()) == pytest.approx([n * t for n, t in zip(passes, times.values(), strict=True)])
-
-
-def test_one_launch_takes_no_padding_mask():
-    s, options = Sizes(4, 32, 896, 64, 8, 64, 896), {"training": False, "cached": True, "triton": True, "itemsize": 2}
-    assert choose(s, memory_bytes=1 << 37, **options).launches == "one"
-    assert choose(s, memory_bytes=1 << 37, masked=True, **options).launches == "two"
-
-
-def test_plan_overrides():
-    assert Plan().override({"keys": "plain"}) == Plan(keys="plain")
-    with pytest.raises(ValueError, match=r"unknown plan entry 'key'; known: keys, values"):
-        Plan().override({"key": "plain"})
-    with pytest.raises(ValueError, match=r"plan entry 'keys' must be one of .*'absorbed', 'plain'.* got 'late'"):
-        Plan().override({"keys": "late"})
 
 
 # --- GPU only ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ OFFSETS = torch.nn.functional.pad(MASK.sum(1).cumsum(0), (1, 0)).int()
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """Where no pool looks at the size of its input: on a CPU that costs next to nothing."""
-    for place in ("trainable", "last_layer", "mix"):
+    for place in ("multi_layer", "last_layer", "mix"):
         monkeypatch.setattr(f"mlpool.pooling.{place}.check_range", lambda *_: None)
 
 
