@@ -24,7 +24,7 @@ pytest.importorskip("datasets")
 import mlpool
 from mlpool.cli import COMMANDS
 
-BASES = {"Qwen/Qwen3-0.6B-Base": "qwen2", "sentence-transformers/all-MiniLM-L6-v2": "bert"}
+ON_THE_HUB = re.compile(r'"((?:sentence-transformers|[A-Z][\w-]*)/[\w.-]+)"')
 LAYERS = {"depth.md": 28, "serving.md": 1}  # of the model that a page speaks of; two elsewhere
 ALL = {command for page in PAGES for command in commands(page)}
 NAMES = [page.name for page in PAGES]
@@ -36,8 +36,9 @@ def place(tmp_path: Path, page: Path) -> Path:
     import tiny
     from made import sentence, write_jsonl
 
-    for name, family in BASES.items():
-        (tmp_path / name).parent.mkdir()
+    for name in set(ON_THE_HUB.findall("\n".join(blocks(page, "python")))):
+        family = "bert" if "MiniLM" in name else "qwen2"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(tiny.base(family, num_hidden_layers=LAYERS.get(page.name, 2)))
     generator = random.Random(0)
     texts = [sentence(generator) + f" {i}" for i in range(16)]
@@ -52,7 +53,7 @@ def test_python_blocks_run(page, place, monkeypatch):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     monkeypatch.chdir(place)
     monkeypatch.setattr("mlpool.embedder.designs.DESIGNS", dict(mlpool.DESIGNS))
-    names: dict[str, object] = {"__name__": "page"}
+    names: dict[str, object] = {"__name__": "page", "mlpool": mlpool}  # its import is not repeated on every page
     for i, block in enumerate(blocks(page, "python")):
         exec(compile(block, f"{page.name}, block {i + 1}", "exec"), names)
 
