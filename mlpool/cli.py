@@ -12,6 +12,7 @@ from typing import Any
 # Where it is, what its help says, and the extra that brings what it imports.
 COMMANDS = {
     "encode": ("mlpool.corpus.command", "embed a file of texts, in shards, resumable", "st"),
+    "mine": ("mlpool.training.mine_command", "find hard negatives for training pairs, resumable", "train"),
     "train": ("mlpool.training.command", "fine-tune an embedder from a YAML config", "train"),
     "fit": ("mlpool.fitting.command", "train pools alone on kept states of a frozen base", "train"),
     "merge": ("mlpool.exchange.commands:merge", "fold a LoRA adapter into the weights", "train"),

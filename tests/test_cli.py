@@ -18,6 +18,7 @@ ABSENT = (
 # Each command with a path that is not there, and what the error says of it.
 MISSING = {
     "encode": ["none.txt", "-m", ".", "-o", "out"],
+    "mine": ["none.jsonl", "-m", ".", "-o", "out.jsonl"],
     "train": ["none.yaml"],
     "fit": ["none.yaml"],
     "merge": ["./none", "-o", "out"],
@@ -72,7 +73,7 @@ def test_a_missing_file_is_said_before_anything_is_imported(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x", "cuda:99", "meta", "", "cpu:x"])
-@pytest.mark.parametrize("command", ["encode", "merge", "export", "import-released", "eval", "layers"])
+@pytest.mark.parametrize("command", ["encode", "mine", "merge", "export", "import-released", "eval", "layers"])
 def test_a_device_that_is_not_there(name, command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, *MISSING[command], f"--device={name}"])
@@ -82,9 +83,9 @@ def test_a_device_that_is_not_there(name, command, capsys):
 
 def test_lengths_and_types_are_checked(capsys):
     for flag, value in (("--max-seq-length", "0"), ("--max-seq-length", "x"), ("--dtype", "float31")):
-        for command in ("merge", "import-released", "eval", "layers", "encode"):
-            if (command == "merge" and "length" in flag) or (command == "encode" and flag == "--dtype"):
-                continue  # encode's is of what it writes
+        for command in ("merge", "import-released", "eval", "layers", "encode", "mine"):
+            if (command == "merge" and "length" in flag) or (command in ("encode", "mine") and flag == "--dtype"):
+                continue  # encode's is of what it writes, mine has none
             with pytest.raises(SystemExit):
                 cli.main([command, *MISSING[command], flag, value])
             assert repr(value) in capsys.readouterr().err
@@ -111,6 +112,7 @@ def test_what_to_install_is_said(tmp_path):
     (tmp_path / "x.csv").write_text("model,task,task_type,score\na,b,STS,0.5\nc,b,STS,0.6\n")
     there = {
         "encode": ["x.txt", "-m", ".", "-o", "out"],
+        "mine": ["x.csv", "-m", ".", "-o", "out.jsonl"],
         "train": ["x.yaml"],
         "fit": ["x.yaml"],
         "merge": [".", "-o", "out"],

@@ -39,7 +39,8 @@ EXTRAS = {
 }
 # Packages that are not called as what installs them.
 DISTRIBUTIONS = {
-    "yaml": "pyyaml", "sklearn": "scikit-learn", "pytrec_eval": "pytrec-eval-terrier", "pydantic_core": "pydantic",
+    "yaml": "pyyaml", "faiss": "faiss-cpu", "sklearn": "scikit-learn", "pytrec_eval": "pytrec-eval-terrier",
+    "pydantic_core": "pydantic",
 }  # fmt: skip
 FLOORS = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints-floor.txt").read_text(), re.MULTILINE)
 

@@ -34,7 +34,7 @@ def fold_queries(
     if key_weight is not None and (latents.is_cuda or INTERPRETED) and untraced((*tensors, key_weight)):
         return _AbsorbFunction.apply(*tensors, key_weight, heads)
     z, *_ = _normed_latents(*tensors[:3], query_weight.dtype)
-    q = _split(z @ query_weight.T, heads)
+    q = _split(z.to(query_weight.dtype) @ query_weight.T, heads)
     q = q * q.shape[-1] ** -0.5
     if key_weight is None:
         return q.contiguous()
@@ -44,14 +44,11 @@ def fold_queries(
 def _normed_latents(
     latents: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """LN2(Z) of `dtype`, and the norm's statistics."""
+    """LN2(Z) for products of `dtype`, in the dtype that it was computed in, and the norm's statistics."""
     # On a GPU and of one dtype the norm's own float32 inside is as good, and spares a small pool's training the casts.
     one = latents.is_cuda and latents.dtype == weight.dtype == bias.dtype == dtype
     wide = dtype if one else wide_dtype(latents)
-    z, mean, rstd = torch.native_layer_norm(
-        latents.to(wide), latents.shape[-1:], weight.to(wide), bias.to(wide), NORM_EPS
-    )
-    return z.to(dtype), mean, rstd
+    return torch.native_layer_norm(latents.to(wide), latents.shape[-1:], weight.to(wide), bias.to(wide), NORM_EPS)
 
 
 def _split(q: Tensor, heads: int) -> Tensor:
@@ -74,6 +71,7 @@ class _AbsorbFunction(torch.autograd.Function):
         heads: int,
     ) -> Tensor:  # fmt: skip
         z, mean, rstd = _normed_latents(latents, norm_weight, norm_bias, query_weight.dtype)
+        ctx.wide, z = z.dtype, z.to(query_weight.dtype)
         q = z @ query_weight.T
         ctx.save_for_backward(latents, norm_weight, norm_bias, query_weight, key_weight, z, mean, rstd, q)
         ctx.heads = heads
@@ -88,11 +86,10 @@ class _AbsorbFunction(torch.autograd.Function):
         dq, head_dim = torch.empty_like(q), keys.shape[1]
         _scaled_product(grad, keys.transpose(1, 2), head_dim, out=_split(dq, ctx.heads))
         dkeys = _scaled_product(_split(q, ctx.heads).transpose(1, 2), grad, head_dim)
-        wide = latents.dtype if z.dtype == latents.dtype else wide_dtype(latents)
+        dz, *norm = (t.to(ctx.wide) for t in (dq @ query_weight, latents, norm_weight, norm_bias))
         of_norm = torch.ops.aten.native_layer_norm_backward(
-            (dq @ query_weight).to(wide), latents.to(wide), latents.shape[-1:], mean, rstd, norm_weight.to(wide),
-            norm_bias.to(wide), [True, True, True],
-        )  # fmt: skip
+            dz, norm[0], latents.shape[-1:], mean, rstd, *norm[1:], [True, True, True]
+        )
         of_norm = (g.to(w.dtype) for g, w in zip(of_norm, (latents, norm_weight, norm_bias), strict=True))
         return *of_norm, dq.T @ z, dkeys.flatten(0, 1), None
 

@@ -62,10 +62,10 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_D": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     ],
     "mix_heads": [
-        {"BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
         {"BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
     ],
-    "mix_backward": [{"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}],
+    "mix_backward": [{"num_warps": 8, "num_stages": 1}],
     "feed_forward": [
         {"BLOCK_R": 64, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 4, "num_stages": 3},
         {"BLOCK_R": 128, "BLOCK_F": 64, "BLOCK_D": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},

@@ -83,7 +83,7 @@ def encode_files(
         raise ValueError(f"overwrite would delete under the hands of {world} processes; delete {folder.path} yourself")
     plan: dict[str, Any] = {
         "version": VERSION,
-        "model": _describe_model(model),
+        "model": describe_model(model),
         "prompt": _resolve_prompt(model, prompt_name, prompt),
         "format": format, "dtype": dtype, "shard_size": shard_size,
         "normalize": normalize, "truncate_dim": truncate_dim,
@@ -163,7 +163,7 @@ def _resolve_prompt(model: SentenceTransformer, name: str | None, prompt: str | 
     return prompts.get(name or default) if prompt is None else prompt
 
 
-def _describe_model(model: SentenceTransformer) -> dict[str, Any]:
+def describe_model(model: SentenceTransformer) -> dict[str, Any]:
     from ..embedder.identity import identity
 
     first = next(model.children(), None)

@@ -130,6 +130,10 @@ class Backbone(InputModule):
         call: dict[str, Any] = {"input_ids": features["input_ids"]}
         token_mask = features.get("token_mask")
         if "cu_seqlens" in features:
+            if not self.packed:  # it would read all texts as one
+                raise ValueError(
+                    "got packed texts (cu_seqlens), and this model runs padded; pass input_ids [B, T], attention_mask"
+                )
             call |= {"cu_seq_lens_q": features["cu_seqlens"], "cu_seq_lens_k": features["cu_seqlens"]}
         else:
             mask = call["attention_mask"] = features["attention_mask"]

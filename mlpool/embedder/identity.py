@@ -101,7 +101,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     # What sentence-transformers keeps on the model, and what counts at encoding without being in any config.
     for name in ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "max_seq_length"):
         described[f"model.{name}"] = _plain(getattr(model, name, None))
-    described["tokenizer"] = _tokenizer(getattr(model, "tokenizer", None))
+    described["tokenizer"] = tokenizer_rules(getattr(model, "tokenizer", None))
     return described
 
 
@@ -111,7 +111,7 @@ def _counted(module: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     return {name: v for name, v in config.items() if name != "start" and v != older.get(name, absent)}
 
 
-def _tokenizer(tokenizer: Any) -> Any:
+def tokenizer_rules(tokenizer: Any) -> Any:
     """Vocabulary, merges, special tokens and what is put around a text; not the padding and truncation of a call."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         rules = json.loads(backend.to_str())

@@ -188,6 +188,25 @@ def open_model(
     return load(name, design, device=device, dtype=dtype, max_seq_length=max_seq_length)
 
 
+def open_cross_encoder(name: str, device: str | None = None) -> Any:
+    """A CrossEncoder of sentence-transformers that gives one score a pair.
+
+    Raises:
+        FileNotFoundError: no such folder nor Hub model. ValueError: no model in the folder, or several scores a pair.
+    """
+    from sentence_transformers import CrossEncoder
+
+    check_place(name)
+    if not Path(name).is_dir():
+        _check_hub(name, {})
+    elif not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name} holds no cross-encoder: expected config.json and weights")
+    model = CrossEncoder(name, device=device)
+    if model.num_labels != 1:
+        raise ValueError(f"{name} gives {model.num_labels} scores a pair, expected one, of a reranker")
+    return model
+
+
 def _check_hub(name: str, hub: dict[str, Any]) -> None:
     """Ask the Hub once whether it has a model that is neither a folder here nor in the cache.
 

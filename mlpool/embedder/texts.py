@@ -38,11 +38,13 @@ class TokenIds:
 
     Attributes:
         ids: the token ids of each text, framed, int32 [T] (a tenth of the memory of a list). skipped: how many of its
-        first tokens are BOS and prompt, and not to be pooled; None where everything is pooled.
+        first tokens are BOS and prompt, and not to be pooled; None where everything is pooled. uncut: how many tokens
+        each text has, of which `ids` may be the first; None where that is not known.
     """
 
     ids: list[np.ndarray]
     skipped: list[int] | None = None
+    uncut: list[int] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -135,34 +137,37 @@ class TextTokenizer:
             raise ValueError(f"the prompt {prompt!r} holds half a surrogate pair, which is no character")
         ids: list[np.ndarray] = []
         skipped: list[int] = []
+        uncut: list[int] = []
         for start in range(0, len(texts), _BLOCK):
             block = texts[start : start + _BLOCK]
             contents, prompts = self._contents([prompt + text for text in block] if prompt else block, prompt or "")
             self._check_room(max(prompts), max_length)
             for row, (content, prompt_tokens) in enumerate(zip(contents, prompts, strict=True), start):
-                framed = self._framed(content, max_length)
+                framed, length = self._framed(content, max_length)
                 if not framed:
                     raise ValueError(
                         f"row {row} ({texts[row]!r}) has no token; leave it out, or load with append_eos=True"
                     )
                 ids.append(np.array(framed, dtype=np.int32))
+                uncut.append(length)
                 # BOS stands before the prompt: without the prompt it is not pooled either. One token always is.
                 if prompt_tokens and not self.include_prompt:
                     unread = len(self.prefix) + prompt_tokens
                 else:
                     unread = 0 if self.include_bos else len(self.prefix)
                 skipped.append(min(unread, len(framed) - 1))
-        return TokenIds(ids, None if self.include_prompt and self.include_bos else skipped)
+        return TokenIds(ids, None if self.include_prompt and self.include_bos else skipped, uncut)
 
-    def _framed(self, content: list[int], max_length: int | None) -> list[int]:
-        """A text's tokens, cut to fit, between what goes before and behind."""
+    def _framed(self, content: list[int], max_length: int | None) -> tuple[list[int], int]:
+        """A text's tokens, cut to fit, between what goes before and behind; and how many they were, uncut."""
         frame = len(self.prefix) + len(self.suffix)
         content = self._without_eos(content)
-        if max_length is not None and len(content) + frame > max_length:
-            seen, length = self.truncated, len(content) + frame
+        length = len(content) + frame
+        if max_length is not None and length > max_length:
+            seen = self.truncated
             self.truncated = Truncated(seen.count + 1, max(seen.longest, length), max_length)
             content = self._without_eos(content[: max_length - frame])
-        return self.prefix + content + self.suffix
+        return self.prefix + content + self.suffix, length
 
     def _without_eos(self, content: list[int]) -> list[int]:
         """Less the EOS that is written out at the end of the text."""

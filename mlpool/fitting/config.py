@@ -135,7 +135,7 @@ def _keys() -> Any:
         "key in candidates",
         {"name": str, "pool": str, "pooler": schema.arguments(load)["pooler"], "learning_rate": rates},
     )
-    pairs = {**schema.arguments(load_pairs, "source"), "train": Any}
+    pairs = {**schema.arguments(load_pairs, "source", "scores"), "train": Any}
     return schema.section(
         "config key",
         _options()
@@ -143,7 +143,7 @@ def _keys() -> Any:
             "model": str, "output_dir": str, "states": str | None, "learning_rate": rates,
             "candidates": list[candidate], "data": schema.section("key in data", pairs), "dev": str | list[str],
             "test": str | list[str] | None, "seeds": _COUNT | Annotated[list[_SEED], Field(min_length=1)],
-            "loss": schema.section("key in loss", schema.arguments(InfoNCE, "model")) | None,
+            "loss": schema.section("key in loss", schema.arguments(InfoNCE, "model", "teacher")) | None,
             "batch_size": Annotated[int, Field(ge=2)], "max_steps": _COUNT,
             "warmup_steps": Annotated[int, Field(ge=0)], "weight_decay": Annotated[float, Field(ge=0)],
         },

@@ -31,9 +31,9 @@ from ..files import check_folder_name, check_room, read_json, sha256, write_json
 from ..pooling.base import WEIGHTS_NAME, Pool
 from ..pooling.registry import find_pool
 from ..show import aligned, progress
-from ..training.columns import count
+from ..training.columns import column_prompts, count
 from ..training.data import load_pairs
-from ..training.train import column_prompts, load_scored
+from ..training.train import load_scored
 from .config import Candidate, FitConfig, read_fit_config
 from .states import ROOM, KeptStates, Text, disk_need, missing, plan_of, take_states
 from .trials import DevSet, Trial, try_pool
@@ -146,7 +146,7 @@ def _index(embedder: Embedder, pairs: Any, scored: Sequence[Any]) -> tuple[list[
     def row(text: str, prompt: str) -> int:
         return rows.setdefault((prompt, text), len(rows))
 
-    prompts = column_prompts(embedder, pairs.column_names) or {}
+    prompts = column_prompts(embedder.prompts, pairs.column_names)
     columns = [[row(text, prompts.get(name, "")) for text in pairs[name]] for name in pairs.column_names]
     plain = embedder.prompts.get(embedder.default_prompt_name or "") or ""  # as `encode` embeds them
     sets = [

@@ -53,15 +53,15 @@ class Trial:
 class PoolOnStates(nn.Module):
     """A pool over kept states in the place of a model: to a loss, a text is one token, whose id is its row."""
 
-    packed = True  # texts of all columns may share a forward: there is no padding
+    packed = True  # to the loss: texts of all columns may share a forward, there is no padding
 
     def __init__(self, pool: Pool, states: KeptStates, device: torch.device) -> None:
         super().__init__()
         self.pool, self._states, self._device = pool, states, device
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """input_ids [B, 1] → sentence_embedding [B, D]."""
-        return {"sentence_embedding": self.embed(features["input_ids"][:, 0].cpu().numpy())}
+        """input_ids [1, B], the B texts packed, a token each → sentence_embedding [B, D]."""
+        return {"sentence_embedding": self.embed(features["input_ids"][0].cpu().numpy())}
 
     def embed(self, rows: NDArray[np.int64]) -> Tensor:
         return self.pool(layer_states=self._states.rows(rows).to(self._device))  # type: ignore[no-any-return]

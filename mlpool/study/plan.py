@@ -151,22 +151,24 @@ def probe(run: Run) -> dict[str, Any]:
     """
     import torch
 
+    from ..training.columns import text_columns
     from ..training.config import read_config
-    from ..training.data import load_pairs
     from ..training.losses import InfoNCE
-    from ..training.steps import count_steps
+    from ..training.mixture import load_mixture
     from ..training.train import training_arguments
 
     config = read_config({**run.train, "output_dir": "unused"})
-    pairs = load_pairs(config.data["train"], **config.pairs)
-    steps = count_steps(pairs, training_arguments(config), 1)
+    mixture = load_mixture(config.data)
+    steps = mixture.count_steps(training_arguments(config), 1)
+    pairs = max((source.pairs for source in mixture.sources), key=len)
     began = time.perf_counter()
     embedder = untrained(run.train)
     started = time.perf_counter() - began
     size = config.arguments.get("per_device_train_batch_size", 8)
     batch = pairs.shuffle(seed=0).select(range(min(size, len(pairs))))
-    columns = [list(batch[name]) for name in batch.column_names]
-    loss = InfoNCE(embedder, **config.loss)
+    columns = [list(batch[name]) for name in text_columns(batch)]
+    # Without a teacher, whose part is next to nothing of a step.
+    loss = InfoNCE(embedder, **{name: value for name, value in config.loss.items() if name != "teacher"})
     embedder.train()
     for _ in range(2):
         began = time.perf_counter()

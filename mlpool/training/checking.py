@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,12 @@ from .columns import Columns, count, find_columns, missing_column, texts_of
 _LISTED = 5  # bad rows shown in an error
 # The file between checking and the final columns: offsets of 64 bit, as negatives of a batch may exceed 2 GiB.
 STAGED = pa.schema(
-    {"anchor": pa.large_string(), "positive": pa.large_string(), "negatives": pa.large_list(pa.large_string())}
+    {
+        "anchor": pa.large_string(),
+        "positive": pa.large_string(),
+        "negatives": pa.large_list(pa.large_string()),
+        "scores": pa.large_list(pa.float32()),  # empty where no column of them was asked for
+    }
 )
 
 
@@ -61,19 +67,19 @@ class Source:
         if len(listed) < _LISTED:
             listed.append(f"{where}: {error.detail}")
 
-    def add(self, pairs: Sequence[tuple[str, str, list[str]]]) -> None:
+    def add(self, pairs: _Pairs) -> None:
         self.written += len(pairs)
-        self.negatives.update(len(negatives) for _, _, negatives in pairs)
-        self.same += sum(anchor.strip() == positive.strip() for anchor, positive, _ in pairs)
+        self.negatives.update(len(negatives) for _, _, negatives, _ in pairs)
+        self.same += sum(anchor.strip() == positive.strip() for anchor, positive, *_ in pairs)
 
-    def note(self, columns: Columns, names: Sequence[str], where: str) -> None:
+    def note(self, columns: Columns, names: Sequence[str], where: str, scores: str | None = None) -> None:
         """Which of the columns `names` of one file were taken; ValueError for a named one that no row has."""
         for name in columns.negatives or ():
             if name not in names:
                 raise missing_column(name, names, where)
         negatives = columns.negatives_of(names, where)
         self.taken[f"{columns}, negative = {' + '.join(negatives)}" if negatives else str(columns)] = None
-        used = {columns.anchor, *columns.positives, *negatives}
+        used = {columns.anchor, *columns.positives, *negatives, scores}
         self.ignored |= dict.fromkeys(name for name in names if name not in used)
 
     def __str__(self) -> str:
@@ -87,7 +93,7 @@ class Source:
         return text
 
 
-_Pairs = list[tuple[str, str, list[str]]]  # anchor, positive, negatives
+_Pairs = list[tuple[str, str, list[str], list[float]]]  # anchor, positive, negatives, scores of positive and these
 
 
 @dataclass
@@ -98,6 +104,7 @@ class Checker:
     num_negatives: int | None
     sample: bool
     bad: list[str]
+    scores: str | None = None
 
     def check(self, source: Source, parts: Sequence[Part], bar: tqdm) -> Iterator[pa.RecordBatch]:
         for part in parts:
@@ -114,6 +121,7 @@ class Checker:
         wanted = None
         if columns is not None and part.columns is not None:
             found = [columns.anchor, *columns.positives, *columns.negatives_of(part.columns, part.name)]
+            found += [self.scores] if self.scores in part.columns else []
             wanted = list(dict.fromkeys(found))
         rows = part.read(wanted)
         negatives: dict[tuple, list[str]] = {}  # by the row's fields; from row to row more may come
@@ -145,8 +153,9 @@ class Checker:
                 break
         if columns is not None:
             source.note(
-                columns, part.columns or list(dict.fromkeys(n for names in negatives for n in names)), part.name
-            )
+                columns, part.columns or list(dict.fromkeys(n for names in negatives for n in names)), part.name,
+                self.scores,
+            )  # fmt: skip
 
     def _find(self, names: Sequence[str], part: Part, source: Source) -> Columns:
         columns = find_columns(names, part.name, source.wanted)
@@ -182,7 +191,27 @@ class Checker:
             raise BadRow("too few negatives", detail)
         if self.sample and len(positives) > 1:
             positives = [self.random.choice(positives)]
-        return [(anchors[0], positive, negatives) for positive in positives]
+        scores = [] if self.scores is None else _scores(row, self.scores, len(positives), len(negatives))
+        return [(anchors[0], positive, negatives, scores) for positive in positives]
+
+
+def _scores(row: Mapping[str, Any], name: str, positives: int, negatives: int) -> list[float]:
+    """A teacher's scores in a row: of its positive, then of its negatives in their order; or BadRow."""
+    values = row.get(name)
+    if values is None:
+        raise BadRow("no scores", f"no field {name!r}, which has the teacher's scores")
+    if positives != 1 or not negatives:
+        have = f"{count(positives, 'positive')} and {count(negatives, 'negative')}"
+        raise BadRow("no candidates", f"{name} needs one positive and a negative or more to score, got {have}")
+    good = isinstance(values, list) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    )
+    if not good:
+        raise BadRow("no scores", f"{name} is {shorten(values)}, expected a list of numbers")
+    if len(values) != 1 + negatives:
+        expected = f"{1 + negatives}: the positive's and one of each of {count(negatives, 'negative')}"
+        raise BadRow("wrong number of scores", f"{name} holds {count(len(values), 'number')}, expected {expected}")
+    return [float(v) for v in values]
 
 
 def refuse(sources: Sequence[Source], bad: Sequence[str], on_error: str) -> None:

@@ -46,6 +46,7 @@ LABELS = ("label", "labels", "score", "scores", "similarity", "similarity_score"
 ROLES = ("anchor", "positive", "negative")
 _NUMBERED = re.compile(r"(.*?)_?(\d*)", re.DOTALL)
 _SHOWN = 12  # column names in a message
+SOURCE_NAME = "dataset_name"  # the column by which sentence-transformers tells the sources of rows apart
 
 
 class Columns(NamedTuple):
@@ -146,6 +147,19 @@ def texts_of(value: Any, column: str) -> list[str]:
     if value is None:
         raise BadRow("empty text", f"{column} is empty (null)")
     raise BadRow("not text", f"{column} is {type(value).__name__} {shorten(value, 40)}, expected text")
+
+
+def text_columns(dataset: Any) -> list[str]:
+    """The columns of texts of a set that `load_pairs` made."""
+    kinds = {name: getattr(kind, "dtype", None) for name, kind in dataset.features.items()}
+    return [name for name, kind in kinds.items() if kind == "string" and name != SOURCE_NAME]
+
+
+def column_prompts(prompts: Mapping[str, str | None], columns: Sequence[str]) -> dict[str, str]:
+    """An embedder's prompts by column: query of anchors, document of the rest; only those that there are."""
+    query, document = (prompts.get(name) or "" for name in ("query", "document"))
+    found = {name: query if name == "anchor" else document for name in columns}
+    return {name: prompt for name, prompt in found.items() if prompt}
 
 
 def count(number: int, what: str) -> str:

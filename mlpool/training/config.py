@@ -17,6 +17,8 @@ from ..embedder.adapters import add_lora
 from ..embedder.loading import load
 from .data import load_pairs
 from .losses import InfoNCE
+from .mixture import Batches, Temperature, read_sources
+from .teacher import Teacher
 
 # What `mlpool train` decides otherwise than transformers; a config may say it all the same.
 DEFAULTS: dict[str, Any] = {
@@ -37,7 +39,8 @@ class TrainConfig:
 
     Attributes:
         model: base model or saved embedder. options: of `mlpool.load`. lora: of `add_lora`, or None for all weights.
-        data: of `load_pairs`, with "train" and maybe "eval" sources. loss: of `InfoNCE`.
+        data: of `load_mixture`: "train" and maybe "eval", how sources are mixed, options of `load_pairs`. loss: of
+            `InfoNCE`.
         pooler_learning_rate: of the pool, whose own rates (`Pool.learning_rates`) keep their proportion. None for its
             own, or that of the rest where it has none; not used where there is no pool to train.
         dev: a JSONL file of sentence1, sentence2, score, evaluated with eval_strategy (Spearman, "dev_...").
@@ -60,11 +63,6 @@ class TrainConfig:
         nested = {name: value for name, value in ours.items() if value is not None and (value != {} or name == "lora")}
         return {**nested, **self.options, **self.arguments}
 
-    @property
-    def pairs(self) -> dict[str, Any]:
-        """The options of `load_pairs`."""
-        return {name: value for name, value in self.data.items() if name not in ("train", "eval")}
-
 
 def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
     """Read and check a config.
@@ -86,8 +84,21 @@ def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         values["lora"] = {} if values["lora"] else None
     ours = {name: values.pop(name) for name in _OURS if name in values}
     ours = {name: value for name, value in ours.items() if value is not None}
+    _check_teacher(ours)
     options = {name: values.pop(name) for name in list(values) if name in _options()}
     return TrainConfig(**ours, options=options, arguments=values)
+
+
+def _check_teacher(values: Mapping[str, Any]) -> None:
+    """A teacher has one source, and what is read of one has a teacher."""
+    teacher, scores = values.get("loss", {}).get("teacher"), values["data"].get("scores")
+    if teacher is None and scores is not None:
+        raise ValueError(f"data.scores is {scores!r}, but no loss uses it; add loss: {{teacher: {{weight: 0.5}}}}")
+    if teacher is not None and (scores is None) == (teacher.get("embeddings") is None):
+        raise ValueError(
+            "loss.teacher needs data.scores, the column of its scores, or loss.teacher.embeddings, a folder of `mlpool "
+            f"mine --embeddings`; got {'neither' if scores is None else 'both'}"
+        )
 
 
 def checked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +106,11 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(values)
     if "data" in values and type(values["data"]) is not dict:
         values["data"] = {"train": values["data"]}
-    return schema.check(_keys(), values)  # type: ignore[no-any-return]
+    fitting: dict[str, Any] = schema.check(_keys(), values)
+    for which in ("train", "eval"):
+        if which in fitting.get("data", {}):
+            read_sources(fitting["data"][which], which)
+    return fitting
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------
@@ -154,14 +169,18 @@ def _keys() -> Any:
     hints = get_type_hints(SentenceTransformerTrainingArguments)
     source = Annotated[Any, AfterValidator(_source)]
     pairs = {**schema.arguments(load_pairs, "source", "split"), "train": source, "eval": source}
+    pairs |= {"temperature": Temperature, "batches": Batches}
+    teacher = schema.section("key in loss.teacher", schema.arguments(Teacher)) | None
     keys = {f.name: hints[f.name] for f in dataclasses.fields(SentenceTransformerTrainingArguments)}
+    del keys["multi_dataset_batch_sampler"]  # `data` says it
     keys |= _options() | {
         "model": str,
         "lora": Annotated[bool, Strict()]
         | schema.section("key in lora", schema.arguments(add_lora, "embedder"))
         | None,
         "data": schema.section("key in data", pairs),
-        "loss": schema.section("key in loss", schema.arguments(InfoNCE, "model")) | None,
+        "loss": schema.section("key in loss", {**schema.arguments(InfoNCE, "model", "teacher"), "teacher": teacher})
+        | None,
         "pooler_learning_rate": _RATE | None,
         "dev": str | None,
     }

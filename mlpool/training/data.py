@@ -11,7 +11,7 @@ import random
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ..corpus.sources import open_source
 from ..pooling.base import check_choice, check_positive
 from ..show import aligned, progress, shorten
 from .checking import STAGED, Checker, Source, refuse
-from .columns import count
+from .columns import count, text_columns
 
 logger = logging.getLogger("mlpool")
 _SPEC = ("source", "columns", "split", "limit", "weight")
@@ -45,6 +45,7 @@ def load_pairs(
     num_negatives: int | None = None,
     positives: str = "expand",
     on_error: str = "raise",
+    scores: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> datasets.Dataset:
     """Load, map and check training pairs.
@@ -73,22 +74,27 @@ def load_pairs(
         positives: rows with several: "expand" makes a pair of each, "sample" one pair with a random one.
         on_error: "raise": an error naming the first 5 bad rows and how many there are; "skip": they are left out,
             counted in a warning.
+        scores: a column with a teacher's scores in each row, a list: of its positive, then of its negatives in their
+            order. Such rows have one positive and a negative or more.
         cache_dir: where the Arrow file lies until the process ends; by default in the cache folder of datasets.
 
     Returns:
-        Dataset of strings `anchor`, `positive`, `negative_1` … `negative_n`, source after source in the order read, not
-        shuffled. What was mapped is logged (INFO), what was left out too (WARNING); all of it stands in
-        `dataset.info.description`. Train with `BatchSamplers.NO_DUPLICATES`: pairs of one anchor in a batch would be
-        each other's false negatives.
+        Dataset of strings `anchor`, `positive`, `negative_1` … `negative_n`, and with `scores` a list of that name of
+        1 + n numbers, source after source in the order read, not shuffled. What was mapped is logged
+        (INFO), what was left out too (WARNING); all of it stands in `dataset.info.description`. Train with
+        `BatchSamplers.NO_DUPLICATES`: pairs of one anchor in a batch would be each other's false negatives.
 
     Raises:
         ValueError: bad rows (broken line, missing field, no text, empty or blank text, a positive among the negatives,
-            too few negatives), each with `file:line` (text, from 1; a CSV row by its first line) or `file[row]`
-            (tables, from 0); columns that fit nothing; no row; a damaged file; another extension.
+            too few negatives, scores missing, not finite or too few), each with `file:line` (text, from 1; a CSV row by
+            its first line) or `file[row]` (tables, from 0); columns that fit nothing; no row; a damaged file; another
+            extension.
         FileNotFoundError: no such file, folder with data or Hub data set, with the nearest names.
     """
     check_choice("positives", positives, ("expand", "sample"))
     check_choice("on_error", on_error, ("raise", "skip"))
+    if num_negatives == 0 and scores is not None:
+        raise ValueError(f"scores={scores!r} compare a positive with negatives, and num_negatives=0 leaves them out")
     if num_negatives != 0 and num_negatives is not None:
         check_positive(num_negatives=num_negatives)
     sources = _sources(source, columns, split, limit)
@@ -102,7 +108,7 @@ def load_pairs(
             pa.ipc.new_stream(file, STAGED) as writer,
             _progress("checking pairs", "rows", None if None in sizes else sum(n or 0 for n in sizes)) as bar,
         ):
-            checker = Checker(random.Random(seed), num_negatives, positives == "sample", bad)
+            checker = Checker(random.Random(seed), num_negatives, positives == "sample", bad, scores)
             for s, some in zip(sources, parts, strict=True):
                 s.name = some[0].name if len(some) == 1 else f"{s.data} ({len(some)} files)"
                 for batch in checker.check(s, some, bar):
@@ -110,10 +116,11 @@ def load_pairs(
         refuse(sources, bad, on_error)
         number, notes = _even(sources, num_negatives)
         result = _write(
-            staged, sum(s.written for s in sources), number, np.random.default_rng(seed), _folder(cache_dir)
-        )
+            staged, sum(s.written for s in sources), number, np.random.default_rng(seed), _folder(cache_dir),
+            scores is not None,
+        )  # fmt: skip
     if any(s.weight != 1 for s in sources):
-        result = result.select(_weighted(sources, seed))
+        result = result.select(repeated([s.written for s in sources], [s.weight for s in sources], seed))
     if same := sum(s.same for s in sources):
         notes.append(f"{count(same, 'pair')} with one text as anchor and positive")
     summary = f"{count(len(result), 'pair')} with {count(number, 'negative')}"
@@ -125,35 +132,39 @@ def load_pairs(
     return result
 
 
-def describe(dataset: datasets.Dataset, tokenizer: Any = None, max_length: int | None = None) -> str:
+def describe(
+    dataset: datasets.Dataset,
+    lengths: Callable[[str, Sequence[str]], Sequence[int]] | None = None,
+    max_length: int | None = None,
+) -> str:
     """A table of the columns: rows, duplicates, and words (mean, 95 %, most).
 
     Args:
         dataset: of `load_pairs`.
-        tokenizer: of the embedder; then also tokens, prompts not counted.
+        lengths: of a column's texts in tokens, before they are cut; then also tokens.
         max_length: tokens the embedder keeps; then also how many texts are truncated.
 
     Duplicates are rows whose text stood in the column before: of anchors, that many pairs cannot share a batch with
     another one without being its false negative.
     """
-    words = ["mean", "95 %", "most"]
+    words, names = ["mean", "95 %", "most"], text_columns(dataset)
     head = ["column", "rows", "duplicates", *(f"words {w}" for w in words)]
-    if tokenizer is not None:
+    if lengths is not None:
         head += [f"tokens {w}" for w in words] + (["truncated"] if max_length else [])
     table = [head]
-    with _progress("describing", "texts", dataset.num_columns * len(dataset)) as bar:
-        for name in dataset.column_names:
-            hashes, lengths, tokens = array("q"), array("q"), array("q")  # 8 bytes a text, whatever its length
+    with _progress("describing", "texts", len(names) * len(dataset)) as bar:
+        for name in names:
+            hashes, words_of, tokens = array("q"), array("q"), array("q")  # 8 bytes a text, whatever its length
             for batch in dataset.select_columns(name).with_format(None).iter(BATCH):
                 texts = batch[name]
                 hashes.extend(map(hash, texts))
-                lengths.extend(len(t.split()) for t in texts)
-                if tokenizer is not None:
-                    tokens.extend(map(len, tokenizer(texts, truncation=False, verbose=False)["input_ids"]))
+                words_of.extend(len(t.split()) for t in texts)
+                if lengths is not None:
+                    tokens.extend(lengths(name, texts))
                 bar.update(len(texts))
             repeated = len(hashes) - len(np.unique(hashes))
-            row = [name, f"{len(hashes):,}", f"{repeated:,}", *_spread(lengths)]
-            if tokenizer is not None:
+            row = [name, f"{len(hashes):,}", f"{repeated:,}", *_spread(words_of)]
+            if lengths is not None:
                 row += _spread(tokens)
                 row += [f"{sum(n > max_length for n in tokens):,}"] if max_length else []
             table.append(row)
@@ -241,10 +252,12 @@ def _even(sources: Sequence[Source], num_negatives: int | None) -> tuple[int, li
     ]
 
 
-def _write(staged: Path, total: int, number: int, generator: np.random.Generator, folder: str) -> datasets.Dataset:
-    """The checked pairs with `number` columns of negatives, as a memory-mapped Dataset."""
+def _write(
+    staged: Path, total: int, number: int, generator: np.random.Generator, folder: str, scored: bool,
+) -> datasets.Dataset:  # fmt: skip
+    """The checked pairs with `number` columns of negatives, and scores of these, as a memory-mapped Dataset."""
     names = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(number))]
-    schema = pa.schema(dict.fromkeys(names, pa.string()))
+    schema = pa.schema(dict.fromkeys(names, pa.string()) | ({"scores": pa.list_(pa.float32())} if scored else {}))
     with (
         tempfile.NamedTemporaryFile(dir=folder, prefix="pairs-", suffix=".arrow", delete=False) as file,
         pa.ipc.new_stream(file, schema) as writer,
@@ -255,7 +268,10 @@ def _write(staged: Path, total: int, number: int, generator: np.random.Generator
             negatives = batch["negatives"]
             chosen = _choose(negatives.value_lengths().to_numpy(), number, generator)
             texts = [*batch.columns[:2], *(negatives.flatten().take(pa.array(c)) for c in chosen.T)]
-            writer.write_batch(pa.record_batch([t.cast(pa.string()) for t in texts], schema=schema))
+            columns = [t.cast(pa.string()) for t in texts]
+            if scored:
+                columns.append(_scores_of(batch["scores"], chosen))
+            writer.write_batch(pa.record_batch(columns, schema=schema))
             bar.update(len(batch))
     return datasets.Dataset.from_file(file.name)
 
@@ -268,13 +284,23 @@ def _choose(lengths: np.ndarray, number: int, generator: np.random.Generator) ->
     return np.sort(shuffled[starts[:, None] + np.arange(number)], axis=1)
 
 
-def _weighted(sources: Sequence[Source], seed: int) -> np.ndarray:
-    """The rows of each source as often as its weight says: all of them whole times, then a random part in order."""
+def _scores_of(scores: Any, chosen: np.ndarray) -> pa.Array:
+    """Of lists of the positive's score and those of all negatives the first, and those at the places of `_choose`."""
+    rows, number = chosen.shape
+    first = scores.offsets.to_numpy()[:-1] - scores.offsets[0].as_py()
+    # Before a row's negatives lie, beside those of the rows above, the positives' scores of these and its own.
+    places = np.concatenate([first[:, None], chosen + 1 + np.arange(rows)[:, None]], axis=1)
+    offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * (number + 1))
+    return pa.ListArray.from_arrays(offsets, scores.flatten().take(pa.array(places.reshape(-1))))
+
+
+def repeated(sizes: Sequence[int], times: Sequence[float], seed: int) -> np.ndarray:
+    """Rows of sources laid end to end, each source's as often as `times` says: whole times, then a random part."""
     generator = np.random.default_rng(seed)
     rows, start = [], 0
-    for s in sources:
-        times, rest = divmod(max(1, round(s.weight * s.written)), s.written)
-        part = np.sort(generator.choice(s.written, rest, replace=False))
-        rows += [start + np.tile(np.arange(s.written), times), start + part]
-        start += s.written
+    for size, often in zip(sizes, times, strict=True):
+        whole, rest = divmod(max(1, round(often * size)), size)
+        part = np.sort(generator.choice(size, rest, replace=False))
+        rows += [start + np.tile(np.arange(size), whole), start + part]
+        start += size
     return np.concatenate(rows)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..pooling.base import check_choice, check_positive, log_once
 from .memory import how_many, saved_bytes
-from .mini_batches import Features, check_columns, embed_mini_batch, group, is_packed, split, text_keys
+from .mini_batches import Features, TokenCounts, check_columns, embed_mini_batch, group, is_packed, split, text_keys
 from .processes import (
     agree,
     check_cacheable,
@@ -33,6 +33,7 @@ from .processes import (
     without_wrapper,
     world_size,
 )
+from .teacher import Teacher
 
 FALSE_NEGATIVES = ("none", "duplicates", "margin")
 CACHED = ("auto", True, False)
@@ -57,10 +58,11 @@ class InfoNCE(nn.Module):
             those of as many mini-batches as memory allows, the longest first, and embeds the others twice: none, where
             all fit. What a token costs is measured on the first mini-batch, which is kept; memory is the GPU's, or
             what the system says is available. All with the same numbers.
-        mini_batch_tokens: tokens per mini-batch, padding included. Texts of all columns are sorted by length together
-            and each mini-batch is trimmed to its own longest; a text longer than this has a mini-batch to itself.
-            None (with cached=False): no limit. A model that runs padded gets B texts at most: as many forwards as
-            columns, and never more padding than if each column were padded by itself.
+        mini_batch_tokens: tokens per mini-batch, those that are computed: of text alone where the model runs packed,
+            else padding included. Texts of all columns are sorted by length together, and each mini-batch is packed, or
+            trimmed to its own longest; a text longer than this has a mini-batch to itself. None (with cached=False): no
+            limit. A model that runs padded gets B texts at most: as many forwards as columns, and never more padding
+            than if each column were padded by itself.
         false_negatives: which negatives to leave out of the softmax.
             "none": none.
             "duplicates": the same token ids as the positive or as the anchor (prompts belong to the text), and the
@@ -70,11 +72,13 @@ class InfoNCE(nn.Module):
         margin, factor: for "margin"; margin is 0.1 when neither is given.
         matryoshka_dims: train the leading d numbers of the embedding, for each d given, re-normalised; the loss is the
             sum weighted by `matryoshka_weights` (default 1 each). Costs no further forward. None: all numbers, once.
+        teacher: a larger model's scores or embeddings as a second target, added to this loss.
 
     Raises: ValueError for options that contradict each other, and for features that fit none of it, when called.
 
     Under FSDP2 the whole model is unsharded while a mini-batch is embedded again; processes agree on the number of
-    mini-batches, as each forward is a collective there. Labels are ignored: positions say which text is the positive.
+    mini-batches, as each forward is a collective there. Labels are a teacher's alone: positions say which text is the
+    positive.
 
     Source: arXiv 1807.03748 (InfoNCE), 2101.06983 (cached gradients), 2205.13147 (Matryoshka).
     """
@@ -94,6 +98,7 @@ class InfoNCE(nn.Module):
         factor: float | None = None,
         matryoshka_dims: Sequence[int] | None = None,
         matryoshka_weights: Sequence[float] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         if not temperature > 0 or not math.isfinite(temperature):
@@ -117,7 +122,11 @@ class InfoNCE(nn.Module):
         self.in_batch_negatives, self.gather_across_devices = in_batch_negatives, gather_across_devices
         self.symmetric, self.cached, self.mini_batch_tokens = symmetric, cached, mini_batch_tokens
         self.false_negatives, self.margin, self.factor = false_negatives, margin, factor
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.check_width(getattr(model, "get_embedding_dimension", lambda: None)())
         self.matryoshka_dims, self.matryoshka_weights = _read_matryoshka(matryoshka_dims, matryoshka_weights)
+        self.counts = TokenCounts()
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """The loss of this process's anchors.
@@ -125,7 +134,7 @@ class InfoNCE(nn.Module):
         Args:
             sentence_features: for each column, what the model's `preprocess` returns for B texts: attention_mask
                 [B, T], input_ids and any other tensors per token [B, T, …] or per text [B, …]; padded on either side.
-            labels: ignored.
+            labels: of the teacher; without one ignored.
 
         Returns: scalar, float32 (float64 for float64 embeddings).
         """
@@ -135,16 +144,17 @@ class InfoNCE(nn.Module):
             raise ValueError("in_batch_negatives=False needs hard negatives, but there are two columns only")
         keys = None if self.false_negatives == "none" else text_keys(columns)
         embeddings = self._embed(columns).unflatten(0, (len(columns), batch))
-        return self._loss(embeddings, keys)
+        return self._loss(embeddings, keys, labels)
 
     # --- embedding -----------------------------------------------------------------------------------------------
 
     def _embed(self, columns: list[Features]) -> Tensor:
         """All texts, column after column: [columns · B, D]."""
         sharded = is_sharded(self.model)
+        packed = is_packed(self.model)
         # Unpacked, a short query in a mini-batch of long positives costs as much as they do.
-        most = len(columns[0]["attention_mask"]) * (len(columns) if is_packed(self.model) else 1)
-        batches = split(group(columns), self.mini_batch_tokens, most, agree if sharded else None)
+        most = len(columns[0]["attention_mask"]) * (len(columns) if packed else 1)
+        batches = split(group(columns), self.mini_batch_tokens, most, agree if sharded else None, packed)
         again = without_wrapper(self.model)
         keep = len(batches)
         if self.cached and torch.is_grad_enabled():
@@ -153,12 +163,11 @@ class InfoNCE(nn.Module):
         parts: list[Tensor] = []
         for i, (texts_of, texts) in enumerate(batches):
             first = [self.model] if i == 0 else []
-            width = texts_of.width(texts)
-            embed = partial(embed_mini_batch, first, again, texts_of.settings, texts_of.left, width, texts)
+            embed = partial(embed_mini_batch, first, again, texts_of, texts, packed)
             if i == 0 and keep == 1 < len(batches):
                 with saved_bytes(self.model) as saved:
                     parts.append(embed(texts_of.tensors))
-                keep = how_many(saved(), [len(t) * g.width(t) for g, t in batches], self.model, parts[0].device)
+                keep = how_many(saved(), [g.computed(t, packed) for g, t in batches], self.model, parts[0].device)
                 # A forward is a collective there: everyone embeds the same mini-batches twice.
                 keep = -agree(-keep, parts[0].device) if sharded else keep
             elif i < keep:
@@ -167,13 +176,16 @@ class InfoNCE(nn.Module):
                 # Under FSDP2 to the end, not to the last tensor needed: layers have work to do after their forward.
                 with set_checkpoint_early_stop(not sharded):
                     parts.append(checkpoint(embed, texts_of.tensors, use_reentrant=False))
+        if torch.is_grad_enabled():
+            # Asked again: a model on a GPU packs itself in its first forward under autocast.
+            self.counts.add(batches, is_packed(self.model))
         order = [g.places[text] for g, texts in batches for text in texts]
         embeddings = torch.cat(parts)
         return embeddings[torch.tensor(order).argsort().to(embeddings.device)]
 
     # --- the loss on embeddings ----------------------------------------------------------------------------------
 
-    def _loss(self, embeddings: Tensor, keys: Tensor | None) -> Tensor:
+    def _loss(self, embeddings: Tensor, keys: Tensor | None, labels: Tensor | None = None) -> Tensor:
         """embeddings [columns, B, D]; keys [columns, B], equal where the texts are."""
         width, batch = embeddings.shape[-1], embeddings.shape[1]
         dims = self.matryoshka_dims or (width,)
@@ -193,7 +205,11 @@ class InfoNCE(nn.Module):
                 losses = self._in_batch(embeddings, keys, dims, ring_contrast if together else contrast)
             else:
                 losses = self._own(embeddings, keys, dims)
-            return embeddings.new_tensor([weight for _, weight in rising]) @ losses.sum(1) / batch
+            shares = embeddings.new_tensor([weight for _, weight in rising])
+            loss = shares @ losses.sum(1) / batch
+            if self.teacher is not None:
+                loss = loss + self.teacher(embeddings, labels, self.temperature, dims, shares)
+            return loss
 
     def _in_batch(
         self, embeddings: Tensor, keys: Tensor | None, dims: Sequence[int], loss: Callable[..., Tensor]
@@ -249,7 +265,8 @@ class InfoNCE(nn.Module):
             "temperature", "in_batch_negatives", "gather_across_devices", "symmetric", "cached", "mini_batch_tokens",
             "false_negatives", "margin", "factor", "matryoshka_dims", "matryoshka_weights",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names}
+        return options if self.teacher is None else {**options, "teacher": self.teacher.options()}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.get_config_dict().items())

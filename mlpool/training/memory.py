@@ -43,7 +43,7 @@ def how_many(first: int, tokens: Sequence[int], model: nn.Module, device: torch.
     """The mini-batches, in their order and at least the first, whose activations may be kept.
 
     Args:
-        first: bytes that the first one's take, already in place. tokens: of each mini-batch, padding included.
+        first: bytes that the first one's take, already in place. tokens: that each mini-batch computes.
 
     Left free are a fifth of what is there now, the gradients that are still to come, and one mini-batch more, for the
     one that is embedded again.

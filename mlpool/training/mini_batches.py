@@ -1,14 +1,17 @@
-"""The texts of all columns of a batch in mini-batches of tokens: grouped, sorted by length, trimmed, embedded."""
+"""The texts of all columns of a batch in mini-batches of tokens: grouped, sorted, trimmed or packed, embedded."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..pooling.tokens import note_offsets
 
 Features = Mapping[str, Any]
 
@@ -18,18 +21,34 @@ class Group:
     """Texts of columns that can share a forward: the same features, the same settings.
 
     tensors: per token [N, T, …] or per text [N, …]. settings: what belongs to no text (a prompt's length, a task).
-    left: padded on the left. widths: the places that each text takes when trimmed. places: of each text in the whole
-    batch, column after column.
+    left: padded on the left. widths: the places that each text takes when trimmed. lengths: its tokens. places: of each
+    text in the whole batch, column after column.
     """
 
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
     left: bool
     widths: list[int]
+    lengths: list[int]
     places: list[int]
 
     def width(self, texts: Sequence[int]) -> int:
         return max(self.widths[text] for text in texts)
+
+    def tokens(self, texts: Sequence[int]) -> int:
+        """Tokens of text."""
+        return sum(self.lengths[text] for text in texts)
+
+    def computed(self, texts: Sequence[int], packed: bool) -> int:
+        """Tokens that a forward of these texts computes: those of the text, or as many as the longest has for each."""
+        return self.tokens(texts) if packed else len(texts) * self.width(texts)
+
+    def fitting(self, texts: Sequence[int], budget: int, packed: bool) -> int:
+        """How many of `texts`, the longest first, a forward of `budget` tokens takes: one at least."""
+        if not packed:
+            return max(1, budget // max(1, self.widths[texts[0]]))
+        ends = itertools.accumulate(self.lengths[text] for text in texts)
+        return max(1, sum(1 for _ in itertools.takewhile(lambda end: end <= budget, ends)))
 
 
 def check_columns(columns: list[Features]) -> int:
@@ -75,8 +94,10 @@ def _setting(column: Features, name: str) -> Any:
 
 def _merge(columns: list[Features], members: list[int], settings: dict[str, Any]) -> Group:
     masks = [columns[i]["attention_mask"] != 0 for i in members]
-    spans = [torch.stack((m.int().argmax(1), m.flip(1).int().argmax(1)), 1) for m in masks]
-    free = torch.cat(spans).tolist()  # of each text: free places before its first and after its last token
+    spans = [torch.stack((m.int().argmax(1), m.flip(1).int().argmax(1), m.sum(1)), 1) for m in masks]
+    # Of each text: free places before its first and after its last token, and its tokens.
+    before_first, after_last, lengths = map(list, zip(*torch.cat(spans).tolist(), strict=True))
+    free = list(zip(before_first, after_last, strict=True))
     tokens = [m.shape[1] for m in masks for _ in range(m.shape[0])]
     # Padding on both sides (or holes at an end) stays as it is and is trimmed on the right.
     left = any(before for before, _ in free) and not any(after for _, after in free)
@@ -98,7 +119,7 @@ def _merge(columns: list[Features], members: list[int], settings: dict[str, Any]
             values = [_fit(v, max(widths), left, fill) for v in values]
         tensors[name] = torch.cat(values)
     places = [i * batch + text for i in members for text in range(batch)]
-    return Group(tensors, settings, left, widths, places)
+    return Group(tensors, settings, left, widths, lengths, places)
 
 
 def _fit(value: Tensor, width: int, left: bool, fill: Tensor) -> Tensor:
@@ -109,17 +130,18 @@ def _fit(value: Tensor, width: int, left: bool, fill: Tensor) -> Tensor:
 
 
 def split(
-    groups: list[Group], budget: int | None, most: int, agree: Callable[[int, torch.device], int] | None
+    groups: list[Group], budget: int | None, most: int, agree: Callable[[int, torch.device], int] | None, packed: bool
 ) -> list[tuple[Group, list[int]]]:
-    """Mini-batches of at most `most` texts, longest first, of at most `budget` tokens with padding or of one text.
+    """Mini-batches of at most `most` texts, longest first, of at most `budget` tokens computed or of one text.
 
-    `agree` maps this process's number of mini-batches to everyone's; the largest are halved until there are as many.
+    `packed`: no padding is computed, so none is counted. `agree` maps this process's number of mini-batches to
+    everyone's; the largest are halved until there are as many.
     """
     batches = []
     for group in groups:
         order = sorted(range(len(group.widths)), key=lambda text: -group.widths[text])
         while order:
-            size = most if budget is None else min(most, max(1, budget // max(1, group.widths[order[0]])))
+            size = most if budget is None else min(most, group.fitting(order, budget, packed))
             batches.append((group, order[:size]))
             order = order[size:]
     wanted = agree(len(batches), groups[0].tensors["attention_mask"].device) if agree else len(batches)
@@ -133,20 +155,53 @@ def split(
     return batches
 
 
+@dataclass
+class TokenCounts:
+    """What a training embeds: tokens of text, and tokens computed for them, each text once however often it is run."""
+
+    text: int = 0
+    computed: int = 0
+
+    def add(self, batches: Sequence[tuple[Group, list[int]]], packed: bool) -> None:
+        self.text += sum(group.tokens(texts) for group, texts in batches)
+        self.computed += sum(group.computed(texts, packed) for group, texts in batches)
+
+    def __str__(self) -> str:
+        return f"tokens computed / tokens of text {self.computed / max(1, self.text):.2f}"
+
+
 def embed_mini_batch(
-    first: list[nn.Module], again: nn.Module, settings: dict[str, Any], left: bool, width: int, texts: list[int],
-    tensors: dict[str, Tensor],
-) -> Tensor:  # fmt: skip
+    first: list[nn.Module], again: nn.Module, group: Group, texts: list[int], packed: bool, tensors: dict[str, Tensor]
+) -> Tensor:
     """The texts' embeddings [n, D]: the first call by the model in `first`, if there is one, all others by `again`.
 
-    Features are copied out for every call: modules write into them.
+    tensors: the group's, given by themselves for `torch.utils.checkpoint`. Features are copied out for every call:
+    modules write into them.
     """
+    features = (_packed if packed else _trimmed)(group, texts, tensors)
+    model = first.pop() if first else again
+    return model({**features, **group.settings})["sentence_embedding"]  # type: ignore[no-any-return]
+
+
+def _trimmed(group: Group, texts: list[int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """[n, T, …] with the T that the longest of the texts needs."""
+    mask = tensors["attention_mask"]
+    rows, width = torch.tensor(texts, device=mask.device), group.width(texts)
+    part = slice(mask.shape[1] - width, None) if group.left else slice(width)
+    return {n: t[rows, part] if t.shape[:2] == mask.shape else t[rows] for n, t in tensors.items()}
+
+
+def _packed(group: Group, texts: list[int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The texts one behind the other, as `Backbone.forward` takes them: input_ids [1, total], per token [total, …]."""
     mask = tensors["attention_mask"]
     rows = torch.tensor(texts, device=mask.device)
-    part = slice(mask.shape[1] - width, None) if left else slice(width)
-    features = {n: t[rows, part] if t.shape[:2] == mask.shape else t[rows] for n, t in tensors.items()}
-    model = first.pop() if first else again
-    return model({**features, **settings})["sentence_embedding"]  # type: ignore[no-any-return]
+    kept = mask[rows] != 0
+    features = {n: t[rows][kept] if t.shape[:2] == mask.shape else t[rows] for n, t in tensors.items()}
+    ends = [0, *itertools.accumulate(group.lengths[text] for text in texts)]
+    offsets = torch.tensor(ends, dtype=torch.int32, device=mask.device)
+    note_offsets(offsets, ends)
+    del features["attention_mask"]
+    return {**features, "input_ids": features["input_ids"][None], "cu_seqlens": offsets}
 
 
 def text_keys(columns: list[Features]) -> Tensor:
@@ -162,5 +217,5 @@ def text_keys(columns: list[Features]) -> Tensor:
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether the model computes no padding: a `Backbone` that is packed."""
+    """Whether the model computes no padding and takes packed texts: a `Backbone` that is packed."""
     return any(getattr(module, "packed", False) is True for module in model.modules())

@@ -12,7 +12,7 @@ import torch
 from sentence_transformers.base.sampler import BatchSamplers, NoDuplicatesBatchSampler
 
 from ..corpus.rows import BATCH
-from .columns import count
+from .columns import count, text_columns
 
 _WITHOUT_DUPLICATES = (BatchSamplers.NO_DUPLICATES, BatchSamplers.NO_DUPLICATES_HASHED)
 
@@ -37,11 +37,10 @@ def count_steps(pairs: datasets.Dataset, arguments: Any, processes: int) -> Step
     size, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     whole = len(pairs) // size if arguments.dataloader_drop_last else math.ceil(len(pairs) / size)
     promised = whole // processes
-    an_epoch = math.ceil(promised / accumulated)
-    asked = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * an_epoch)
+    an_epoch, asked = math.ceil(promised / accumulated), asked_steps(promised, arguments)
     made = 0
     if an_epoch:
-        for filled in _epochs(pairs, arguments, size, whole, math.ceil(asked / an_epoch)):
+        for filled in filled_batches(pairs, arguments, size, whole, math.ceil(asked / an_epoch)):
             batches = min(filled // processes, promised)
             # What is left of an accumulation steps at the end of a promised epoch alone.
             made += an_epoch if batches == promised else batches // accumulated
@@ -53,8 +52,14 @@ def count_steps(pairs: datasets.Dataset, arguments: Any, processes: int) -> Step
     return Steps(made, asked)
 
 
-def _epochs(pairs: datasets.Dataset, arguments: Any, size: int, whole: int, epochs: int) -> Iterator[int]:
-    """The batches of all processes, by epoch."""
+def asked_steps(promised: int, arguments: Any) -> int:
+    """The steps that the arguments ask for, where an epoch has `promised` batches for each process."""
+    an_epoch = math.ceil(promised / arguments.gradient_accumulation_steps)
+    return arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * an_epoch)
+
+
+def filled_batches(pairs: datasets.Dataset, arguments: Any, size: int, whole: int, epochs: int) -> Iterator[int]:
+    """The batches of all processes, by epoch; `whole` where it is sure that there are as many."""
     if arguments.batch_sampler in _WITHOUT_DUPLICATES:
         texts = text_ids(pairs)
         if not always_fills(texts, size, whole):
@@ -72,7 +77,7 @@ def _epochs(pairs: datasets.Dataset, arguments: Any, size: int, whole: int, epoc
 def text_ids(pairs: datasets.Dataset) -> np.ndarray:
     """[rows, columns] int64, equal where the texts are."""
     columns = []
-    for name in pairs.column_names:
+    for name in text_columns(pairs):
         batches = pairs.select_columns(name).with_format(None).iter(BATCH)
         columns.append(np.fromiter((hash(text) for batch in batches for text in batch[name]), np.int64, len(pairs)))
     return np.stack(columns, axis=1)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import yaml
+from datasets import DatasetDict
+from datasets.config import HF_DATASETS_CACHE
 from transformers import TrainerCallback, set_seed
 from transformers.utils import is_torch_xla_available
 
@@ -23,11 +25,13 @@ from ..embedder.folder import recover
 from ..files import check_folder_name, read_json, write_text
 from ..pooling.base import log_once
 from ..schema import read_yaml
-from .columns import texts_of
+from .columns import column_prompts, texts_of
 from .config import DEFAULTS, TrainConfig, read_config
-from .data import describe, load_pairs
 from .losses import InfoNCE
-from .steps import Steps, count_steps
+from .mixture import Mixture, load_mixture
+from .steps import Steps
+from .teacher import Teacher
+from .tokens import KeptTokens, TokenCollator, keep_tokens
 from .trainer import STATE, EmbedderTrainer, last_checkpoint, prepare
 
 logger = logging.getLogger("mlpool")
@@ -73,28 +77,41 @@ def train(
         prepare(embedder)
         return embedder
     arguments = training_arguments(config)
-    pairs = load_pairs(config.data["train"], **config.pairs)
-    steps = count_steps(pairs, arguments, arguments.world_size)
-    held_out = None
-    if config.data.get("eval"):
-        held_out = load_pairs(config.data["eval"], **{k: v for k, v in config.pairs.items() if k != "limit"})
+    mixture = load_mixture(config.data)
+    steps = mixture.count_steps(arguments, arguments.world_size)
+    mixtures = [mixture, load_mixture(config.data, "eval")] if config.data.get("eval") else [mixture]
+    teacher = None if config.loss.get("teacher") is None else Teacher(**config.loss["teacher"])
+    if teacher is not None:
+        for source in (source for each in mixtures for source in each.sources):
+            source.pairs = teacher.number(source.pairs)
     evaluator = _dev(config.dev)
     set_seed(arguments.seed)  # before the pool and LoRA are drawn
     embedder = load(config.model, **config.options)
     if config.lora is not None:
         add_lora(embedder, **config.lora)
     prepare(embedder)
+    with arguments.main_process_first(desc="tokenizing"):  # the others find what it kept
+        collator = collate_kept(embedder, mixtures, config.data.get("cache_dir"))
     if first:
-        print(plan(config, embedder, pairs, steps), flush=True)
-    arguments.prompts = column_prompts(embedder, pairs.column_names)
+        print(plan(config, embedder, mixture, steps, collator), flush=True)
+    pairs = mixture.dataset()
+    if isinstance(pairs, DatasetDict):
+        arguments.multi_dataset_batch_sampler = mixture.sampler(
+            arguments.per_device_train_batch_size, arguments.world_size
+        )
+    # The collator puts them before the texts; the trainer names each row's source only where it has prompts by source.
+    named = {name: prompts for name, prompts in collator.of_sources.items() if name}
+    arguments.prompts = named or collator.of_sources[""] or None
     arguments.learning_rate_mapping |= _pool_rate(config, embedder)
+    loss = InfoNCE(embedder, **{**config.loss, "teacher": teacher})
     with _removed_if_empty(output):
         trainer = EmbedderTrainer(
             model=embedder,
             args=arguments,
             train_dataset=pairs,
-            eval_dataset=held_out,
-            loss=InfoNCE(embedder, **config.loss),
+            eval_dataset=mixtures[1].dataset() if len(mixtures) > 1 else None,
+            data_collator=collator,
+            loss=loss,
             evaluator=evaluator,
             callbacks=[_Begun(config)],
         )
@@ -105,6 +122,8 @@ def train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(output))
         trainer.save_state()  # the last file: see `_finished`
+        if first:
+            print(f"{output}: {loss.counts}", flush=True)
     trainer.accelerator.unwrap_model(embedder, keep_fp32_wrapper=False)  # of its autocast: it embeds as if loaded
     return embedder
 
@@ -160,7 +179,7 @@ def _pool_rate(config: TrainConfig, embedder: Embedder) -> dict[str, float]:
     return {place + re.escape(name): rate * value / own[""] for name, value in own.items()} or {place: rate}
 
 
-def plan(config: TrainConfig, embedder: Embedder, pairs: Any, steps: Steps) -> str:
+def plan(config: TrainConfig, embedder: Embedder, mixture: Mixture, steps: Steps, collator: TokenCollator) -> str:
     """What is about to be trained, as text: data, parameters, steps, batch."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     a_device = config.arguments.get("per_device_train_batch_size", 8)  # of transformers, where nothing is said
@@ -171,28 +190,37 @@ def plan(config: TrainConfig, embedder: Embedder, pairs: Any, steps: Steps) -> s
     for name, parameter in embedder.named_parameters():
         kind = "pool" if name.startswith("pooler.") else "LoRA" if "lora_" in name else "backbone"
         counts[kind if parameter.requires_grad else "frozen"] += parameter.numel()
-    columns = len(pairs.column_names) - 1
     across = world if config.loss.get("gather_across_devices") else 1
-    negatives = a_device * across * columns - 1
+    negatives = sorted({a_device * across * (len(source.columns) - 1) - 1 for source in mixture.sources})
     backbone: Any = embedder[0]
     return "\n".join(
         [
-            str(pairs.info.description or ""),
-            describe(pairs, embedder.tokenizer, backbone.max_seq_length),
+            mixture.describe(collator.uncut, backbone.max_seq_length),
             f"design      {backbone.design} on {config.model}",
             "parameters  " + ", ".join(f"{count / 1e6:.2f} M {kind}" for kind, count in counts.items() if count),
             f"batch       {update} = {a_device} a device x {world} x {accumulated} accumulated; "
-            f"{negatives} negatives an anchor",
-            f"steps       {steps.made}{short}, about {steps.made * update / len(pairs):.2f} times through the data",
+            f"{' to '.join(map(str, negatives[:: max(1, len(negatives) - 1)]))} negatives an anchor",
+            f"steps       {steps.made}{short}, about {steps.made * update / mixture.size:.2f} times through the data",
         ]
     )
 
 
-def column_prompts(embedder: Embedder, columns: Sequence[str]) -> dict[str, str] | None:
-    """The stored prompts as the columns' prompts: query for anchors, document for the rest."""
-    query, document = (embedder.prompts.get(name) or "" for name in ("query", "document"))
-    prompts = {name: query if name == "anchor" else document for name in columns}
-    return {name: prompt for name, prompt in prompts.items() if prompt} or None
+def collate_kept(embedder: Embedder, mixtures: Sequence[Mixture], cache_dir: Any = None) -> TokenCollator:
+    """Keep the tokens of all texts, each source's by itself, under the prompts that their columns have."""
+    folder = Path(cache_dir or HF_DATASETS_CACHE) / "mlpool-tokens"
+    backbone: Any = embedder[0]
+    kept: dict[str, list[KeptTokens]] = {}
+    prompts: dict[str, dict[str, str]] = {}
+    for source in (source for mixture in mixtures for source in mixture.sources):
+        own = source.column_prompts(embedder.prompts)
+        if prompts.setdefault(source.name, own) != own:
+            raise ValueError(f"the source {source.name!r} has other prompts in data.eval than in data.train; rename it")
+        for prompt in dict.fromkeys(own.get(column, "") for column in source.columns):
+            columns = [(source.pairs, column) for column in source.columns if own.get(column, "") == prompt]
+            kept.setdefault(prompt, []).append(keep_tokens(backbone, columns, prompt, folder))
+    everywhere = {column for mixture in mixtures for source in mixture.sources for column in source.columns}
+    prompts.setdefault("", column_prompts(embedder.prompts, sorted(everywhere)))
+    return TokenCollator(kept, prompts, backbone)
 
 
 def _dev(path: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from ..embedder.embedder import Embedder
 from ..embedder.folder import check_folder
 from ..pooling.base import WEIGHTS_NAME
 from ..taps import find_layers
+from .mini_batches import TokenCounts
 
 STATE = "trainer_state.json"  # the last file of a checkpoint that transformers writes
 
@@ -28,21 +30,53 @@ class EmbedderTrainer(SentenceTransformerTrainer):
 
     What differs: the model is prepared by `prepare`; a checkpoint is written whole or not at all, and by all processes
     in step; weights sharded by FSDP2 are gathered to be saved and spread again to resume; resuming reads trained
-    weights in the precision they were trained in, and makes no step behind the last; a loss or a gradient that is not
-    finite ends the training before it reaches the weights.
+    weights in the precision they were trained in, makes no step behind the last, and goes on in the order of its epoch;
+    a loss or a gradient that is not finite ends the training before it reaches the weights; what padding costs is
+    logged, as `computed_per_token`: tokens computed over tokens of text, 1 where nothing is padded.
     """
 
     def __init__(self, model: Embedder, **kwargs: Any) -> None:
         prepare(model)
         super().__init__(model=model, **kwargs)
         self._losses: list[torch.Tensor] = []  # of the batches of this step
+        self._logged = TokenCounts()
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: nn.Module, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         # transformers ends only after a step: one too many where a run goes on from its last.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        self._set_epoch(train_dataloader, epoch)
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def _set_epoch(self, loader: Any, epoch: int) -> None:
+        """Tell the sampler beneath whatever wraps it which epoch it is, so that the order is of seed and epoch alone.
+
+        transformers reaches through one wrapper, and a resumed run of several processes has two: it would go on in the
+        order of the first epoch. And a generator would be where this process left it, or at the seed where it resumed.
+        """
+        sampler = loader.batch_sampler
+        while hasattr(sampler, "batch_sampler"):
+            sampler = sampler.batch_sampler
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        if getattr(sampler, "generator", None) is not None:
+            sampler.generator.manual_seed(self.args.seed + epoch)
+
+    def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
+        """A mixed set says in a column of sentence-transformers' own which source a row is of."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With what padding cost since the last time, and at the end over all."""
+        counts = getattr(self.loss, "counts", None)
+        if isinstance(counts, TokenCounts) and ("loss" in logs or "train_loss" in logs):
+            before = TokenCounts() if "train_loss" in logs else self._logged
+            here = torch.tensor([counts.computed - before.computed, counts.text - before.text], dtype=torch.float32)
+            computed, text = self.accelerator.reduce(here.to(self.args.device)).tolist()
+            self._logged = dataclasses.replace(counts)
+            if text:
+                logs = {**logs, "computed_per_token": round(computed / text, 4)}
+        super().log(logs, start_time)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._losses.append(super().training_step(*args, **kwargs))

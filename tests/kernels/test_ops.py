@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlpool_kernels import Plan, Weights, embed, fold_queries, fold_values, gather, pool, reference
 from mlpool_kernels import plan as cost_model
+from mlpool_kernels.fold import _AbsorbFunction
 
 from mlpool.pooling import gather as gather_states
 from mlpool.pooling import select_tokens
@@ -129,6 +130,28 @@ def test_gradcheck_folds():
         )  # fmt: skip
     values = [w.value_weight, w.output_weight]
     assert torch.autograd.gradcheck(lambda v, o: fold_values(v, o, 2), values, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "matrices"), [(torch.float64,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)]
+)
+def test_absorbing_by_hand(dtype, matrices):
+    """What a GPU takes, here by torch: as by autograd, of one dtype and under autocast."""
+    new = torch.Generator().manual_seed(0)
+    exact = [torch.randn(shape, generator=new, dtype=torch.float64) for shape in ((4, 8), (8,), (8,), (6, 8), (6, 8))]
+    given = [t.to(d).requires_grad_() for t, d in zip(exact, (dtype,) * 3 + (matrices,) * 2, strict=True)]
+    wide = [t.detach().double().requires_grad_() for t in given]
+    got, plain, want = _AbsorbFunction.apply(*given, 2), fold_queries(*given, 2), fold_queries(*wide, 2)
+    grad = torch.randn(want.shape, generator=new, dtype=torch.float64).to(matrices)
+    results = [(got, plain, want)]
+    results += zip(
+        torch.autograd.grad(got, given, grad), torch.autograd.grad(plain, given, grad),
+        torch.autograd.grad(want, wide, grad.double()), strict=True,
+    )  # fmt: skip
+    for mine, theirs, right in results:
+        assert mine.dtype == theirs.dtype
+        limit = max(3 * (theirs.double() - right).norm(), torch.finfo(theirs.dtype).eps * right.norm())
+        assert (mine.double() - right).norm() <= limit
 
 
 # --- gather --------------------------------------------------------------------------------------------------------

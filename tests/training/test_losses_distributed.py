@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mlpool.training.losses import InfoNCE
+from mlpool.training.teacher import Teacher
 
 WORLD, B = 2, 4
 
@@ -65,10 +66,10 @@ def mean(value: torch.Tensor) -> float:
     return value.item() / WORLD
 
 
-def alone(model, batches, **options):
+def alone(model, batches, labels=None, **options):
     """Loss and gradients of one process with everything in one forward."""
     model.zero_grad()
-    values = [InfoNCE(model, cached=False, mini_batch_tokens=None, **options)(b, None) for b in batches]
+    values = [InfoNCE(model, cached=False, mini_batch_tokens=None, **options)(b, labels) for b in batches]
     torch.stack(values).sum().backward()
     return sum(v.item() for v in values), gradients(model)
 
@@ -144,6 +145,27 @@ def dropout(rank: int, wrapper: str) -> None:
     assert_same(f"dropout {wrapper}", *results)
 
 
+def teach(rank: int, wrapper: str) -> None:
+    """A teacher looks at each process's own candidates, where negatives are gathered too: the mean of what it adds."""
+    texts, plain = texts_of_both(), TinyLlama().eval()
+    scores = torch.rand(WORLD, B, 2, generator=torch.Generator().manual_seed(0))
+    value, want = alone(plain, [[column(t) for t in texts]])
+    for r in range(WORLD):
+        taught = alone(plain, [part(texts, r)], scores[r], teacher=Teacher())
+        untaught = alone(plain, [part(texts, r)])
+        assert taught[0] - untaught[0] > 0.1
+        value += (taught[0] - untaught[0]) / WORLD
+        want = {n: g + (taught[1][n] - untaught[1][n]) / WORLD for n, g in want.items()}
+    wrapped = WRAPPERS[wrapper](plain)
+    optimiser = torch.optim.SGD(wrapped.parameters())
+    for cached in (True, False):
+        optimiser.zero_grad()
+        loss = InfoNCE(wrapped, gather_across_devices=True, cached=cached, mini_batch_tokens=40, teacher=Teacher())
+        found = loss(part(texts, rank), scores[rank])
+        found.backward()
+        assert_same(f"teach {wrapper} cached={cached}", (mean(found), gradients(wrapped)), (value, want))
+
+
 def unequal(rank: int) -> None:
     columns = [column(t[: B - rank]) for t in texts_of_both()]
     with pytest.raises(ValueError, match=r"\[3, (3|4), 32\] here and up to \[3, 4, 32\].*dataloader_drop_last=True"):
@@ -160,6 +182,7 @@ def work(rank: int, path: str) -> None:
             compare(rank, wrapper)
             accumulate(rank, wrapper)
             dropout(rank, wrapper)
+            teach(rank, wrapper)
         unequal(rank)
     finally:
         dist.destroy_process_group()
