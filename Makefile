@@ -7,6 +7,9 @@
 # make journey a user's whole way on SmolLM2, every form of the embedder compared (12 minutes on two cores)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
 # make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
+# make plots   the figures of README and docs, and the numbers that they quote, from the CSV files
+# make docs    the documentation as a site, into build/docs; nothing in it needs a network
+# make release-check  wheels, built, checked and installed into a fresh environment, where README's commands run
 # make hostile malformed input to every entry point, fifty times as much as in the tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -176,7 +179,37 @@ gpu-summary:
 gpu-%:
 	@echo "there is no step $@; the steps are $(GPU_STEPS)" >&2; exit 2
 
-# Every text family of transformers on every backend; an interrupted census goes on. Then the tables of docs and README.
+# The figures of README and docs, and what stands between their marks of results.
+.PHONY: plots docs docs-serve release-check
+plots: $(VENV)/.dev
+	$(HERE) $(PY) docs/site/figures.py
+
+# In an environment of its own: tools of a site, none of mlpool's. Strict: a broken link or name is an error.
+.venv-docs/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $(shell $(DOCS_EXTRA))
+	touch $@
+
+DOCS_EXTRA = $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
+
+docs: .venv-docs/.done
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q
+	@echo build/docs/index.html
+
+docs-serve: .venv-docs/.done
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
+
+# What is published, as it is published. RELEASE_PIP: further options of pip, say --find-links of a folder.
+release-check:
+	rm -rf build/release && mkdir -p build/release
+	$(PYTHON) -m venv .venv-release/tools
+	.venv-release/tools/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt build twine
+	.venv-release/tools/bin/python -m build -q -o build/release .
+	if grep -q '^kernels-wheel:' Makefile; then $(MAKE) kernels-wheel WHEELHOUSE=build/release; fi
+	.venv-release/tools/bin/python -m twine check --strict build/release/*
+	$(PYTHON) .ci/release.py build/release .venv-release/fresh -- -c constraints.txt $(RELEASE_PIP)
+
+# Every text family of transformers on every backend; an interrupted census goes on. Then the tables of docs.
 census: $(VENV)/.dev
 	$(PY) tests/census/census.py
 	$(PY) tests/census/census.py --tables

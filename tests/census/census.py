@@ -2,7 +2,7 @@
 
     python tests/census/census.py                      # all; a CSV grows row by row, and a later call goes on with it
     python tests/census/census.py --only llama,qwen3   # these, whatever the CSV holds
-    python tests/census/census.py --tables             # docs/attention-families.md and the README's matrix from the CSV
+    python tests/census/census.py --tables             # the tables of docs/ from the CSV
 
 What this package says of a model is not believed: a probe that shares no code with the self-test runs every layer
 again on its own input and asks autograd (where a backend has no backward, finite changes) which tokens reach which. A
@@ -437,7 +437,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--only", type=lambda text: text.split(","), help="families, tried again")
-    parser.add_argument("--tables", action="store_true", help="write docs and README, run nothing")
+    parser.add_argument("--tables", action="store_true", help="write the tables of docs/, run nothing")
     arguments = parser.parse_args()
     if arguments.tables:
         from tables import write_tables

@@ -1,4 +1,4 @@
-"""The census as tables: all families in docs/attention-families.md, the common ones between the marks in README.md."""
+"""The census as tables: all families in docs/attention-families.md, the common ones in docs/attention.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "attention-families.md"
+MATRIX, PAGE = ROOT / "docs" / "attention.md", ROOT / "docs" / "attention-families.md"
 START, END = "<!-- attention-matrix -->", "<!-- /attention-matrix -->"
 COLUMNS = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex", "packed": "packed"}
 COMMON = (
@@ -18,18 +18,18 @@ COMMON = (
 CELLS = {"works": "ok", "encoder": "by itself", "no model": "–"}
 
 
-def write_tables(rows: Sequence[Any], readme: Path = README, page: Path = PAGE) -> None:
+def write_tables(rows: Sequence[Any], matrix: Path = MATRIX, page: Path = PAGE) -> None:
     """Both files from the rows of the CSV.
 
     Raises:
-        ValueError: no rows; a README without its marks.
+        ValueError: no rows; a page without its marks.
     """
     if not rows:
         raise ValueError("the census is empty: run `make census` first")
     families: dict[str, dict[str, Any]] = {}
     for row in rows:
         families.setdefault(row.family, {})[row.backend] = row
-    _between_marks(readme, _table(families, [name for name in COMMON if name in families]))
+    _between_marks(matrix, _table(families, [name for name in COMMON if name in families]))
     version = rows[-1].transformers
     page.write_text(
         f"# Attention, family by family\n\n{len(families)} text families of transformers {version} as tiny random "

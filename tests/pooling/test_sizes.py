@@ -1,4 +1,4 @@
-"""The default pool beside the backbones that README names."""
+"""The default pool beside the backbones that docs/pools.md names."""
 
 from __future__ import annotations
 

@@ -1,0 +1,55 @@
+"""What mkdocs does not do by itself: pages that may be there or not, mathematics without a script.
+
+Formulas are written as LaTeX between dollars, which GitHub shows too; here they become MathML when the site is built,
+so that a reader's browser loads nothing for them.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+
+OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_config(config: Any) -> Any:
+    """The navigation without what is not there, and with what nobody listed."""
+    there = {path.name for path in Path(config.docs_dir).glob("*.md")}
+    listed = set(_pages(config.nav))
+    config.nav = _present(config.nav, there)
+    if others := sorted(there - listed):
+        config.nav.append({"More": others})
+    return config
+
+
+def _pages(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in _pages(entry)]
+
+
+def _present(nav: Any, there: set[str]) -> Any:
+    if isinstance(nav, dict):
+        return {name: _present(entry, there) for name, entry in nav.items()}
+    if isinstance(nav, list):
+        return [_present(entry, there) for entry in nav if not isinstance(entry, str) or entry in there]
+    return nav
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to files of the repository, which the site does not hold, as their texts."""
+    return OUTSIDE.sub(r"\1", markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    return FORMULA.sub(lambda found: _mathml(found[3], "block" if found[2] == "[" else "inline"), content)
+
+
+def _mathml(latex: str, display: str) -> str:
+    made = convert(html.unescape(latex), display=display)
+    return f'<div class="formula">{made}</div>' if display == "block" else made
