@@ -191,7 +191,7 @@ def test_every_public_name_has_its_place():
 def test_every_design_and_command_is_named():
     readme, page = ((ROOT / name).read_text(encoding="utf8") for name in ("README.md", "docs/commands.md"))
     assert [name for name in mlpool.DESIGNS if f"| `{name}`" not in readme] == []
-    assert [name for name in COMMANDS if f"| `mlpool {name} " not in page] == []
+    assert [name for name in COMMANDS if f"| `mlpool {name}" not in page] == []
 
 
 def messages() -> str:
