@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .rows import NORM_EPS, Norm, _begin, _factor, _inverse_deviation, _scale, _shift, place
-from .runtime import ceil_div, dot_options, jit, power_of_2, product_by_head, tl
+from .runtime import capability, ceil_div, dot_options, jit, power_of_2, product_by_head, tl
 from .tiles import tile
 
 # So many programs fill a large GPU (132 multiprocessors).
@@ -180,7 +180,7 @@ def attend_one_launch(
     (batch, num_keys, hidden), columns = x0.shape, queries.shape[0]
     keys, attention = (x0.new_empty(batch, num_keys, width, dtype=dtype) for width in (hidden, columns))
     mixed = None if norm.mix is None else x0.new_empty(batch, hidden, dtype=torch.float32)
-    t, block_l = _attend_tile(batch, num_keys, columns, hidden, dtype)
+    t, block_l = _attend_tile(batch, num_keys, columns, hidden, dtype, capability(x0))
     blocks, block_s = ceil_div(columns, t["BLOCK_N"]), min(power_of_2(hidden, 16), max(16, SUM_NUMBERS // block_l))
     with torch.cuda.device_of(x0):
         _attend_kernel[(batch * blocks,)](
@@ -204,11 +204,13 @@ def _holds(keys: int, columns: int, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and scores <= tile("attend_text")["NUMBERS"]
 
 
-def _attend_tile(batch: int, keys: int, columns: int, hidden: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+def _attend_tile(
+    batch: int, keys: int, columns: int, hidden: int, dtype: torch.dtype, gpu: int | None
+) -> tuple[dict[str, int], int]:
     """The tile, and how many keys it has."""
     block_l = power_of_2(keys, 16)
     if batch < MANY_TEXTS or not _holds(keys, columns, dtype):
-        return tile("attend", hidden, wide=dtype == torch.float32), block_l
+        return tile("attend", hidden, wide=dtype == torch.float32, capability=gpu), block_l
     t = tile("attend_text", hidden)
     del t["NUMBERS"]
     return t | {"BLOCK_N": power_of_2(columns, 16)}, block_l

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from .runtime import power_of_2
+
 KEYS = ("absorbed", "plain")
 VALUES = ("early", "absorbed", "late")
 LAUNCHES = ("one", "two")
@@ -31,7 +33,7 @@ CHOICES = {
 STEPS = ("scores, softmax", "values, mixing", "feed-forward, mean")
 
 # What the kernels can hold in one tile: the keys of a text, its latents, the numbers of a head.
-ONE_LAUNCH_KEYS, MIX_LATENTS, MIX_HEAD_DIM = 128, 128, 128
+ONE_LAUNCH_KEYS, MIX_LATENTS, MIX_HEAD_DIM, MIX_SCORES = 128, 128, 128, 8192
 # Without fitted rates: one launch re-reads a text's rows for every block of columns, which is worth it up to this many
 # scores per key.
 ONE_LAUNCH_COLUMNS = 1024
@@ -172,8 +174,9 @@ def reference_flops(s: Sizes) -> dict[str, int]:
 
 def by_heads(s: Sizes, plan: Plan) -> bool:
     """Whether the mix kernel takes V and Wo and makes VO itself, head by head."""
+    scores = power_of_2(s.keys, 16) * power_of_2(s.latents, 16)  # of a head, held whole in the backward pass
     fits = s.keys <= ONE_LAUNCH_KEYS and s.latents <= MIX_LATENTS and s.head_dim <= MIX_HEAD_DIM
-    return plan.mix == "kernel" and plan.values == "early" and fits
+    return plan.mix == "kernel" and plan.values == "early" and fits and scores <= MIX_SCORES
 
 
 def saved_bytes(s: Sizes, plan: Plan, itemsize: int) -> int:

@@ -42,15 +42,16 @@ TILES: dict[str, list[Tile]] = {
         {"BLOCK_T": 8, "BLOCK_D": 512, "num_warps": 4},
     ],
     "attend": [
-        {"BLOCK_D": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_D": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
         {"BLOCK_D": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
         {"BLOCK_D": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_D": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     ],
     "attend_text": [
         {"BLOCK_D": 32, "NUMBERS": 1 << 14, "num_warps": 8, "num_stages": 2},
     ],
     "norm": [{"NUMBERS": 4096, "num_warps": 4}, {"NUMBERS": 8192, "num_warps": 8}],
-    "norm_backward": [{"NUMBERS": 2048, "num_warps": 4}, {"NUMBERS": 4096, "num_warps": 8}],
+    "norm_backward": [{"NUMBERS": 2048, "num_warps": 8}],
     "sum": [{"BLOCK_P": 32, "BLOCK_N": 64, "num_warps": 4}, {"BLOCK_P": 16, "BLOCK_N": 128, "num_warps": 4}],
     "softmax": [
         {"BLOCK_K": 32, "BLOCK_N": 64, "num_warps": 4},
@@ -95,6 +96,8 @@ TILES: dict[str, list[Tile]] = {
 
 def candidates(kernel: str, capability: int | None) -> list[Tile]:
     """The tiles of `kernel` that suit a GPU: capability 90 for sm_90, None where it is not NVIDIA's."""
+    if kernel == "attend":  # rows at one length spill with eight warps on AMD, with four and small blocks on NVIDIA
+        return TILES[kernel][2:] if capability is None else TILES[kernel][:3]
     if kernel == "contrast":
         return TILES[kernel][1:] if capability is None else TILES[kernel]  # AMD's masks take more than NVIDIA's
     if kernel == "contrast_stages":
