@@ -16,8 +16,8 @@ from mlpool import quantized
 from mlpool.attention import AttentionCheckError, bidirectional, causal, check_attention
 from mlpool.embedder import add_lora, load, merge
 from mlpool.embedder.adapters import dequantize, fingerprint, same_base
-from mlpool.embedder.embedder import _differences
 from mlpool.embedder.identity import identity
+from mlpool.embedder.saved import _differences
 from mlpool.exchange.export import export
 from mlpool.pooling.base import broken_weights
 from mlpool.quantized import QuantizedLinear, is_quantized, parts, quantized_layers

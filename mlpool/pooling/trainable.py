@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checkpoints, report
 from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive
-from .mix import fill_start, start_weights
+from .mix import fill_start, start_weights, unit_rows
 
 # The sizes of the paper's released module.
 PAPER = {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "ff_mult": 4, "residual": False}
@@ -285,6 +285,10 @@ class TrainablePool(Pool):
         if attention is not None:
             attention = attention.unflatten(2, (self.num_heads, self.num_latents)).permute(0, 2, 3, 1)
         return product, y_mean, attention, x0
+
+    def _rows(self, x0: Tensor) -> Tensor:
+        """What the pool reads of X0 [B, n, D]: with residual="mix" every row at the same length."""
+        return x0 if self.mix_weights is None else unit_rows(x0)
 
     def _query_parameters(self) -> list[Tensor]:
         return [self.query_weight, self.key_weight, self.latent_norm_weight, self.latent_norm_bias]

@@ -156,11 +156,6 @@ class InfoNCE(nn.Module):
         most = len(columns[0]["attention_mask"]) * (len(columns) if packed else 1)
         batches = split(group(columns), self.mini_batch_tokens, most, agree if sharded else None, packed)
         again = without_wrapper(self.model)
-        # Reentrant makes no graph the first time, only to throw it away, but a backward for each mini-batch: not where
-        # hooks wait for the one of all (DDP, FSDP2), nor where all share autocast's copy of a weight, and its rounding.
-        mixed = torch.is_autocast_enabled(columns[0]["attention_mask"].device.type)
-        alone = again is self.model and not sharded and not mixed
-        anchor = torch.empty((), requires_grad=True)  # which it wants among its arguments
         keep = len(batches)
         if self.cached and torch.is_grad_enabled():
             check_cacheable(self.model)
@@ -177,8 +172,6 @@ class InfoNCE(nn.Module):
                 keep = -agree(-keep, parts[0].device) if sharded else keep
             elif i < keep:
                 parts.append(embed(texts_of.tensors))
-            elif alone:
-                parts.append(checkpoint(embed, texts_of.tensors, anchor, use_reentrant=True))
             else:
                 # Under FSDP2 to the end, not to the last tensor needed: layers have work to do after their forward.
                 with set_checkpoint_early_stop(not sharded):

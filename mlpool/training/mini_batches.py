@@ -171,13 +171,12 @@ class TokenCounts:
 
 
 def embed_mini_batch(
-    first: list[nn.Module], again: nn.Module, group: Group, texts: list[int], packed: bool, tensors: dict[str, Tensor],
-    _: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    first: list[nn.Module], again: nn.Module, group: Group, texts: list[int], packed: bool, tensors: dict[str, Tensor]
+) -> Tensor:
     """The texts' embeddings [n, D]: the first call by the model in `first`, if there is one, all others by `again`.
 
-    tensors: the group's, given by themselves for `torch.utils.checkpoint`, as the last argument is. Features are copied
-    out for every call: modules write into them.
+    tensors: the group's, given by themselves for `torch.utils.checkpoint`. Features are copied out for every call:
+    modules write into them.
     """
     features = (_packed if packed else _trimmed)(group, texts, tensors)
     model = first.pop() if first else again

@@ -78,7 +78,7 @@ def test_merge_refuses(saved, tmp_path, capsys, monkeypatch):
     refused("already and not empty", "merge", root / "mean-bidirectional", "-o", tmp_path / "full")
     refused("no folder", "merge", tmp_path / "none", "-o", tmp_path / "out")
 
-    def careless(made):
+    def careless(made, *_):
         return shake(merge(made), 0.05)
 
     monkeypatch.setattr("mlpool.embedder.adapters.merge", careless)

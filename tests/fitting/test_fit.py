@@ -331,7 +331,7 @@ def test_the_command(data, tmp_path, capsys):
     [
         ({"candidates": []}, "lacks candidates"),
         ({"candidates": [{"pooler": SMALL}]}, "has no learning_rate"),
-        ({"candidates": [{"pool": "MaxPool", "learning_rate": 1}]}, "no pool 'MaxPool'"),
+        ({"candidates": [{"pool": "AbsentPool", "learning_rate": 1}]}, "no pool 'AbsentPool'"),
         ({"candidates": [{"poolr": {}, "learning_rate": 1}]}, "unknown key in candidates 'poolr'; nearest: pool"),
         ({"candidates": [{"pooler": SMALL, "learning_rate": -1}]}, "learning_rate is -1"),
         ({"candidates": [{"pool": "MeanPool", "learning_rate": 1}]}, "has nothing to train"),
