@@ -240,7 +240,7 @@ def norm_rows_backward_triton(
         # Nothing is of one key alone, and there may be a key a token: the texts share the work, row by row.
         grad, x0 = (t.reshape(-1, 1, shape[2]) for t in (grad, x0))
     batch, num_keys, hidden = x0.shape
-    parts = power_of_2(ceil_div(PROGRAMS, num_keys))
+    parts = power_of_2(min(batch, ceil_div(PROGRAMS, num_keys)))  # a power of two: few sizes to compile for
     drows = grad.new_empty(x0.shape, dtype=x0.dtype)
     of_weight = grad.new_empty(2 + summed, parts, num_keys, hidden, dtype=torch.float32)
     of_mix = None if norm.mix is None else of_weight.new_empty(parts, num_keys)
