@@ -166,7 +166,20 @@ def _pool_backward_op(
         layer_weights, key_norm_weight, key_norm_bias, queries, key_weight, value_weight, output_weight, latents,
         ff_norm_weight, ff_norm_bias, ff_in_weight, ff_in_bias, mix_weights,
     )  # fmt: skip
-    return _backward(du, dy_mean, dattention, x0, key_mask, w, heads, Plan.parse(plan), backend, attention, kept)
+    return _apart(
+        _backward(du, dy_mean, dattention, x0, key_mask, w, heads, Plan.parse(plan), backend, attention, kept)
+    )
+
+
+def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """An op's outputs must not share memory; the sums of one launch (`sums.sum_parts`) do."""
+    seen: set[int] = set()
+    made = []
+    for tensor in tensors:
+        place = tensor.untyped_storage().data_ptr()
+        made.append(tensor.clone() if tensor.numel() and place in seen else tensor)
+        seen.add(place)
+    return made
 
 
 @_pool_backward_op.register_fake
