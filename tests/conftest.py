@@ -105,6 +105,16 @@ def _bfloat16_as_on_a_card() -> Iterator[None]:
     interpreter._convert_float = convert
 
 
+@pytest.fixture(scope="session", autouse=os.environ.get("TRITON_INTERPRET") == "1")
+def _few_programs() -> Iterator[None]:
+    """What fills a GPU is one after the other under the interpreter; a few programs show all that many do."""
+    from mlpool_kernels import rows
+
+    programs, rows.PROGRAMS = rows.PROGRAMS, 16
+    yield
+    rows.PROGRAMS = programs
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every uninitialised tensor holds NaN: what nobody writes shows."""
