@@ -136,7 +136,7 @@ figures: bases small
 	        --tasks sts/sickr --split dev --max-seq-length 64 -o runs/layers-$$base && \
 	    cp runs/layers-$$base/layers_score.png docs/figures/layers-$$base.png || exit 1; done
 
-small:  # rows drawn from the data, in its shape
+small: | $(VENV)/.dev $(FROM)  # rows drawn from the data, in its shape
 	$(PY) examples/small_data.py $(FROM) -o small
 
 journey: | bases/smollm2

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -48,6 +49,18 @@ def seconds(run: Any) -> float:
     began = clock()
     run()
     return clock() - began
+
+
+def in_turns(due: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, round by round; a round before them does what only a first call does."""
+    times: dict[str, list[float]] = {name: [] for name in due}
+    with progress("steps", "step", len(due) * (rounds + 1)) as bar:
+        for turn in range(rounds + 1):
+            for name, step in due.items():
+                took = seconds(step)
+                times[name] += [took] if turn else []
+                bar.update()
+    return times
 
 
 class Step:

@@ -15,12 +15,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from depth import DESIGN, POOL, Step, read, seconds
+from depth import DESIGN, POOL, Step, in_turns, read, seconds
 
 import mlpool
 from mlpool.fitting.states import take_states
 from mlpool.fitting.trials import PoolOnStates
-from mlpool.show import aligned, progress
+from mlpool.show import aligned
 from mlpool.training.losses import InfoNCE
 
 
@@ -56,13 +56,7 @@ def main() -> None:
         taking = seconds(lambda: kept.append(take_states(embedder, texts, Path(folder) / "states")))
         due = {"fit": step_on_states(embedder, kept[0], len(rows))}
         due["train"] = Step(args.base, embedder[0].num_layers, rows, args.tokens)  # type: ignore[operator]
-        times: dict[str, list[float]] = {name: [] for name in due}
-        with progress("steps", "step", len(due) * (args.rounds + 1)) as bar:
-            for turn in range(args.rounds + 1):  # the first does what only a first call does
-                for name, step in due.items():
-                    took = seconds(step)
-                    times[name] += [took] if turn else []
-                    bar.update()
+        times = in_turns(due, args.rounds)
     fit, train = (median(times[name]) for name in ("fit", "train"))
     lines = [["taking states, once", f"{taking:.2f}", ""], ["train", f"{train:.2f}", "1.0x"]]
     lines.append(["fit", f"{fit:.3f}", f"{train / fit:.1f}x"])

@@ -16,10 +16,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from depth import read, seconds
+from depth import in_turns, read
 
 import mlpool
-from mlpool.show import aligned, progress
+from mlpool.show import aligned
 from mlpool.taps import find_layers
 from mlpool.training.losses import InfoNCE
 from mlpool.training.trainer import prepare
@@ -66,13 +66,7 @@ def main() -> None:
     ]
     steps = {way: Step(args, way, [[row[side] for row in rows] for side in ("query", "positive")])
              for way in ("always", "never")}  # fmt: skip
-    times: dict[str, list[float]] = {way: [] for way in steps}
-    with progress("steps", "step", len(steps) * (args.rounds + 1)) as bar:
-        for turn in range(args.rounds + 1):  # the first does what only a first call does
-            for way, step in steps.items():
-                took = seconds(step)
-                times[way] += [took] if turn else []
-                bar.update()
+    times = in_turns(steps, args.rounds)
     lines = []
     for way, step in steps.items():
         counts, calls = step.loss.counts, args.rounds + 1

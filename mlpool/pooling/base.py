@@ -194,13 +194,20 @@ class Pool(nn.Module):
             save_file(tensors, new, metadata={"format": "pt"})
         write_json(directory / CONFIG_NAME, config)
 
+    def rates(self, learning_rate: float | None) -> dict[str, float]:
+        """By what names begin with: `learning_rate` for most, the parts' own in proportion; None: as they are."""
+        own = self.learning_rates
+        if learning_rate is None:
+            return dict(own)
+        return {part: learning_rate * rate / own[""] for part, rate in own.items()} or {"": learning_rate}
+
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """The parameters for an optimizer: `learning_rate` for most, the others' rates in proportion to their own."""
-        own = self.learning_rates or {"": learning_rate}
-        groups: dict[str, list[nn.Parameter]] = {part: [] for part in own}
+        """The parameters for an optimizer, each at its rate of `rates`."""
+        rates = self.rates(learning_rate)
+        groups: dict[str, list[nn.Parameter]] = {part: [] for part in rates}
         for name, parameter in self.named_parameters():
-            groups[max((part for part in own if name.startswith(part)), key=len)].append(parameter)
-        return [{"params": made, "lr": learning_rate * own[part] / own[""]} for part, made in groups.items()]
+            groups[max((part for part in rates if name.startswith(part)), key=len)].append(parameter)
+        return [{"params": made, "lr": rates[part]} for part, made in groups.items()]
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **changes: Any) -> Self:

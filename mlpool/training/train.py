@@ -166,17 +166,13 @@ def training_arguments(config: TrainConfig) -> Any:
 
 def _pool_rate(config: TrainConfig, embedder: Embedder) -> dict[str, float]:
     """Learning rates of the pool's parameters, by patterns of which the later count: its own, or as the config says."""
-    rate, place, pool = config.pooler_learning_rate, r"\bpooler\.pool\.", embedder[1].pool
-    own: Mapping[str, float] = pool.learning_rates  # type: ignore[union-attr, assignment]
+    rate, pool = config.pooler_learning_rate, embedder[1].pool
     if not any(parameter.requires_grad for parameter in embedder[1].parameters()):
         if rate is not None:
             backbone: Any = embedder[0]
             log_once(f"{backbone.design} has no pool to train: pooler_learning_rate is not used")
         return {}
-    if rate is None:
-        return {place + re.escape(name): value for name, value in own.items()}
-    # The parts of a pool keep their proportion.
-    return {place + re.escape(name): rate * value / own[""] for name, value in own.items()} or {place: rate}
+    return {r"\bpooler\.pool\." + re.escape(part): value for part, value in pool.rates(rate).items()}  # type: ignore[union-attr, operator]
 
 
 def plan(config: TrainConfig, embedder: Embedder, mixture: Mixture, steps: Steps, collator: TokenCollator) -> str:
