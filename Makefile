@@ -8,6 +8,7 @@
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
 # make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
 # make plots   the figures of README and docs, and the numbers that they quote, from the CSV files
+# make notebooks  docs/notebooks, run and written anew with their outputs; make test-notebooks runs them and writes nothing
 # make docs    the documentation as a site, into build/docs; nothing in it needs a network
 # make release-check  wheels, built, checked and installed into a fresh environment, where README's commands run
 # make hostile malformed input to every entry point, fifty times as much as in the tests
@@ -198,6 +199,21 @@ docs: .venv-docs/.done
 
 docs-serve: .venv-docs/.done
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
+
+# Run in an environment of their own, on the real base; 4-vllm.py needs vLLM's: make test-vllm.
+.PHONY: notebooks test-notebooks
+NOTEBOOKS = docs/notebooks/1-search.py docs/notebooks/2-design.py docs/notebooks/3-negatives.py
+
+.venv-notebooks/.done: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	touch $@
+
+test-notebooks: .venv-notebooks/.done | bases/smollm2
+	.venv-notebooks/bin/python docs/site/notebooks.py check $(NOTEBOOKS)
+
+notebooks: .venv-notebooks/.done | bases/smollm2
+	.venv-notebooks/bin/python docs/site/notebooks.py run $(NOTEBOOKS)
 
 # What is published, as it is published. RELEASE_PIP: further options of pip, say --find-links of a folder.
 release-check:
