@@ -51,8 +51,7 @@ def test_the_page_has_every_cell_and_plot(path, notebooks):
     assert set(re.findall(r"!\[output\]\((.*?)\)", page)) == set(pictures)
     assert all(content.startswith(b"\x89PNG") for content in pictures.values())
     for target in re.findall(r"\]\(([^):]+)\)", page):
-        place = FOLDER / re.sub(r"\.md$", ".ipynb", target) if "/" not in target else FOLDER / target
-        assert target in pictures or place.exists(), target
+        assert target in pictures or (FOLDER / target).exists(), target
 
 
 WRONG = {
@@ -90,3 +89,20 @@ def test_a_script_without_a_first_cell_is_refused(notebooks):
         notebooks.cells("import json\n# %%\n")
     with pytest.raises(ValueError, match="begins with a cell"):
         notebooks.cells("")
+
+
+def test_new_text_keeps_the_outputs_and_new_code_does_not(notebooks, tmp_path):
+    path = tmp_path / NAMES[0]
+    script = path.with_suffix(".py")
+    path.write_text(NOTEBOOKS[0].read_text(encoding="utf8"))
+    text = NOTEBOOKS[0].with_suffix(".py").read_text(encoding="utf8")
+    script.write_text(text)
+    notebooks.reword(script)
+    assert path.read_text(encoding="utf8") == NOTEBOOKS[0].read_text(encoding="utf8")
+    script.write_text(text.replace("# # ", "# # Other: ", 1))
+    notebooks.reword(script)
+    assert notebooks.faults(path) == []
+    assert notebooks.read(path)[0]["source"].startswith("# Other: ")
+    script.write_text(text + "\n# %%\nprint()\n")
+    with pytest.raises(SystemExit, match="run it"):
+        notebooks.reword(script)

@@ -57,9 +57,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links to files of the repository, which the site does not hold, as their texts."""
+    """Links to what the site does not hold become their texts, those to notebooks lead to the pages."""
     up = "../" * (page.file.src_uri.count("/") + 1)
-    return re.sub(rf"\[([^\]]+)\]\({re.escape(up)}[^)]*\)", r"\1", markdown)
+    markdown = re.sub(rf"\[([^\]]+)\]\({re.escape(up)}[^)]*\)", r"\1", markdown)
+    return re.sub(r"(\]\([\w/-]+)\.ipynb\)", r"\1.md)", markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -2,6 +2,7 @@
 
     python docs/site/notebooks.py run docs/notebooks/1-search.py      execute, and write the .ipynb with its outputs
     python docs/site/notebooks.py check docs/notebooks/1-search.py    execute, and write nothing
+    python docs/site/notebooks.py reword docs/notebooks/1-search.py   put new text into the .ipynb; its outputs stay
 
 A cell tagged "claims" holds what the text of a notebook says as assertions: it is executed, and is not in the .ipynb.
 For the site a notebook becomes a page of Markdown with its plots as files beside it (hooks.py), with nothing that a
@@ -104,11 +105,11 @@ def _text(output: dict[str, Any]) -> str:
 
 
 def page(path: Path) -> tuple[str, dict[str, bytes]]:
-    """A notebook as Markdown, and its pictures by their names; links to notebooks lead to their pages."""
+    """A notebook as Markdown, and its pictures by their names."""
     parts, pictures = [], {}
     for cell in read(path):
         if cell["cell_type"] == "markdown":
-            parts.append(re.sub(r"\]\(([\w-]+)\.ipynb\)", r"](\1.md)", cell["source"]))
+            parts.append(cell["source"])
             continue
         parts.append(f"```python\n{cell['source']}\n```")
         for output in cell["outputs"]:
@@ -118,9 +119,9 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
                 parts.append(f"![output]({name})")
             elif text := _text(output).rstrip("\n"):
                 parts.append(f"``` {{ .text .output }}\n{text}\n```")
-    title, *rest = parts
-    heading, _, after = title.partition("\n")
-    return "\n\n".join([heading, f"[The notebook]({path.name}) · {after.strip()}", *rest]) + "\n", pictures
+    heading, _, text = parts[0].partition("\n")
+    download = f'<a href="{path.name}" download>The notebook as a file</a>'
+    return "\n\n".join([heading, download, text.strip(), *parts[1:]]) + "\n", pictures
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -134,15 +135,14 @@ def execute(script: Path) -> Any:
 
     os.environ.update(QUIET)
     new = {"code": new_code_cell, "markdown": new_markdown_cell}
-    # Ids by place: random ones would change with every run.
     made = [
-        new[cell.kind](cell.source, id=f"cell-{i}", metadata={"claims": cell.claims})
-        for i, cell in enumerate(cells(script.read_text(encoding="utf-8")), 1)
+        new[cell.kind](cell.source, metadata={"claims": cell.claims})
+        for cell in cells(script.read_text(encoding="utf-8"))
     ]
     notebook = new_notebook(cells=made, metadata={"kernelspec": KERNEL})
     place = {"metadata": {"path": script.parent}}
     try:
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place).execute()
+        NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=place).execute()
     except CellExecutionError as error:
         said = "".join(_text(output) for cell in made for output in cell.get("outputs", ()))
         raise SystemExit(f"{said}\n{script}: {error}") from None
@@ -169,16 +169,42 @@ def publish(notebook: Any, path: Path) -> None:
                 output.execution_count = number
             kept.append(output)
         cell.outputs = kept
+    for number, cell in enumerate(notebook.cells, 1):
+        cell.id = f"cell-{number}"  # by place: a random one would change with every run
     notebook.metadata.language_info = {"name": "python"}
-    path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    _write(path, json.loads(nbformat.writes(notebook)))
+
+
+def reword(script: Path) -> None:
+    """Put a script's text into its .ipynb, whose outputs stay. Raises SystemExit where the code is another."""
+    path = script.with_suffix(".ipynb")
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    wanted = [cell for cell in cells(script.read_text(encoding="utf-8")) if not cell.claims]
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    if [_joined(cell["source"]) for cell in code] != [cell.source for cell in wanted if cell.kind == "code"]:
+        raise SystemExit(f"the code of {script} is not that of {path.name}: run it")
+    ran, made = iter(code), []
+    for number, cell in enumerate(wanted, 1):
+        text = {"cell_type": "markdown", "metadata": {}, "source": cell.source.splitlines(keepends=True)}
+        made.append({**(next(ran) if cell.kind == "code" else text), "id": f"cell-{number}"})
+    notebook["cells"] = made
+    _write(path, notebook)
+
+
+def _write(path: Path, notebook: dict[str, Any]) -> None:
+    """As Jupyter lays it out."""
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "check"))
+    parser.add_argument("what", choices=("run", "check", "reword"))
     parser.add_argument("scripts", nargs="+", type=Path, metavar="NOTEBOOK.py")
     args = parser.parse_args()
     for script in args.scripts:
+        if args.what == "reword":
+            reword(script)
+            continue
         began = time.perf_counter()
         notebook = execute(script.resolve())
         if args.what == "run":
