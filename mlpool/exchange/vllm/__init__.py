@@ -1,8 +1,6 @@
 """vLLM (`vllm serve FOLDER --runner pooling`): what `mlpool export --to vllm` writes, and the plugin that reads it.
 
-`register` is the entry point of the group `vllm.general_plugins`, which vLLM calls in each of its processes. It adds one
-architecture and nothing else, so that models of others are served as if mlpool were not there; what is wrong with a
-folder or a version is said when such a folder is served.
+Of these modules `folder` needs transformers, the others vLLM.
 """
 
 from __future__ import annotations
@@ -18,20 +16,6 @@ FAMILIES = {
     "qwen2": ("qwen2", "Qwen2Model"),
     "qwen3": ("qwen3", "Qwen3Model"),
 }
-
-
-def register() -> None:
-    """Tell vLLM of the architecture; called by vLLM, once or more a process."""
-    from vllm import ModelRegistry
-
-    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:EmbeddingModel")
-    try:
-        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
-        from .config import EmbeddingConfig
-    except ImportError:  # another version: the model itself says so, and only where it is served
-        return
-    MODELS_CONFIG_MAP[ARCHITECTURE] = EmbeddingConfig
 
 
 def check_version() -> None:

@@ -92,7 +92,7 @@ def _check_family(embedder: Embedder, config: Any) -> None:
         )
     if not backbone.include_prompt and not isinstance(embedder[1].pool, EosPool):
         raise ValueError(
-            "include_prompt=False leaves the prompt's tokens out of the mean, and a server gets prompt and text as one; "
+            "include_prompt=False leaves the prompt's tokens out of the mean, and to a server both are one text; "
             "train with include_prompt=True, or serve in Python"
         )
 
@@ -126,6 +126,8 @@ def _verify(embedder: Embedder, stage: Path) -> float:
         ours = backbone.token_ids([probe]).ids[0].tolist()
         theirs = tokenizer(probe, truncation=True).input_ids
         if ours != theirs:
-            raise RuntimeError(f"not exported: the saved tokenizer gives {theirs[:8]} for {probe[:40]!r}, not {ours[:8]}")
+            raise RuntimeError(
+                f"not exported: the saved tokenizer gives {theirs[:8]} for {probe[:40]!r}, not {ours[:8]}"
+            )
     again = reload(embedder, stage)
     return agreement(embedder, again._probe(), embedder._probe, "not exported: the folder's embeddings differ")

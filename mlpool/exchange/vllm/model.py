@@ -67,7 +67,9 @@ direct_register_custom_op(
 def _keep_out_of_graphs(compilation: Any) -> None:
     """The operation reads which texts are in the batch, and a recorded CUDA graph would replay those of another."""
     if compilation.cudagraph_mode.has_full_cudagraphs():
-        raise ValueError(f"cudagraph_mode {compilation.cudagraph_mode.name} records whole forwards; take PIECEWISE or NONE")
+        raise ValueError(
+            f"cudagraph_mode {compilation.cudagraph_mode.name} records whole forwards; take PIECEWISE or NONE"
+        )
     operation = "::".join(_OPERATION)
     if compilation.splitting_ops and operation not in compilation.splitting_ops:
         compilation.splitting_ops.append(operation)
@@ -138,7 +140,7 @@ class EmbeddingModel(nn.Module, SupportsPP, VllmModelForPooling):
         output = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
         if isinstance(output, IntermediateTensors):
             if rows.shape[1]:
-                # As many rows as tokens, which the next stage cuts it to; a copy, since it is sent beside the next batch.
+                # Cut to the tokens, as the next stage will cut it; a copy, since it is sent beside the next batch.
                 output.tensors[_ROWS] = rows[: output["hidden_states"].shape[0]].clone()
         elif self.normed_slot is not None and found is not None:
             _pool_into(rows, self.normed_slot, output, *found)
@@ -210,7 +212,7 @@ class DesignPooler(Pooler):
 
 
 def _skip(offsets: Tensor, total: int, count: int) -> Tensor | None:
-    """Token mask [total] that leaves out each text's first `count` tokens, but never its last; None where count is 0."""
+    """Token mask [total] without each text's first `count` tokens, but with its last; None where count is 0."""
     if not count:
         return None
     lengths = offsets.diff()
