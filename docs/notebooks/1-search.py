@@ -119,7 +119,7 @@ def recall(embedder) -> np.ndarray:
 base = "../../bases/smollm2"
 curves = {"all-MiniLM-L6-v2, an encoder trained to embed": recall(embedder)}
 for design in ("multi-layer-causal-mean", "eos-causal"):
-    curves[f"SmolLM2 untrained, {design}"] = recall(mlpool.load(base, design=design, max_seq_length=48))
+    curves[f"SmolLM2 untrained, {design}"] = recall(mlpool.load(base, design=design, max_seq_length=32))
 figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
 for name, curve in curves.items():
     axes.plot(range(1, 21), curve, marker="o", markersize=3, label=name)
