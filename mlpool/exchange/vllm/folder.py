@@ -52,14 +52,18 @@ def export_vllm(embedder: Embedder, path: str | Path) -> float:
     if path.suffix == ".pt2":
         raise ValueError(f"for vLLM a folder is written, and {path} is named like a file; see --format torch")
     with embedder.undisturbed(), staged(path) as stage:
-        embedder.save(stage)
+        embedder.save(stage, verify=False)  # which `_verify` does, when all is written
         tokenizer = _self_contained(backbone.texts)
         tokenizer.model_max_length = backbone.max_seq_length
         tokenizer.save_pretrained(stage)
         made = read_json(stage / "config.json")
-        made |= {"architectures": [ARCHITECTURE], SECTION: _section(embedder, stage)}
+        # Without the second vLLM refuses every request of fewer `dimensions`.
+        made |= {"architectures": [ARCHITECTURE], "is_matryoshka": True, SECTION: _section(embedder, stage)}
         if window_of(config) is not None and window_of(config) >= backbone.max_seq_length:
-            made |= {"sliding_window": None}  # no text reaches its end
+            # No text reaches its end. vLLM takes no mixture of layers with and without one from some families.
+            without = {"sliding_window": None, "use_sliding_window": False}
+            without["layer_types"] = ["full_attention"] * backbone.num_layers
+            made |= {name: value for name, value in without.items() if name in made}
         write_json(stage / "config.json", made)
         write_json(stage / "sentence_bert_config.json", {  # where vLLM looks for the limit
             "max_seq_length": backbone.max_seq_length, "do_lower_case": False,
