@@ -181,7 +181,7 @@ def test_what_is_not_served(tmp_path, monkeypatch):
 
 
 class Server:
-    """vLLM's server on a folder. It is not compiled, which `test_compiled` is: to compile takes longer than all else."""
+    """vLLM's server on a folder; not compiled, as in `test_compiled`, since that takes longer than all else."""
 
     def __init__(self, folder: Path, log: Path) -> None:
         with socket.socket() as free:
