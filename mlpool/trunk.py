@@ -11,7 +11,7 @@ from torch import nn
 _LIST_NAMES = ("layers", "layer", "h", "block", "blocks")
 
 
-def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def find_layers(model: nn.Module) -> tuple[Any, nn.ModuleList]:
     """Find a model's trunk and its layers.
 
     The layers are the ModuleList named `layers`, `layer`, `h`, `block` or `blocks` with as many entries as the

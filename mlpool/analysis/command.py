@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="DIR", help="write CSV files and plots")
 
 
-def run(args: argparse.Namespace) -> int | None:
+def run(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < FEWEST:
         raise ValueError(f"--limit must be at least {FEWEST}, got {args.limit}")
     if args.tasks and not args.local:
@@ -118,7 +118,6 @@ def run(args: argparse.Namespace) -> int | None:
         print(_depth(model, scores, every, used))
     if args.output:
         print("wrote", *(report or scores).save(args.output), file=sys.stderr)  # type: ignore[union-attr]
-    return None
 
 
 def _tasks(args: argparse.Namespace) -> list[Any]:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
 
 from ..files import write_csv
 from ..show import aligned
@@ -19,9 +20,6 @@ from .correlation import Correlations
 from .profiles import PoolProfile, reader_of
 from .scores import LayerScores, Pairs, Scorer
 from .states import FEWEST, poolings_of, windows
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger("mlpool")
 

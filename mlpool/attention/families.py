@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from ..version import need
+
 FLOOR = (5, 17)
 PACKED, PACKED_MARK = "mlpool_packed", "_mlpool_packed"  # the backend; what `pack` leaves on a trunk
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", PACKED)
@@ -111,10 +113,7 @@ def warning_of(config: Any) -> str:
 
 def require_transformers() -> Any:
     """transformers, or an ImportError that says what to install."""
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("mlpool.attention patches Hugging Face models: pip install 'mlpool[st]'") from error
+    transformers = need("transformers", "mlpool.attention patches Hugging Face models: pip install 'mlpool[st]'")
     version, floor = transformers.__version__, ".".join(map(str, FLOOR))
     if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
         raise ImportError(

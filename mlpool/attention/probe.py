@@ -61,13 +61,12 @@ class LayerReport:
 class Probe:
     """Two batches, and what the hooks around every layer do with them."""
 
-    def __init__(self, trunk: nn.Module, layers: nn.ModuleList, give_positions: bool):
+    def __init__(self, trunk: Any, layers: nn.ModuleList, give_positions: bool):
         self.trunk, self.layers = trunk, layers
-        config: Any = trunk.config
         self.packed = PACKED_MARK in trunk.__dict__  # the backend alone, without `pack`, takes padded batches
-        self.give_positions = give_positions and family_of(config).text_positions
+        self.give_positions = give_positions and family_of(trunk.config).text_positions
         # flash-attention counts a window without its end, the others with it
-        self.reach = max((window_of(config) or _LONG) - 1, 1)
+        self.reach = max((window_of(trunk.config) or _LONG) - 1, 1)
         self.generator = torch.Generator().manual_seed(0)
         self.reports = [LayerReport() for _ in layers]
         self.input_errors: dict[str, float] = {}
@@ -244,9 +243,8 @@ class Probe:
         answering = max(_change_of(first[0], other) for other in first[1:_EXACT])
         erring = max(error_of(text, self.outputs[index], added) for text in texts)
         if not max(answering, erring) <= _MOST_NOISE:
-            config: Any = self.trunk.config
             raise AttentionCheckError(
-                f"{getattr(config, 'model_type', '?')}: layer {index} is quantised so coarsely that a text differs by "
+                f"{family_name(self.trunk)}: layer {index} is quantised so coarsely that a text differs by "
                 f"{max(answering, erring):.1e} for rounding and its company in the batch alone (its attention can be "
                 f"tested up to {_MOST_NOISE}); take more bits, or quantise the weights only"
             )
@@ -270,11 +268,10 @@ def embedding_table(trunk: nn.Module) -> nn.Embedding:
     )
 
 
-def ordinary_tokens(trunk: nn.Module, count: int, generator: torch.Generator) -> Tensor:
+def ordinary_tokens(trunk: Any, count: int, generator: torch.Generator) -> Tensor:
     """[count] random tokens of the vocabulary, none of them special."""
-    config: Any = trunk.config
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
-    size = getattr(config, "vocab_size", None) or embedding_table(trunk).num_embeddings
+    special = {getattr(trunk.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
+    size = getattr(trunk.config, "vocab_size", None) or embedding_table(trunk).num_embeddings
     drawn = torch.randint(size, (64 + count,), generator=generator).tolist()
     return torch.tensor([token for token in drawn if token not in special][:count])
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from ..quantized import forget, is_quantized, parts, unpack_layers
+from ..version import need
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-E = TypeVar("E", bound="SentenceTransformer")
+E = TypeVar("E", bound=SentenceTransformer)
 
 # The paper's: attention and feed-forward of Llama, Mistral and Qwen.
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -212,8 +211,4 @@ def _commit(model: Any) -> str | None:
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("LoRA needs peft: pip install 'mlpool[train]'") from error
-    return peft
+    return need("peft", "LoRA needs peft: pip install 'mlpool[train]'")

@@ -169,11 +169,10 @@ class Backbone(InputModule):
     def _set_attention(self) -> None:
         require_transformers()
         trunk, layers = find_layers(self.model)
-        config: Any = trunk.config
         encoder = is_encoder(trunk, layers)
-        self._takes_cache = hasattr(config, "use_cache") and not encoder
+        self._takes_cache = hasattr(trunk.config, "use_cache") and not encoder
         self._counts_padding = _counts_padding(trunk)
-        self.hidden_size: int = config.hidden_size
+        self.hidden_size: int = trunk.config.hidden_size
         self.num_layers = len(layers)
         if self._design.attention == "bidirectional":
             if not encoder:
@@ -181,7 +180,7 @@ class Backbone(InputModule):
         elif encoder:
             fitting = ", ".join(name for name, design in DESIGNS.items() if design.attention == "bidirectional")
             raise ValueError(
-                f"{self.design} needs a causal decoder, and {config.model_type} is an encoder, which reads both "
+                f"{self.design} needs a causal decoder, and {trunk.config.model_type} is an encoder, which reads both "
                 f"directions; choose one of {fitting}"
             )
         elif claims_bidirectional(trunk, layers):
@@ -220,8 +219,7 @@ class Backbone(InputModule):
     def _limit(self) -> int | None:
         """The smaller of the tokenizer's and the model's limit."""
         trunk, _ = find_layers(self.model)
-        config: Any = trunk.config
-        positions = getattr(config, "max_position_embeddings", None) or 0
+        positions = getattr(trunk.config, "max_position_embeddings", None) or 0
         limits = [limit for limit in (self.texts.limit(), positions - _position_offset(trunk)) if limit and limit > 0]
         return min(limits, default=None)
 

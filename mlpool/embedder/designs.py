@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..pooling import EosPool, LastLayerPool, LayerWeightsPool, MeanPool, MultiLayerPool
-from ..pooling.base import TOKEN_POOLINGS, Pool, check_choice
-from ..pooling.registry import absent, announced, package_of, register_pool
+from ..pooling.base import TOKEN_POOLINGS, Pool, check_choice, package_of
+from ..pooling.registry import absent, announced, register_pool
 
 GROUP = "mlpool.designs"
 

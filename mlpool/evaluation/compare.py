@@ -311,7 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, metavar="DIR", help="write tables (Markdown, CSV) and a forest plot")
 
 
-def run(args: argparse.Namespace) -> int | None:
+def run(args: argparse.Namespace) -> None:
     found = compare(
         args.results, args.baseline, alpha=args.alpha, permutations=args.permutations, seed=args.seed, split=args.split
     )
@@ -320,4 +320,3 @@ def run(args: argparse.Namespace) -> int | None:
     print(found)
     if args.output:
         print("wrote", *found.save(args.output), file=sys.stderr)
-    return None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..files import read_json, replacing, write_json
 from ..quantized import parts
+from ..version import need
 from .tokens import Tokens, select_tokens
 
 logger = logging.getLogger("mlpool")
@@ -185,9 +186,8 @@ class Pool(nn.Module):
         save_file = _safetensors().save_file
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        package = type(self).__module__.partition(".")[0]
         # Of a pool of somebody's own the package is named, so that a machine without it can say what it lacks.
-        origin = {} if package == __name__.partition(".")[0] else {"package": package}
+        origin = {"package": package} if (package := package_of(type(self))) else {}
         config = {"pool": type(self).__name__, **origin, **self.config()}
         tensors = {name: t.detach().contiguous().cpu() for name, t in self.state_dict().items()}
         with replacing(directory / WEIGHTS_NAME) as new:
@@ -234,11 +234,7 @@ class Pool(nn.Module):
                 raise ValueError(
                     f"{directory / CONFIG_NAME}: unknown key {name!r}{near}; edited, or written by a newer mlpool"
                 )
-        st = _safetensors()
-        try:
-            state = st.load_file(directory / WEIGHTS_NAME)
-        except Exception as error:
-            raise ValueError(f"{directory / WEIGHTS_NAME} cannot be read, is it cut short? ({error})") from error
+        state = load_tensors(directory / WEIGHTS_NAME)
         try:
             pool = cls(**{**cls.older, **config, **changes})
         except (ValueError, TypeError) as error:
@@ -248,6 +244,12 @@ class Pool(nn.Module):
 
     def _finish(self, embedding: Tensor) -> Tensor:
         return unit(embedding, getattr(self, "backend", "auto")) if self.normalize else embedding
+
+
+def package_of(pool: type[Pool]) -> str | None:
+    """The package a pool comes from; None for ours."""
+    package = pool.__module__.partition(".")[0]
+    return None if package == __name__.partition(".")[0] else package
 
 
 def load_checked(pool: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -290,9 +292,14 @@ def broken_weights(module: nn.Module) -> list[str]:
     return found
 
 
-def _safetensors() -> Any:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; ValueError where it is none."""
+    module = _safetensors()
     try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("saving and loading need safetensors: pip install safetensors") from error
-    return safetensors.torch
+        return module.load_file(path)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
+
+
+def _safetensors() -> Any:
+    return need("safetensors.torch", "saving and loading need safetensors: pip install safetensors")

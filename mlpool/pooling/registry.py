@@ -79,11 +79,5 @@ def absent(kind: str, name: str, package: str, group: str) -> str:
     )
 
 
-def package_of(pool: type[Pool]) -> str | None:
-    """The package a pool comes from; None for ours."""
-    package = pool.__module__.partition(".")[0]
-    return None if package == __name__.partition(".")[0] else package
-
-
 def place_of(pool: type[Pool]) -> str:
     return f"{pool.__module__}.{pool.__qualname__}"
