@@ -18,7 +18,6 @@ import pytest
 import yaml
 from docs_blocks import PAGES, ROOT, Command, blocks, commands, shell_lines
 
-pytest.importorskip("peft")
 pytest.importorskip("datasets")
 
 import mlpool

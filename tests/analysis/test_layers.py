@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("sentence_transformers", reason="needs sentence-transformers: pip install 'mlpool[st]'")
 scipy_stats = pytest.importorskip("scipy.stats", reason="needs scipy: pip install 'mlpool[eval]'")
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'mlpool[eval]'")
 

@@ -9,7 +9,6 @@ from tiny import TEXTS, embedder, shake
 
 from mlpool.embedder import DESIGNS, add_lora, merge
 
-pytest.importorskip("peft")
 FORMS = ("full", "adapter", "merged")
 LOADS = """
 import sys

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 pytest.importorskip("datasets")
-pytest.importorskip("peft")
 pytest.importorskip("mteb")
 
 import pyarrow as pa

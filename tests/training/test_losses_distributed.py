@@ -16,8 +16,6 @@ from mlpool.training.teacher import Teacher
 
 WORLD, B = 2, 4
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-
 OPTIONS = [
     {},
     {"symmetric": True, "matryoshka_dims": [32, 8], "false_negatives": "margin", "margin": 0.0},
@@ -189,4 +187,4 @@ def work(rank: int, path: str) -> None:
 
 
 def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(work, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD)
+    torch.multiprocessing.start_processes(work, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD, start_method="fork")
