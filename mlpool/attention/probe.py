@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..pooling.base import running_dtype
 from ..quantized import is_quantized, parts
 from ..show import some
 from ..taps import _MARK as _TAPS
@@ -332,8 +333,7 @@ def _size(tensor: Tensor) -> float:
 
 
 def precision_of(output: Tensor) -> torch.dtype:
-    device = output.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
+    dtype = running_dtype(output)
     return dtype if dtype in AGREE else torch.bfloat16
 
 

@@ -19,7 +19,7 @@ from ..attention.families import backend_of, family_of, require_transformers
 from ..attention.packed import _position_offset, is_packed, pack, unpack
 from ..attention.probe import embedding_table, text_positions
 from ..files import read_json
-from ..pooling.base import check_choice, check_positive, check_token_pooling, log_once
+from ..pooling.base import check_choice, check_positive, check_token_pooling, log_once, running_dtype
 from ..quantized import made_on_loading, quantization_config
 from ..schema import arguments, check, section
 from ..taps import Taps
@@ -189,7 +189,7 @@ class Backbone(InputModule):
     def arrange(self) -> None:
         """Pack or unpack the model as its device and precision suit; by forward, and by trainers before they shard."""
         weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        dtype = _running_dtype(weight)
+        dtype = running_dtype(weight)
         now = (weight.device, dtype, self.packing)
         with self._one_at_a_time:
             if self._arranged_for == now:
@@ -326,8 +326,3 @@ class _Lock:
 
     def __reduce__(self) -> Any:
         return _Lock, ()
-
-
-def _running_dtype(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

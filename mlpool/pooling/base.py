@@ -31,6 +31,12 @@ def log_once(message: str) -> None:
     logger.warning(message)
 
 
+def running_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision of products with a tensor: autocast's where that is on."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checkpoints, report
-from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive
+from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive, running_dtype
 from .mix import fill_start, start_weights, unit_rows
 
 # The sizes of the paper's released module.
@@ -134,8 +134,7 @@ class TrainablePool(Pool):
     # --- weights folded once per update --------------------------------------------------------------------------
 
     def _compute_dtype(self) -> torch.dtype:
-        device = self.latents.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.ff_in_weight.dtype
+        return running_dtype(self.ff_in_weight)
 
     def _sizes(self, batch: int, keys: int) -> Sizes:
         return Sizes(

@@ -142,16 +142,10 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
 
 def untrained(train: dict[str, Any]) -> Any:
     """The embedder at step 0, as a training would begin with it."""
-    from ..embedder import add_lora, load
     from ..training.config import read_config
-    from ..training.trainer import prepare
+    from ..training.train import begin
 
-    config = read_config({**train, "output_dir": "unused"})
-    embedder = load(config.model, **config.options)
-    if config.lora is not None:
-        add_lora(embedder, **config.lora)
-    prepare(embedder)
-    return embedder
+    return begin(read_config({**train, "output_dir": "unused"}))
 
 
 def count_parameters(embedder: Any) -> dict[str, int]:

@@ -86,10 +86,7 @@ def train(
             source.pairs = teacher.number(source.pairs)
     evaluator = _dev(config.dev)
     set_seed(arguments.seed)  # before the pool and LoRA are drawn
-    embedder = load(config.model, **config.options)
-    if config.lora is not None:
-        add_lora(embedder, **config.lora)
-    prepare(embedder)
+    embedder = begin(config)
     with arguments.main_process_first(desc="tokenizing"):  # the others find what it kept
         collator = collate_kept(embedder, mixtures, config.data.get("cache_dir"))
     if first:
@@ -125,6 +122,15 @@ def train(
         if first:
             print(f"{output}: {loss.counts}", flush=True)
     trainer.accelerator.unwrap_model(embedder, keep_fp32_wrapper=False)  # of its autocast: it embeds as if loaded
+    return embedder
+
+
+def begin(config: TrainConfig) -> Embedder:
+    """The embedder at step 0."""
+    embedder = load(config.model, **config.options)
+    if config.lora is not None:
+        add_lora(embedder, **config.lora)
+    prepare(embedder)
     return embedder
 
 
