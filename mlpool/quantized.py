@@ -163,8 +163,7 @@ def _can_be_reversed(conversion: Any) -> bool:
 def unpack_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Put a plain linear layer, frozen, in the place of each quantised one; returns those with their names.
 
-    Raises:
-        ValueError: a weight that is quantised in a way that cannot be undone here (named).
+    ValueError where one is quantised in a way that cannot be undone here (named).
     """
     taken = quantized_layers(model)
     for name, layer in taken:

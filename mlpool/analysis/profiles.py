@@ -102,9 +102,6 @@ def pool_profile(embedder: SentenceTransformer, texts: Sequence[str], **options:
 
     Args:
         options: of `embedder.encode`: prompt, token_budget, show_progress_bar, …
-
-    Raises:
-        ValueError: no texts.
     """
     if not len(texts):
         raise ValueError("no texts: a profile is an average over some")

@@ -92,11 +92,7 @@ def flagged(config: Any) -> bool:
 
 
 def require_text_model(model: nn.Module, trunk: nn.Module) -> None:
-    """Refuse wrappers around a text model.
-
-    Raises:
-        ValueError: naming the wrapper, and the text model in it.
-    """
+    """ValueError for a wrapper around a text model, which is named."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "get_text_config") and config.get_text_config() is not config:
@@ -124,11 +120,7 @@ def require_transformers() -> Any:
 
 
 def check_backend(config: Any) -> None:
-    """Refuse an attention backend that is unknown, or that this family cannot use.
-
-    Raises:
-        ValueError: naming family, backend and reason.
-    """
+    """ValueError for an attention backend that is unknown, or that this family cannot use; with the reason."""
     backend, name = backend_of(config), getattr(config, "model_type", "?")
     if backend not in BACKENDS:
         raise ValueError(

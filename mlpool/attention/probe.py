@@ -253,11 +253,7 @@ class Probe:
 
 
 def embedding_table(trunk: nn.Module) -> nn.Embedding:
-    """The token embeddings.
-
-    Raises:
-        ValueError: there is no one table of them.
-    """
+    """The token embeddings; ValueError where there is no one table of them."""
     with suppress(NotImplementedError, AttributeError):
         table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
         if isinstance(getattr(table, "weight", None), Tensor):
@@ -284,11 +280,7 @@ def device_of(trunk: nn.Module) -> torch.device:
 
 
 def require_weights(trunk: nn.Module) -> None:
-    """Refuse a model on the meta device.
-
-    Raises:
-        ValueError: saying so.
-    """
+    """ValueError for a model on the meta device."""
     offloaded = any(hasattr(module, "_hf_hook") for module in trunk.modules())  # whose weights come when they are used
     if not offloaded and any(parameter.is_meta for parameter in trunk.parameters()):
         raise ValueError(

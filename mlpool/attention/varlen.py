@@ -71,11 +71,7 @@ running: ContextVar[PackedCall | None] = ContextVar("mlpool_packed_call", defaul
 
 
 def register() -> None:
-    """Make `attn_implementation="mlpool_packed"` known to transformers.
-
-    Raises:
-        ImportError: transformers is missing or older than 5.17.
-    """
+    """Make `attn_implementation="mlpool_packed"` known to transformers; ImportError as of `require_transformers`."""
     transformers = require_transformers()
     # Both: without its mask function padding would be attended to.
     transformers.AttentionInterface.register(PACKED, packed_attention)

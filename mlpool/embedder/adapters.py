@@ -151,11 +151,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def load_adapter(model: nn.Module, name: str, place: dict[str, Any]) -> None:
-    """Put the saved adapter of a folder or Hub name on a base model, trainable as after `add_lora`.
-
-    Raises:
-        ValueError: it does not fit the model.
-    """
+    """Put the saved adapter of a folder or Hub name on a base model, trainable as after `add_lora`; or a ValueError."""
     _peft()
     place = {key: value for key, value in place.items() if value}
     conversions = model.__dict__.get("_weight_conversions")

@@ -127,12 +127,13 @@ def gather(
     Args:
         hidden_states: L tensors [B, T, D] (packed: [total, D] or [1, total, D]), any floating dtype; taken as they
             are, so leave out the embedding (`hidden_states[1:]`) if it is not to be pooled.
-        attention_mask: [B, T], 1 is text; left, right or no padding.
+        attention_mask: [B, T] bool, integer or float of 0 and 1; 1 is text; left, right or no padding.
         token_pooling: "last", "mean" (accumulated in float32), or "unit_mean": every token is brought to unit length
             (L2) before the mean, so that no massive activation drowns a text. Tokens of zeros add nothing and get no
             gradient. The rows' norm is then at most 1; a pool that wants another scale multiplies.
-        token_mask: like attention_mask; 0 also leaves a token out (BOS, instruction tokens).
-        cu_seqlens: [B+1] integer offsets instead of attention_mask, for packed states.
+        token_mask: like attention_mask ([total] when packed); 0 also leaves a token out (BOS, instruction tokens).
+        cu_seqlens: [B+1] integers instead of attention_mask, for packed states: text b has the rows cu_seqlens[b] …
+            cu_seqlens[b+1]-1.
         skip_tokens: how many of each text's first tokens (of those that the model reads, whatever token_mask says) are
             left out of a mean; an attention sink is one.
         backend: "auto" (Triton on a GPU, torch for float64), "triton" or "torch".

@@ -171,11 +171,7 @@ class Mixture:
 
 
 def load_mixture(data: Mapping[str, Any], which: Literal["train", "eval"] = "train") -> Mixture:
-    """The pairs of a config's `data`, loaded and checked by `load_pairs`.
-
-    Raises:
-        ValueError: as of `load_pairs` and `read_sources`.
-    """
+    """The pairs of a config's `data`, loaded and checked; errors as of `load_pairs` and `read_sources`."""
     entries = read_sources(data[which], which)
     # A limit is of what is trained on; an evaluation source may have its own.
     options = {name: v for name, v in data.items() if name not in OURS and not (which == "eval" and name == "limit")}

@@ -232,11 +232,7 @@ def _dev(path: str | None) -> Any:
 
 
 def load_scored(path: str | Path) -> list[tuple[str, str, float]]:
-    """sentence1, sentence2 and score of a JSONL file of scored pairs.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: a line without them, named; no line at all.
-    """
+    """sentence1, sentence2 and score of a JSONL file of scored pairs; a line without them is named in the error."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no dev file {path}; expected JSONL with sentence1, sentence2, score")
     rows = []
