@@ -1,7 +1,5 @@
 """The command `mlpool`: each subcommand is a module with `add_arguments` and `run`, imported when it is used."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import logging

@@ -5,8 +5,6 @@ scales), bitsandbytes as integers. Of neither can be asked what is asked of any 
 equal to another. Of the plain tensors that it is made of (`parts`) it can.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping

@@ -3,8 +3,6 @@
 What a section of a config may hold is made from what takes it: a function's signature, a dataclass's fields.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

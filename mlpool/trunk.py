@@ -1,7 +1,5 @@
 """A transformers model's trunk: where its layers are, what its forward takes, and another forward in its place."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from typing import Any

@@ -22,8 +22,6 @@ Score of a layer
     A model cut there (mlpool.load(..., depth=k)) is as fast as the last line says, by the time spent in each layer.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """What `mlpool layers` is given: pairs, texts, and the model."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """How fast a model would be at each depth: one pass over a few texts, timed layer by layer."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Sequence

@@ -16,8 +16,6 @@ Qwen, Phi3, Gemma, OLMo2, Granite, GPT-NeoX, OPT, Falcon are bidirectional again
   peft stands on a causal model, silently. `mlpool.load` of a saved embedder sets the design's attention itself.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

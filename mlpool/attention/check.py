@@ -12,8 +12,6 @@ the embeddings are merely worse. Two short forwards tell. In them, at every laye
   So a fault is found in the layer that makes it, and rounding does not add up over the layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

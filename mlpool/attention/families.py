@@ -4,8 +4,6 @@ A family that is not in the table needs nothing more, or is not known: either wa
 transformers 5.17 and 5.23.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -10,8 +10,6 @@ found beneath it and so sees the packed call, as the layers do; an override of `
 calls `trunk.forward`. A call that is packed already goes through.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import itertools

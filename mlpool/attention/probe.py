@@ -1,7 +1,5 @@
 """The two forwards of the self-test (check.py): what is put into every layer, and what is read from it."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence

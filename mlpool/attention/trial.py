@@ -1,7 +1,5 @@
 """A model tried before and after it is packed: two short texts, which must come out alike."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -15,8 +15,6 @@ by text: batching texts of equal length was measured too and gains nothing on a 
 A model that has this implementation but is not packed by `pack` runs correctly on padded batches, as on sdpa.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import inspect

@@ -1,7 +1,5 @@
 """The nearest of many embeddings, exactly, in bounded memory: piece after piece of what is on the disk."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """LoRA on an embedder's backbone: add, load, merge; and which base model an adapter belongs to."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The first module of an embedder: texts → tokens → transformer → what its design's pool reads."""
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The designs: which attention, which pool. 1 to 5 are the paper's (arXiv 2409.02727), four are controls."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

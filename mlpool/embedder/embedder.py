@@ -1,7 +1,5 @@
 """An embedder: a SentenceTransformer that batches by tokens, runs packed, and never saves what it cannot load."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set

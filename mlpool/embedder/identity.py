@@ -4,8 +4,6 @@ mteb files the results of every local model under one name, so that a second mod
 results are filed under this hash instead.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

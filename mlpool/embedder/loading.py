@@ -1,7 +1,5 @@
 """`mlpool.load`: a base model and a design, or a folder that was saved before, as an embedder."""
 
-from __future__ import annotations
-
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence

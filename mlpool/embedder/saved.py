@@ -1,7 +1,5 @@
 """What was saved of an embedder: loaded again and compared; and its model card."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

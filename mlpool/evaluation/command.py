@@ -1,7 +1,5 @@
 """`mlpool eval`, as it is typed; what evaluates is in evaluate.py."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -5,8 +5,6 @@ averaged over seeds first. Sources: Wilcoxon's test per task type as in arXiv 24
 rank-biserial effect sizes, intervals and tests over items are added (`statistics.py`).
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import statistics as plain

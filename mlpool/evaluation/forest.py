@@ -1,7 +1,5 @@
 """The plot of a comparison: differences with their intervals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

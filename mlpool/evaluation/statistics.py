@@ -4,8 +4,6 @@ Each is exact or holds its level where it is used, at the 1 to 15 data sets of a
 shows by simulation which levels hold, and why the interval is Student's and not a bootstrap.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

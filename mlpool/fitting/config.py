@@ -1,7 +1,5 @@
 """The YAML config of `mlpool fit`: read and checked before anything is loaded, as that of `mlpool train`."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence

@@ -9,8 +9,6 @@ the pool's alone. So many pools, learning rates and seeds can be tried, and the 
 In output_dir: the best as an embedder, fit.json (every trial), trials/ (the pool of each), states/.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

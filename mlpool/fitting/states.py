@@ -8,8 +8,6 @@
 A kill at any moment loses the part that was being taken.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """What every pool shares: reading a batch, finishing an embedding, saving and loading."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import logging

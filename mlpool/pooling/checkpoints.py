@@ -3,8 +3,6 @@
 Source: the released module of arXiv 2409.02727. LN1 norms the keys, LN2 the latents; one matrix holds Wk over Wv.
 """
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any, TypeVar

@@ -5,8 +5,6 @@ from layer to layer, and cannot take a layer away from another. Here every layer
 negative.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

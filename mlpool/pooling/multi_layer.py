@@ -1,7 +1,5 @@
 """Multi-Layers Trainable Pooling: cross-attention over one row of every layer (designs 3 and 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self

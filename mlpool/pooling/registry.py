@@ -4,8 +4,6 @@ A package announces its pools as entry points of the group `mlpool.pools`, so th
 import by hand. Nothing is ever imported because a folder names it: only what is installed and announced, or registered.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 from typing import Any
 

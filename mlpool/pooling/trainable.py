@@ -1,7 +1,5 @@
 """The trainable cross-attention pooler: parameters, the folded weights and their cache. Shared by both its kinds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import chain

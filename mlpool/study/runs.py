@@ -4,8 +4,6 @@ A run's folder holds config.json (before it starts), log.txt, train/ (its checkp
 results folder as `mlpool eval` writes), model/ (what is kept of the model) and run.json, the last, which marks it done.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """Which columns hold anchor, positive and negatives, and the texts in a row of them."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping, Sequence

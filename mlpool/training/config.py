@@ -1,7 +1,5 @@
 """The YAML config of `mlpool train`: read, overridden from the command line, and checked before anything is loaded."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ A pair is an anchor (the query), its positive and 0 or more hard negatives. Rows
 written to an Arrow file that is memory-mapped, so that a set larger than the memory can be trained on.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import tempfile

@@ -4,8 +4,6 @@ Of the base its config and tokenizer are read, no weights. Of the data every row
 the lengths of a sample are counted. Each value comes with its reason: a rule of thumb, to start from.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -5,8 +5,6 @@ OUT.jsonl.meta     JSON: by which model and options, counts, scores; its name ke
 .OUT.jsonl.mining  until then: the plan, what was mined so far, and the embeddings if no other place is named
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

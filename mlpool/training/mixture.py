@@ -1,7 +1,5 @@
 """The pairs of a training, of one source or of several, each with its own columns, prompts and weight."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial

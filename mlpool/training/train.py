@@ -1,7 +1,5 @@
 """`mlpool train`: data, model, loss and trainer from one config; resumable."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

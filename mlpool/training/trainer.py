@@ -1,7 +1,5 @@
 """sentence-transformers' trainer, where it would lose something of an embedder: checkpoints, sharding, resume."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator
