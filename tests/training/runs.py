@@ -19,7 +19,7 @@ from mlpool.training.train import train
 WORDS = [f"w{i}" for i in range(60)]
 # One process imports for all that a file of tests starts. It has run nothing, so that its children may.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["runs"])
+SERVER.set_forkserver_preload(["mlpool.training.train"])
 
 
 @pytest.fixture(scope="module")
