@@ -1,4 +1,4 @@
-"""Every design as full weights, some as adapter and merged, too: saved here, loaded in another process, the same embeddings."""
+"""Every design in full, some as adapter and merged: saved here, loaded in another process, the same embeddings."""
 
 import subprocess
 import sys
