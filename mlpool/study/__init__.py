@@ -30,7 +30,17 @@ from ..files import write_json, write_text
 from ..options import rank_and_world
 
 if TYPE_CHECKING:
-    from .config import Study
+    from .config import Study, read_study
+
+__all__ = ["Study", "add_arguments", "choose", "read_study", "run", "study"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Study", "read_study"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import config  # imports what trains, seconds that `mlpool study --help` need not wait
+
+    return getattr(config, name)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,7 @@ pytest_plugins = ["evaluation_fixtures"]
 
 from mlpool.evaluation import results  # noqa: E402
 from mlpool.evaluation.local import local_tasks  # noqa: E402
-from mlpool.study import choose, page, report, runs, study  # noqa: E402
-from mlpool.study.config import read_study  # noqa: E402
+from mlpool.study import choose, page, read_study, report, runs, study  # noqa: E402
 from mlpool.study.made import TASKS, TRAIN, write_data  # noqa: E402
 from mlpool.study.parameters import count, match_parameters  # noqa: E402
 
