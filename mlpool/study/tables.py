@@ -1,4 +1,4 @@
-"""What the tables of a report are made of, as plain values: cells, lines drawn in them, rows; templates has the markup."""
+"""What the tables of a report are made of, as plain values: cells, lines drawn in them, rows."""
 
 from __future__ import annotations
 
