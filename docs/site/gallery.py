@@ -296,8 +296,8 @@ def made(folder: Path = RESULTS) -> dict[Path, str]:
         "# Gallery",
         "",
         "Every CSV file of `benchmarks/results` as plots, made by `make plots`. Blue is mlpool, grey what it is",
-        "compared with; rows whose numbers are out of bounds are not shown. Axes with lines are logarithmic. What it means",
-        "is said in [measured](measured.md).",
+        "compared with; rows whose numbers are out of bounds are not shown. Axes with lines are logarithmic. What it",
+        "means is said in [measured](measured.md).",
     ]
     texts = {}
     for where, title in PLACES.items():
