@@ -24,6 +24,7 @@ COMMAND = re.compile(rf"(?:^ {{4,}}|`)[^`\n]*?\b(?:{PRINTS})", re.MULTILINE)
 MARKS = re.compile(r"<!-- (results \S+|attention-matrix|census-\S+) -->\n.*?<!-- /\S+ -->", re.DOTALL)
 # Sections whose numbers nobody measures, and why.
 KNOWN = {
+    "doctor.md, `mlpool init`": "follows from the formula beside it",
     "kernels.md, Kernels and the cost model": "sizes that follow from the shapes",
     "memory.md, Quantised bases": "a bound of the self-test, _MOST_NOISE in attention/probe.py",
     "pools.md, The mathematics": "the bound that the section on limits has numbers of",
