@@ -22,7 +22,7 @@ from results import RESULTS, ROOT, Line, count, mebibytes, milliseconds, times
 PAGE = ROOT / "docs" / "gallery.md"
 FOLDER = ROOT / "docs" / "figures" / "gallery"
 OURS, OTHER, INK = "#4263eb", "#a3a7b0", "#7d828c"  # on white and on black
-WIDTH, LEFT, RIGHT, STEP = 760, 190, 620, 19  # pixels; bars lie from LEFT to RIGHT
+NAMES, PANEL, WRITTEN, STEP = 180, 210, 115, 18  # pixels: of names, of bars, of what is written behind them; of a row
 # Rows from before they carried their day: that of the commit which brought the file.
 DAYS = {
     "attention-cpu-2cores-quick": "2026-11-22",
@@ -128,8 +128,11 @@ def outcomes(rows: Sequence[Line]) -> list[Bar]:
 
 # --- what is where ----------------------------------------------------------------------------------------------------
 
-TIME, MEMORY = "median time, shorter is better", "peak extra memory, shorter is better"
-RATE = "texts a second, longer is better"
+TIME, MEMORY, RATE = (
+    "median time: shorter is better",
+    "peak extra memory: shorter is better",
+    "texts a second: longer is better",
+)
 OVER_EAGER = Plot(TIME, measured("median_ms", milliseconds, "ratio_eager"))
 EXTRA = Plot(MEMORY, measured("extra_mib", mebibytes, "memory_share"))
 SECTIONS = (
@@ -227,42 +230,52 @@ def section_of(path: Path) -> Section:
 
 
 def scale(values: Sequence[float]) -> tuple[Callable[[float], float], list[float]]:
-    """A place in pixels for a value, and where a logarithmic axis has its lines; linear from 0 below a range of 30."""
+    """The length in pixels for a value, and where a logarithmic axis has its lines; linear below a range of 30."""
     least, most = min(values), max(values)
     if least <= 0 or most / least < 30:
-        return lambda value: LEFT + (RIGHT - LEFT) * value / most, []
+        return lambda value: PANEL * value / most, []
     first, last = math.floor(math.log10(least) - 0.05), math.log10(most)
     lines = [10.0**k for k in range(first, math.floor(last) + 1)]
-    return lambda value: LEFT + (RIGHT - LEFT) * (math.log10(value) - first) / (last - first), lines
+    return lambda value: PANEL * (math.log10(value) - first) / (last - first), lines
 
 
-def svg(bars: Sequence[Bar], alt: str) -> str:
-    """Bars under the names of their groups."""
-    at, lines = scale([bar.value for bar in bars])
-    body, y, group = [], 6, ""
-    for bar in bars:
-        if bar.group != group:
-            y += STEP + 6
-            body.append(f'<text x="0" y="{y - 5}" font-weight="bold">{escape(bar.group)}</text>')
-            group = bar.group
-        end = max(at(bar.value), LEFT + 1)
-        color = OURS if bar.ours else OTHER
-        body.append(f'<text x="{LEFT - 8}" y="{y + 12}" text-anchor="end">{escape(bar.name)}</text>')
-        body.append(f'<rect x="{LEFT}" y="{y + 2}" width="{end - LEFT:.1f}" height="13" fill="{color}"/>')
-        strong = f' fill="{OURS}" font-weight="bold"' if bar.ours else ""
-        said = "   ".join(filter(None, (bar.written, bar.note)))
-        body.append(f'<text x="{end + 5:.1f}" y="{y + 12}"{strong}>{escape(said)}</text>')
+def svg(panels: Mapping[str, Sequence[Bar]], alt: str) -> str:
+    """Panels beside each other, what → bars; their rows are the same, under the names of their groups."""
+    rows = list(dict.fromkeys((bar.group, bar.name) for bars in panels.values() for bar in bars))
+    groups = list(dict.fromkeys(group for group, _ in rows))
+    rows.sort(key=lambda row: groups.index(row[0]))
+    body, places, y = [], {}, 14
+    for i, (group, name) in enumerate(rows):
+        if i == 0 or rows[i - 1][0] != group:
+            y += STEP + 4
+            body.append(f'<text x="0" y="{y - 4}" font-weight="bold">{escape(group)}</text>')
+        places[group, name] = y
+        body.append(f'<text x="{NAMES - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>')
         y += STEP
-    grid = [
-        f'<path d="M{at(x):.1f} 14V{y}" stroke="{INK}" stroke-opacity=".3"/>'
-        f'<text x="{at(x) + 3:.1f}" y="11" font-size="9">{x:g}</text>'
-        for x in lines
-    ]
+    for i, (what, bars) in enumerate(panels.items()):
+        left = NAMES + i * (PANEL + WRITTEN)
+        length, lines = scale([bar.value for bar in bars])
+        body.append(f'<text x="{left}" y="10">{escape(what)}</text>')
+        for x in lines:
+            at = left + length(x)
+            body.append(f'<path d="M{at:.1f} 28V{y}" stroke="{INK}" stroke-opacity=".3"/>')
+            body.append(f'<text x="{at + 3:.1f}" y="24" font-size="9">{x:g}</text>')
+        body += [_drawn(bar, left, places[bar.group, bar.name], max(length(bar.value), 1)) for bar in bars]
+    width = NAMES + len(panels) * (PANEL + WRITTEN)
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 6}" width="{WIDTH}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 6}" width="{width}" role="img" '
         f'font-family="system-ui,sans-serif" font-size="11" fill="{INK}"><title>{escape(alt)}</title>'
     )
-    return "\n".join([head, *grid, *body, "</svg>"]) + "\n"
+    return "\n".join([head, *body, "</svg>"]) + "\n"
+
+
+def _drawn(bar: Bar, left: int, y: int, length: float) -> str:
+    color, strong = (OURS, f' fill="{OURS}" font-weight="bold"') if bar.ours else (OTHER, "")
+    said = escape(" · ".join(filter(None, (bar.written, bar.note))))
+    return (
+        f'<rect x="{left}" y="{y + 1}" width="{length:.1f}" height="13" fill="{color}"/>'
+        f'<text x="{left + length + 5:.1f}" y="{y + 11}"{strong}>{said}</text>'
+    )
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -307,24 +320,20 @@ def made(folder: Path = RESULTS) -> dict[Path, str]:
                 page += ["", f"### {section.title}", "", section.said] if i == 0 else []
                 rows = read(path)
                 page += ["", f"`{path.name}`: {measured_by(path, rows)}", "", f"    {section.commands[where]}"]
-                for plot in section.plots:
-                    if bars := plot.bars(rows):
-                        name = f"{path.stem}-{'memory' if plot is EXTRA else 'bars'}.svg"
-                        alt = f"{section.title}, {plot.what}: {'; '.join(map(_spoken, _clearest(bars)))}"
-                        texts[FOLDER / name] = svg(bars, alt)
-                        page += ["", f"{plot.what[0].upper()}{plot.what[1:]}:", "", f"![{alt}](figures/gallery/{name})"]
-                if path.stem not in {name.stem.rpartition("-")[0] for name in texts}:
+                panels = {plot.what: bars for plot in section.plots if (bars := plot.bars(rows))}
+                if not panels:
                     raise ValueError(f"{path.name} has no row to show")
+                alt = f"{section.title}, {_spoken(panels)}"
+                texts[FOLDER / f"{path.stem}.svg"] = svg(panels, alt)
+                page += ["", f"![{alt}](figures/gallery/{path.stem}.svg)"]
     return {PAGE: "\n".join(page) + "\n", **texts}
 
 
-def _clearest(bars: Sequence[Bar]) -> list[Bar]:
+def _spoken(panels: Mapping[str, Sequence[Bar]]) -> str:
     """The bars of the first group: an alternative text is no table."""
-    return [bar for bar in bars if bar.group == bars[0].group]
-
-
-def _spoken(bar: Bar) -> str:
-    return f"{bar.group}, {bar.name} {bar.written}"
+    what, bars = next(iter(panels.items()))
+    first = ", ".join(f"{bar.name} {bar.written}" for bar in bars if bar.group == bars[0].group)
+    return f"{what}. {bars[0].group}: {first}"
 
 
 def main() -> int:
