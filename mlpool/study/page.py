@@ -24,6 +24,7 @@ from .tables import Cell, Line, Row, Table
 
 _PACKAGES = ("mlpool", "torch", "transformers", "sentence-transformers", "peft", "mteb", "numpy", "scipy")
 _PALE = 0.02  # differences in score up to here are never in full colour
+_BREAKS = r"(?<=[/_-])|(?<=[a-z])(?=[A-Z])"  # where a long name of a data set may be broken
 _WIDE = 12  # more tasks than these have a table for each type
 
 
@@ -45,8 +46,7 @@ def page(found: Found, command: str) -> str:
 
     templates = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined)
-    # Long names of data sets may be broken behind these.
-    environment.filters["broken"] = lambda name: Markup("<wbr>").join(re.split(r"(?<=[/_-])", name))
+    environment.filters["broken"] = lambda name: Markup("<wbr>").join(re.split(_BREAKS, name))
     return environment.get_template("report.html").render(_values(found, command))
 
 
