@@ -16,6 +16,7 @@ import yaml
 from ..evaluation import results
 from ..evaluation.comparison import number
 from ..evaluation.forest import reach, verdict
+from ..evaluation.statistics import mean_interval
 from ..files import write_text
 from ..version import versions_line
 from .config import UNTRAINED
@@ -157,9 +158,7 @@ def _told(found: Found, label: str, metric: str, tasks: Sequence[str]) -> str:
 
 
 def _interval(values: Sequence[float], form: str) -> str:
-    from ..evaluation.statistics import mean_interval
-
-    interval = mean_interval(values) if len(values) > 1 else None
+    interval = mean_interval(values)
     return f"; mean within {interval[0]:{form}} to {interval[1]:{form}} (95 %, {len(values)} seeds)" if interval else ""
 
 
@@ -168,8 +167,6 @@ def _interval(values: Sequence[float], form: str) -> str:
 
 def _metric(found: Found, name: str, tasks: Sequence[str]) -> Table:
     """Every design by one metric: the mean with its interval over seeds, and each seed."""
-    from ..evaluation.statistics import mean_interval
-
     values = {entry.label: found.means(entry.label, tasks) for entry in found.entries}
     every = [value for of_design in values.values() for value in of_design]
     margin = 0.15 * (max(every) - min(every)) or 0.01
@@ -178,9 +175,9 @@ def _metric(found: Found, name: str, tasks: Sequence[str]) -> Table:
     table = Table(f"Designs by {name}", header)
     for entry in found.entries:
         of_design = values[entry.label]
-        interval = mean_interval(of_design) if len(of_design) > 1 else None
         mean, baseline = fmean(of_design), _baseline(found, tasks)
-        drawn = Line.on(scale, mean, baseline, interval, dots=of_design if len(of_design) > 1 else ())
+        dots = of_design if len(of_design) > 1 else ()
+        drawn = Line.on(scale, mean, baseline, mean_interval(of_design), dots)
         text, _, small = spread(of_design).partition(" ")
         off = "–" if entry.label == found.study.baseline else f"{mean - baseline:+.4f}"
         cells = [Cell("", value=mean, line=drawn), Cell(text, small, value=mean), Cell(off)]
