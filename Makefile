@@ -7,7 +7,7 @@
 # make journey a user's whole way on SmolLM2, every form of the embedder compared (12 minutes on two cores)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
 # make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
-# make plots   the figures of README and docs, and the numbers that they quote, from the CSV files
+# make plots   the figures of README and docs, the gallery, and the numbers that they quote, from the CSV files
 # make docs    the documentation as a site, into build/docs; nothing in it needs a network
 # make release-check  wheels, built, checked and installed into a fresh environment, where README's commands run
 # make hostile malformed input to every entry point, fifty times as much as in the tests
