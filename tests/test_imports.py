@@ -37,6 +37,9 @@ EXTRAS = {
     "mlpool/study": "eval",
     "benchmarks": "dev",
     "examples": "dev",
+    "examples/lancedb_search.py": "clients",
+    "examples/langchain_search.py": "clients",
+    "examples/openai_search.py": "clients",
     "tests": "dev",
 }
 # Packages that are not called as what installs them.
