@@ -22,7 +22,7 @@ again, a page fault each time, up to a tenth of a step, and of whom depends on w
     wall, cpu   medians of a step: the clock's, and the processor's time of all threads, which others' work hardly moves
     peak MiB    of tensors above the weights: gradients, activations, workspace
     vs plain, vs cached   times as fast as sentence-transformers' one and other loss; by the clock, or by the processor
-                where others had the cores meanwhile. The last line of a case says which, and how many cores its steps had
+                where others had the cores meanwhile. The last line of a case says which, and how many its steps had
     errors      of the loss at the first step and, behind |, the largest of any step: relative, to the first provider of
                 the same embedding. Out of bounds (1e-4, 2e-2) shows no speed, and the exit status is 1
 
