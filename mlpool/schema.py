@@ -57,8 +57,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file; errors as of `read_config`."""
     if not path.is_file():
         raise FileNotFoundError(f"no config {path}; see configs/ for ready ones")
+    yaml = _need("yaml")
     try:
-        values = _need("yaml").safe_load(path.read_text(encoding="utf8"))
+        text = path.read_text(encoding="utf8")
+        values = yaml.safe_load(text)
     except (OSError, ModuleNotFoundError):
         raise
     except Exception as error:  # beside YAMLError, whatever the text behind a tag makes a constructor raise
@@ -66,7 +68,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no valid YAML: {why}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}")
-    return copied(values, str(path))
+    values = copied(values, str(path))
+    _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), path)
+    return values
+
+
+def _refuse_repeated(root: Any, path: Path) -> None:
+    """Keys that a section has twice, of which YAML's reader takes the last without a word."""
+    left, seen = [root], set()
+    while left:
+        node = left.pop()
+        if id(node) in seen or not isinstance(node.value, list):  # an alias is the node itself; a scalar has a text
+            continue
+        seen.add(id(node))
+        lines: dict[str, int] = {}
+        for entry in node.value:
+            if not isinstance(entry, tuple):  # of a list
+                left.append(entry)
+                continue
+            key, value = entry
+            left.append(value)
+            if isinstance(key.value, str):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    both = f"lines {lines[key.value]} and {line}"
+                    raise ValueError(f"{path} has {key.value!r} twice in one section, {both}: keep one of them")
+                lines[key.value] = line
 
 
 def put(values: dict[str, Any], key: str, value: Any, short: Mapping[str, str] | None = None) -> None:

@@ -239,6 +239,24 @@ def test_find_layers():
         find_layers(transformers.T5Model(t5))
 
 
+def test_layers_are_found_again_where_they_are_now():
+    """The places that are remembered of a model are looked at anew, and searched for where they fit no more."""
+    holder = nn.ModuleDict({"model": build("Llama")})
+    first, _ = find_layers(holder)
+    assert find_layers(holder)[0] is first
+    holder["model"] = build("Llama")  # of the same name
+    assert find_layers(holder)[0] is holder["model"] is not first
+    holder["model"] = build("GPT2")  # whose layers are called otherwise
+    trunk, layers = find_layers(holder)
+    assert (trunk, layers) == (holder["model"], holder["model"].h)
+    trunk.h = layers[:-1]
+    with pytest.raises(ValueError, match="no list of layers"):
+        find_layers(holder)
+    trunk.h = nn.ModuleList([layers[0]] * L)
+    with pytest.raises(ValueError, match="holds the same layer more than once"):
+        find_layers(holder)
+
+
 def test_t5_encoder_alone():
     config = transformers.T5Config(vocab_size=V, d_model=D, d_kv=8, d_ff=24, num_layers=L, num_heads=2)
     model, inputs = transformers.T5EncoderModel(config).eval(), batch("right")

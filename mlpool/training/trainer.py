@@ -18,6 +18,7 @@ from ..embedder.embedder import Embedder
 from ..embedder.folder import check_folder
 from ..pooling.base import WEIGHTS_NAME
 from ..quantized import is_quantized
+from ..show import some
 from ..taps import find_layers
 from .mini_batches import TokenCounts
 
@@ -102,7 +103,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
             return
         found = "the loss of another process is not finite"
         if wrong[:-1].any():
-            found = f"the loss is {values[wrong][0].item()}"
+            found = f"the loss is {values[wrong][0].item()}{_wrong_texts(self.loss)}"
         elif wrong[-1]:
             found = f"the norm of the gradient is {norm.item()}{_first_wrong(model)}"
         last = last_checkpoint(str(self.args.output_dir))
@@ -148,6 +149,16 @@ def _first_wrong(model: nn.Module) -> str:
     found = {n: bool(p.grad.isfinite().all()) for n, p in model.named_parameters() if p.grad is not None}
     wrong = [name for name, finite in found.items() if not finite]
     return f" (first in {wrong[0]})" if 0 < len(wrong) < len(found) else ""
+
+
+def _wrong_texts(loss: Any) -> str:
+    """Which texts of the last batch have embeddings that are not finite."""
+    finite: torch.Tensor | None = getattr(loss, "finite", None)
+    if finite is None or finite.all() or not finite.any():
+        return ""
+    places = (~finite).nonzero().tolist()
+    rows = some([f"row {row} of column {column}" for column, row in places], 5)
+    return f", the embedding of {rows} of the batch (from 0) is NaN or infinite"
 
 
 def prepare(embedder: Embedder) -> None:

@@ -147,11 +147,17 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_the_weights(
     assert not (output / "modules.json").exists()
 
 
-def test_a_run_that_fails_before_its_first_step_leaves_nothing(place, tmp_path):
-    from mlpool.training import train as module
+def test_a_run_that_fails_before_its_first_step_names_the_text_and_leaves_nothing(place, tmp_path):
+    from mlpool.training.losses import InfoNCE
+
+    embed = InfoNCE._embed
+
+    def poisoned(self, columns):
+        return embed(self, columns).index_fill(0, torch.tensor([8 + 3]), float("nan"))  # of 8 pairs a batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "EmbedderTrainer", _Poison(1, loss=float("nan"))(module.EmbedderTrainer))
-        with pytest.raises(ValueError, match=r"diverged at step 1.*no checkpoint"):
+        patch.setattr(InfoNCE, "_embed", poisoned)
+        found = "the loss is nan, the embedding of row 3 of column 1 of the batch"
+        with pytest.raises(ValueError, match=rf"diverged at step 1: {found}.*no checkpoint"):
             train(config_of(place, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -67,6 +67,20 @@ def test_a_config_that_is_not_there_or_not_yaml(tmp_path):
         read_config(tmp_path / "bad.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: a\ndata: x\nmodel: b\n", "'model' twice in one section, lines 1 and 3"),
+        ("model: a\ndata:\n  train:\n    - {source: x, weight: 1, weight: 2}\n", "'weight' twice .* lines 4 and 4"),
+        ("model: &m {a: 1}\nloss: {a: *m, b: *m}\ndata: {source: x, source: *m}\n", "'source' twice .* lines 3 and 3"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path, text, message):
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"twice\.yaml has {message}"):
+        read_config(tmp_path / "twice.yaml")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda p: p.stem)
 def test_ready_configs_are_valid(path):
     values = yaml.safe_load(path.read_text())
