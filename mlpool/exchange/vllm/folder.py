@@ -61,8 +61,10 @@ def export_vllm(embedder: Embedder, path: str | Path) -> float:
         made |= {"architectures": [ARCHITECTURE], "is_matryoshka": True, SECTION: _section(embedder, stage)}
         if window_of(config) is not None and window_of(config) >= backbone.max_seq_length:
             # No text reaches its end. vLLM takes no mixture of layers with and without one from some families.
-            without = {"sliding_window": None, "use_sliding_window": False}
-            without["layer_types"] = ["full_attention"] * backbone.num_layers
+            without: dict[str, Any] = {
+                "sliding_window": None, "use_sliding_window": False,
+                "layer_types": ["full_attention"] * backbone.num_layers,
+            }  # fmt: skip
             made |= {name: value for name, value in without.items() if name in made}
         write_json(stage / "config.json", made)
         write_json(stage / "sentence_bert_config.json", {  # where vLLM looks for the limit
