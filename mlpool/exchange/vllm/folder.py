@@ -59,7 +59,7 @@ def export_vllm(embedder: Embedder, path: str | Path) -> float:
         made = read_json(stage / "config.json")
         # Without the second vLLM refuses every request of fewer `dimensions`.
         made |= {"architectures": [ARCHITECTURE], "is_matryoshka": True, SECTION: _section(embedder, stage)}
-        if window_of(config) is not None and window_of(config) >= backbone.max_seq_length:
+        if (window := window_of(config)) is not None and window >= backbone.max_seq_length:
             # No text reaches its end. vLLM takes no mixture of layers with and without one from some families.
             without: dict[str, Any] = {
                 "sliding_window": None, "use_sliding_window": False,
