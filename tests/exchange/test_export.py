@@ -200,7 +200,7 @@ def test_vllm_folder_refuses(tmp_path, monkeypatch):
     config.rope_parameters = {**config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
     refused("the plugin knows the positions default.*has dynamic", made)
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_folder, "_self_contained", lambda texts: tokenizer(pad_token="<pad>"))
+        patch.setattr(vllm_folder, "self_contained", lambda backbone: tokenizer(pad_token="<pad>"))
         with pytest.raises(RuntimeError, match="the saved tokenizer gives"):
             export.export(embedder("mean-causal"), tmp_path / "out", "vllm")
     assert not list(tmp_path.iterdir())

@@ -38,7 +38,7 @@ from mlpool.exchange.vllm import FAMILIES, SECTION  # noqa: E402
 SIZES = {**tiny.GATED, "hidden_size": 64, "intermediate_size": 96}
 TEXTS = [*tiny.TEXTS, "how many layers " * 8, "word " * 15]
 PROMPTS = {"query": "read: ", "document": ""}
-START = 300  # seconds that a server may take
+START = 1200  # seconds that a server may take, on a machine that does much else
 
 
 @pytest.fixture(scope="module", autouse=True)
