@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import datetime
 import gc
 import hashlib
 import importlib.metadata
@@ -302,11 +303,12 @@ def load() -> float | None:
 
 
 def facts(device: torch.device) -> Row:
-    """What a row must carry to be read later: device, versions, commit, digests of the sources and of the tiles."""
+    """What a row must carry to be read later: device, versions, commit, digests of the sources and tiles, the day."""
     return {
         "device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
         "torch": torch.__version__, "triton": _version("triton"), "mlpool": _version("mlpool"), "commit": commit(),
         "code": code(), "tiles": tiles(), "load": load(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }  # fmt: skip
 
 

@@ -38,6 +38,7 @@ import json
 import random
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -161,7 +162,9 @@ class Providers:
             share(ours[0].model), base.tokenizer, "mean-bidirectional", max_seq_length=base.max_seq_length
         )
         pool = build_pool(DESIGNS["mean-bidirectional"], backbone.hidden_size, backbone.num_layers, "default")
-        models[MEAN] = Embedder(modules=[backbone, Pooler(pool)], device=str(base.model.device))
+        models[MEAN] = Embedder(
+            modules=OrderedDict(backbone=backbone, pooler=Pooler(pool)), device=str(base.model.device)
+        )
         self.models: dict[str, Any] = models | {PEER_CACHED: models[PEER], MEAN_CACHED: models[MEAN]}
         for model in self.models.values():
             model.train()

@@ -3,11 +3,8 @@
 What a section of a config may hold is made from what takes it: a function's signature, a dataclass's fields.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
-import importlib
 import inspect
 import re
 import types
@@ -17,16 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from .show import shorten, some
+from .version import need
 
 _MOST = 100_000  # values in a config; more are aliases of aliases, or one that holds itself
 _NAMES = 20  # known ones, in a message
 
 
 def _need(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"configs need {error.name}: pip install 'mlpool[train]'") from error
+    return need(name, "configs need {}: pip install 'mlpool[train]'")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

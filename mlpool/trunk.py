@@ -1,7 +1,5 @@
 """A transformers model's trunk: where its layers are, what its forward takes, and another forward in its place."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from typing import Any
@@ -15,7 +13,7 @@ _LIST_NAMES = ("layers", "layer", "h", "block", "blocks")
 _known: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 
 
-def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def find_layers(model: nn.Module) -> tuple[Any, nn.ModuleList]:
     """Find a model's trunk and its layers.
 
     The layers are the ModuleList named `layers`, `layer`, `h`, `block` or `blocks` with as many entries as the

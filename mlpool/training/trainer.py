@@ -1,7 +1,5 @@
 """sentence-transformers' trainer, where it would lose something of an embedder: checkpoints, sharding, resume."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -173,7 +171,7 @@ def prepare(embedder: Embedder) -> None:
     Raises:
         ValueError: a quantised base of which more than an adapter is to be trained: its codes have no gradient.
     """
-    backbone: Any = embedder[0]
+    backbone = embedder.backbone
     trunk, layers = find_layers(backbone.model)
     if is_quantized(trunk) and not has_adapter(backbone.model) and any(p.requires_grad for p in trunk.parameters()):
         raise ValueError(
@@ -184,7 +182,7 @@ def prepare(embedder: Embedder) -> None:
         if "lora_" in name:
             parameter.requires_grad_(True)
     if isinstance(getattr(trunk, "pooler", None), nn.Module):
-        trunk.pooler.requires_grad_(False)  # type: ignore[union-attr]
+        trunk.pooler.requires_grad_(False)
     highest = max(i % len(layers) for i in backbone.layers) if backbone.layers is not None else len(layers) - 1
     for layer in list(layers)[highest + 1 :]:
         layer.requires_grad_(False)
@@ -203,11 +201,10 @@ def trained_weights(embedder: Embedder, checkpoint: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     check_folder(checkpoint)
-    backbone: Any = embedder[0]
     state: dict[str, Any] = {}
     for path in checkpoint.glob(f"*/{WEIGHTS_NAME}"):
         state |= {f"pooler.pool.{name}": tensor for name, tensor in load_file(path).items()}
-    if has_adapter(backbone.model):
+    if has_adapter(embedder.backbone.model):
         adapter = load_file(checkpoint / "adapter_model.safetensors")
         for name, tensor in adapter.items():
             stem, kind, rest = name.removeprefix("base_model.model.").rpartition(".weight")

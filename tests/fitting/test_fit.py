@@ -12,7 +12,6 @@ import yaml
 from tiny import D, L, base, embedder
 
 pytest.importorskip("datasets")
-pytest.importorskip("peft")
 
 import mlpool
 from mlpool.cli import main
