@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Fine-tune with mined negatives
 #
-# SmolLM2 becomes an embedder by a minute of LoRA, once on pairs alone and once with a hard negative to each: a
+# SmolLM2 becomes an embedder by twelve steps of LoRA, once on pairs alone and once with a hard negative to each: a
 # text that is near to the question and is not its answer. Do mined negatives help here? The task is that of
 # [the second notebook](2-design.ipynb); to run this one, see [the first](1-search.ipynb).
 

@@ -1,3 +1,4 @@
-"""To other tools and back: plain folders, torch.export files, vLLM, the authors' folders."""
+"""To other tools and back: plain folders, torch.export files, ONNX, vLLM, the authors' folders."""
 
-FORMATS = ("st", "torch", "vllm")  # of `mlpool export`: a plain folder, one file, a folder for our plugin of vLLM
+# Of `mlpool export`: a plain folder, one file, a folder for ONNX Runtime, one for vLLM with our plugin.
+FORMATS = ("st", "torch", "onnx", "vllm")

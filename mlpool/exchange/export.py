@@ -1,4 +1,4 @@
-"""`export`: an embedder for other programs, as a plain folder, as one file, or for vLLM."""
+"""`export`: an embedder for other programs, as a plain folder, one file, ONNX or for vLLM."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from ..embedder.designs import find_design
 from ..embedder.embedder import Embedder
 from . import FORMATS
 from .folder import export_folder
+from .onnx import export_onnx
 from .program import Exported, export_program, load_exported
 from .vllm.folder import export_vllm
 
-__all__ = ["Exported", "export", "export_folder", "export_program", "export_vllm", "load_exported"]
+__all__ = ["Exported", "export", "export_folder", "export_onnx", "export_program", "export_vllm", "load_exported"]
 
 
 def export(embedder: Embedder, path: str | Path, format: str | None = None) -> float:
-    """Write an embedder for others; see `export_folder` ("st"), `export_program` ("torch") and `export_vllm` ("vllm").
+    """Write an embedder for other programs; see `export_folder`, `export_program`, `export_onnx` and `export_vllm`.
 
     Args:
-        format: None is "st" for designs without a trainable pooler and "torch" for the others.
+        format: one of FORMATS; None is "st" for designs without a trainable pooler, "torch" for the others.
 
     Returns: the largest difference of a coordinate between the embedder and what was written.
     """
     if format not in (None, *FORMATS):
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
     design = find_design(embedder[0].design)  # type: ignore[arg-type]
-    chosen = format or ("torch" if design.trainable else "st")
-    return {"st": export_folder, "torch": export_program, "vllm": export_vllm}[chosen](embedder, path)
+    write = {"st": export_folder, "torch": export_program, "onnx": export_onnx, "vllm": export_vllm}
+    return write[format or ("torch" if design.trainable else "st")](embedder, path)

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 pa = pytest.importorskip("pyarrow")
-pytest.importorskip("sentence_transformers")
 import pyarrow.parquet as pq  # noqa: E402
 
 from mlpool.corpus import command  # noqa: E402

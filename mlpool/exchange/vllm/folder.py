@@ -13,7 +13,7 @@ import torch
 
 from ...attention.families import window_of
 from ...embedder.designs import find_design
-from ...embedder.embedder import _PROBES, Embedder
+from ...embedder.embedder import Embedder
 from ...embedder.folder import staged
 from ...embedder.saved import reload
 from ...files import new_place, read_json, write_json
@@ -21,8 +21,8 @@ from ...pooling import EosPool
 from ...pooling.base import log_once
 from ...trunk import find_layers
 from ...version import __version__
-from ..checked import agreement, check_mergeable
-from ..folder import _self_contained
+from ..checked import agreement, check_mergeable, compare_tokens
+from ..folder import self_contained
 from . import ARCHITECTURE, FAMILIES, FORMAT, SECTION
 
 _ROPE = ("default", "linear", "llama3", "yarn")  # whose angles vLLM and transformers compute alike
@@ -52,14 +52,18 @@ def export_vllm(embedder: Embedder, path: str | Path) -> float:
     if path.suffix == ".pt2":
         raise ValueError(f"for vLLM a folder is written, and {path} is named like a file; see --format torch")
     with embedder.undisturbed(), staged(path) as stage:
-        embedder.save(stage)
-        tokenizer = _self_contained(backbone.texts)
-        tokenizer.model_max_length = backbone.max_seq_length
-        tokenizer.save_pretrained(stage)
+        embedder.save(stage, verify=False)  # which `_verify` does, when all is written
+        self_contained(backbone).save_pretrained(stage)
         made = read_json(stage / "config.json")
-        made |= {"architectures": [ARCHITECTURE], SECTION: _section(embedder, stage)}
-        if window_of(config) is not None and window_of(config) >= backbone.max_seq_length:
-            made |= {"sliding_window": None}  # no text reaches its end
+        # Without the second vLLM refuses every request of fewer `dimensions`.
+        made |= {"architectures": [ARCHITECTURE], "is_matryoshka": True, SECTION: _section(embedder, stage)}
+        if (window := window_of(config)) is not None and window >= backbone.max_seq_length:
+            # No text reaches its end. vLLM takes no mixture of layers with and without one from some families.
+            without: dict[str, Any] = {
+                "sliding_window": None, "use_sliding_window": False,
+                "layer_types": ["full_attention"] * backbone.num_layers,
+            }  # fmt: skip
+            made |= {name: value for name, value in without.items() if name in made}
         write_json(stage / "config.json", made)
         write_json(stage / "sentence_bert_config.json", {  # where vLLM looks for the limit
             "max_seq_length": backbone.max_seq_length, "do_lower_case": False,
@@ -120,14 +124,7 @@ def _verify(embedder: Embedder, stage: Path) -> float:
     """The folder's own tokenizer and the embeddings of the folder, loaded again."""
     from transformers import AutoTokenizer
 
-    backbone: Any = embedder[0]
     tokenizer = AutoTokenizer.from_pretrained(stage)
-    for probe in (*_PROBES, ""):
-        ours = backbone.token_ids([probe]).ids[0].tolist()
-        theirs = tokenizer(probe, truncation=True).input_ids
-        if ours != theirs:
-            raise RuntimeError(
-                f"not exported: the saved tokenizer gives {theirs[:8]} for {probe[:40]!r}, not {ours[:8]}"
-            )
+    compare_tokens(embedder[0], lambda probes: tokenizer(probes, truncation=True).input_ids)  # type: ignore[arg-type]
     again = reload(embedder, stage)
     return agreement(embedder, again._probe(), embedder._probe, "not exported: the folder's embeddings differ")

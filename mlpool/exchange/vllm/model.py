@@ -9,7 +9,6 @@ recorded graphs for the same reason (see `config.py`). In a pipeline the buffer 
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.model_executor.layers.pooler.activations import PoolerNormalize
 from vllm.model_executor.layers.pooler.seqwise import EmbeddingPoolerHead
-from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from vllm.model_executor.models.utils import maybe_prefix
@@ -30,7 +28,7 @@ from vllm.tasks import PoolingTask
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.pool.metadata import PoolingMetadata
 
-from ...files import read_json
+from ...files import confined, read_json
 from ...pooling.base import CONFIG_NAME, Pool, gather_tokens
 from ...pooling.registry import find_pool
 from ...pooling.tokens import Tokens, select_tokens
@@ -225,10 +223,13 @@ def _load_pool(vllm_config: VllmConfig, place: str) -> Pool:
     """The pool of a folder or Hub name, in the precision that it was saved in."""
     model = vllm_config.model_config
     folder = model.model
-    if not os.path.isdir(folder):
-        where = vllm_config.load_config.download_dir
-        folder = download_weights_from_hf(folder, where, [f"{place}/*"], model.revision)
-    config = read_json(Path(folder) / place / CONFIG_NAME)
-    pool = find_pool(config.get("pool"), config.get("package")).from_pretrained(Path(folder) / place)
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        cache = vllm_config.load_config.download_dir
+        folder = snapshot_download(folder, revision=model.revision, cache_dir=cache, allow_patterns=[f"{place}/*"])
+    directory = confined(folder, place, "config.json")
+    config = read_json(directory / CONFIG_NAME)
+    pool = find_pool(config.get("pool"), config.get("package")).from_pretrained(directory)
     pool.skip_tokens = 0  # type: ignore[assignment]  # left out of the rows, or by the mask
     return pool.eval().requires_grad_(False)
