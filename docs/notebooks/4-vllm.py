@@ -40,21 +40,24 @@ print(*sorted(path.name for path in Path("runs/served").iterdir()), sep="  ")
 # %% [markdown]
 # ## Start
 #
-# In a shell: `vllm serve served --runner pooling`. The rest is for a CPU: float32, so that the comparison is of the
-# pool and not of rounding, nothing compiled, and 1 GiB for a cache of which embeddings need little.
+# In a shell: `vllm serve served --runner pooling`; of the CPU build, whose command does not start, the same by its
+# module. The other options are for a CPU: float32, so that the comparison is of the pool and not of rounding, nothing
+# compiled, and 1 GiB for a cache of which embeddings need little.
 
 # %%
 with socket.socket() as free:
-    free.bind(("localhost", 0))
+    free.bind(("127.0.0.1", 0))
     port = str(free.getsockname()[1])
-options = ["--runner", "pooling", "--port", port, "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"]
+python = Path(shutil.which("vllm")).with_name("python")  # vLLM may have an environment of its own
+command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", "runs/served", "--served-model-name", "mine"]
+command += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", port]
 environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+environment["VLLM_NO_USAGE_STATS"] = "1"
 with Path("runs/server.log").open("w") as log:
     server = subprocess.Popen(
-        ["vllm", "serve", "runs/served", *options, "--served-model-name", "mine"],
-        stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )  # fmt: skip
-address = f"http://localhost:{port}"
+address = f"http://127.0.0.1:{port}"
 
 
 def ready() -> bool:
