@@ -1,6 +1,6 @@
 """Fine-tuning beside sentence-transformers: the same LoRA from the same start over the same texts, in turns.
 
-    python benchmarks/train_peers.py --base bases/smollm2      both bases, about 15 minutes on two quiet CPU cores
+    python benchmarks/train_peers.py --base bases/smollm2      both bases, by estimate 20 minutes on two quiet CPU cores
     python benchmarks/train_peers.py --base bases/smollm2 --quick
     python benchmarks/train_peers.py --preset qwen2-0.5b --lengths 24 --steps 2
 
@@ -242,9 +242,9 @@ class PeersBench(Bench):
         compare(rows, losses, self.low, "cpu_ms" if busy else "median_ms", bool(case.targets))
         print(f"\n{case.name}: {case.batch} pairs a step, {providers.tokens // len(pairs):,} tokens a pair")
         print(table(HEADER, map(cells, rows)))
-        judge = "processor: others had the cores" if busy else "clock: the cores were quiet"
-        found = "" if before is None else f", load {before:.1f} before"
-        print(f"the steps had {had:.2f} cores for {threads} threads{found}; judged by the {judge}", flush=True)
+        judge = "processor, as others had the rest" if busy else "clock"
+        found = "" if before is None else f" (load {before:.1f} before)"
+        print(f"the steps had {had:.2f} cores for {threads} threads{found}: judged by the {judge}", flush=True)
         return rows
 
     def _steps(self, case: Case, providers: Providers) -> tuple[dict[str, Any], ...]:

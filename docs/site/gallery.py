@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import mean, stdev
 from typing import NamedTuple
 
 from results import RESULTS, ROOT, Line, count, mebibytes, milliseconds, times
@@ -29,6 +30,7 @@ DAYS = {
     "census": "2026-11-24",
     "contrast-nvidia-h200-full": "2026-11-27",
     "encode-cpu-2cores-quick": "2026-11-22",
+    "mining-cpu-2cores": "2026-11-28",
     "encode-nvidia-h200-full": "2026-11-27",
     "throughput-cpu-2cores": "2026-11-22",
     "throughput-nvidia-h200-full": "2026-11-27",
@@ -126,6 +128,22 @@ def outcomes(rows: Sequence[Line]) -> list[Bar]:
     ]
 
 
+def with_negatives(rows: Sequence[Line]) -> list[Bar]:
+    """The test score of trainings with and without mined negatives, each at the learning rate that dev chooses."""
+    bars = []
+    for negatives in sorted({row["negatives"] for row in rows}, key=int):
+        rates: dict[str, list[Line]] = {}
+        for row in rows:
+            if row["negatives"] == negatives:
+                rates.setdefault(row["learning_rate"], []).append(row)
+        chosen = max(rates.values(), key=lambda found: mean(float(row["dev"]) for row in found))
+        scores = [float(row["test"]) for row in chosen]
+        name = f"{negatives} mined a pair" if int(negatives) else "pairs alone"
+        spread = f"± {stdev(scores):.4f}, {len(scores)} seeds"
+        bars.append(Bar("MedQuAD, MiniLM", name, mean(scores), f"{mean(scores):.4f}", spread, bool(int(negatives))))
+    return bars
+
+
 # --- what is where ----------------------------------------------------------------------------------------------------
 
 TIME, MEMORY, RATE = (
@@ -193,6 +211,14 @@ SECTIONS = (
         "The same fine-tuning in both, with equal losses; behind a bar the speed over its plain loss.",
         {"cpu": "python benchmarks/train_peers.py --base bases/smollm2 --quick"},
         [Plot(RATE, measured("texts_per_s", count, "ratio_plain")), EXTRA],
+    ),
+    Section(
+        "mining",
+        "Mined negatives",
+        "The same pairs in the same order, with and without the negatives that `mlpool mine` found; the learning rate "
+        "is chosen on other questions than these.",
+        {"cpu": "python benchmarks/mining.py"},
+        [Plot("nDCG@10 of MedQuAD questions: longer is better", with_negatives)],
     ),
     Section(
         "census",

@@ -108,6 +108,7 @@ def test_batches_of_one_source_are_full_of_different_pairs_and_the_same_again(sa
     again = batches(mixed, 4, epoch=1, sampler=sampler)
     assert again != first
     assert {tuple(b) for b in again}.isdisjoint(map(tuple, first))
+    assert [b[0][0] for b in again] != [b[0][0] for b in first]  # the sources, too, in another order
     assert batches(mixed, 4, sampler=sampler, seed=7) != first
 
 
