@@ -13,12 +13,14 @@ import re
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..files import json_fault
 from ..options import near
+from ..remote import RemotePath
 from ..show import plain
 
 KINDS = (".txt", ".jsonl", ".csv", ".ndjson", ".json", ".tsv", ".parquet")
@@ -120,6 +122,8 @@ def not_unicode(text: str) -> int | None:
 
 def beside(path: Path) -> str:
     """What lies beside a path that does not exist, as a hint."""
+    if isinstance(path, RemotePath):
+        return ""  # a store may hold millions beside it
     return near(path) if path.parent.is_dir() else f" (nor a folder {path.parent})"
 
 
@@ -138,9 +142,9 @@ def _select(rows: Rows, ranges: Sequence[Range] | None) -> Rows:
 
 def lines(path: Path) -> Iterator[str]:
     """Lines with their ends, without byte-order mark. Only \\n ends one: str.splitlines also cuts at form feeds."""
-    opened = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # noqa: SIM115
     number = 0
-    with opened as file:
+    packed = path.suffix.lower() == ".gz"
+    with path.open("rb") as raw, gzip.open(raw) if packed else nullcontext(raw) as file:  # type: ignore[attr-defined]
         try:
             for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
@@ -242,9 +246,16 @@ def open_parquet(path: Path) -> Any:
     """pyarrow's ParquetFile; ValueError where it is none."""
     parquet = import_parquet()
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(**arrow_source(path))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a readable Parquet file, is it cut short? ({error})") from error
+
+
+def arrow_source(path: Path) -> dict[str, Any]:
+    """A path as the arguments by which pyarrow opens it."""
+    if isinstance(path, RemotePath):
+        return {"source": path.key, "filesystem": path.filesystem}
+    return {"source": path}
 
 
 def import_parquet() -> Any:
