@@ -40,7 +40,7 @@ class RemotePath:
         return f"{self.filesystem.type_name.removeprefix('py::fsspec+')}://{self.key}"
 
     def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(self.filesystem, f"{self.key.rstrip('/')}/{name}")
+        return RemotePath(self.filesystem, f"{self.key.rstrip('/')}/{name}" if self.key else name)
 
     @property
     def parent(self) -> RemotePath:

@@ -12,6 +12,7 @@ which does not come where its node is gone.
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -139,17 +140,17 @@ def _result(reply: Any) -> Any:
         cause = getattr(error, "cause", error)
         if isinstance(cause, _EXPECTED):
             raise cause from None
-        if "failed to import on the worker" in str(error) or isinstance(cause, ImportError):
-            raise ModuleNotFoundError(_lacks(error)) from None
+        _check_imports(error)
         raise
 
 
-def _lacks(error: Exception) -> str:
-    last = str(error).strip().splitlines()[-1]
-    return (
-        f"a node of the cluster cannot import mlpool ({last}); install there what is installed here: "
-        "pip install 'mlpool[ray]', or give Ray a runtime environment that has it"
-    )
+def _check_imports(error: Exception) -> None:
+    """Ray has several errors for a node that cannot read what it was sent; all hold Python's own message."""
+    if missing := re.search(r"No module named '([\w.]+)'", str(error)):
+        raise ModuleNotFoundError(
+            f"a node of the cluster cannot import {missing[1]}; install there what is installed here: pip install "
+            "'mlpool[ray]' and the packages of your own models, or give Ray a runtime environment that has them"
+        ) from None
 
 
 # --- an actor ---------------------------------------------------------------------------------------------------------
@@ -327,8 +328,7 @@ class _Crew:
 
     def _bury(self, worker: _Worker, error: Exception) -> None:
         """What it had not completed is to be done again, by whomever."""
-        if "failed to import on the worker" in str(error):
-            raise ModuleNotFoundError(_lacks(error)) from None
+        _check_imports(error)
         with suppress(Exception):
             self.ray.kill(worker.actor)  # unreachable is not dead
         self.workers.remove(worker)
