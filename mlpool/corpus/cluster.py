@@ -1,8 +1,8 @@
 """The shards of a job made by a Ray cluster: `mlpool encode … --ray`.
 
 An actor is a process with the model that makes shards, as a process of torchrun does: it reads its rows and writes its
-shards itself, so that no text and no embedding passes through this process. Here shards are handed out, a few
-neighbours at a time, since a file of lines is read from its start; those of an actor that died go to another.
+shards itself, so that no text and no embedding passes through this process. Here shards are handed out, ascending, so
+that an actor passes over a file of lines once; those of an actor that died go to another.
 
 What is complete stands in the folder, and a shard made twice is the same shard, so nothing is lost or doubled by a
 kill. Ray's own restarts are off, and Ray Data is not used: both bind the work of a dead actor to that actor's return,
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..version import versions
 from .embedding_folder import RUN
+from .text_files import Reader
 
 if TYPE_CHECKING:
     from .job import Job
@@ -191,12 +192,12 @@ class Maker:
             if not path.is_file():
                 raise FileNotFoundError(_unseen(path))
         device = "cuda" if gpu else "cpu"
-        self.model, self.job = model.to(device), job
+        self.model, self.job, self.reader = model.to(device), job, Reader(job.files, job.columns)
         job.call["device"] = device
 
     def make(self, shards: list[int]) -> None:
         self.block, self.done, self.count = shards, [], _Count()
-        for shard in self.job.make(self.model, shards, self.count):
+        for shard in self.job.make(self.model, shards, self.count, self.reader):
             self.done.append(shard)
 
     def seen(self) -> tuple[list[int], list[int], int]:

@@ -15,8 +15,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 MANIFEST, PROGRESS, RUN = "manifest.json", "progress", "run.json"
 VERSION = 1  # of the manifest
+_AT_ONCE = 16  # requests
 _RECORD_FILE = re.compile(r"shard-\d{5,}\.json")
 
 
@@ -119,20 +122,27 @@ class EmbeddingFolder:
     def shards(self, verify: bool = False) -> dict[int, Shard]:
         """The complete ones by index; with `verify` those alone whose content is what was written."""
         # Records first: whoever finishes last deletes them when the manifest is there.
-        found = {}
+        records: list[Path] = []
+        with suppress(FileNotFoundError):  # not begun, or deleted just now: then the manifest has them all
+            records = [file for file in self.progress.iterdir() if _RECORD_FILE.fullmatch(file.name)]
+        # A store answers slowly, and many at once; to verify is to read all, which is not done for many at once.
+        with ThreadPoolExecutor(1 if verify else _AT_ONCE) as threads:
+            read = zip(records, threads.map(self._record, records), strict=True)
+            found = {int(file.stem.removeprefix("shard-")): shard for file, shard in read if shard}
+            if (self.path / MANIFEST).is_file():
+                entries = read_json(self.path / MANIFEST, dict, ADVICE).get("shards")
+                for entry in entries if isinstance(entries, list) else ():
+                    shard = read_record(entry, self.path, self.path / MANIFEST)
+                    found.setdefault(index_of(shard.file), shard)
+            whole = threads.map(self._is_whole, found, found.values(), repeat(verify))
+            return {index: shard for (index, shard), good in zip(found.items(), whole, strict=True) if good}
+
+    def _record(self, file: Path) -> Shard | None:
+        """None where it is of no use, and the shard is made again, or was deleted just now."""
         try:
-            for file in list(self.progress.iterdir()):
-                if _RECORD_FILE.fullmatch(file.name):
-                    with suppress(ValueError):  # of no use: the shard is made again
-                        found[int(file.stem.removeprefix("shard-"))] = read_record(read_json(file), self.path, file)
-        except FileNotFoundError:
-            pass  # not begun, or deleted just now: then the manifest has them all
-        if (self.path / MANIFEST).is_file():
-            entries = read_json(self.path / MANIFEST, dict, ADVICE).get("shards")
-            for entry in entries if isinstance(entries, list) else ():
-                shard = read_record(entry, self.path, self.path / MANIFEST)
-                found.setdefault(index_of(shard.file), shard)
-        return {index: shard for index, shard in found.items() if self._is_whole(index, shard, verify)}
+            return read_record(read_json(file), self.path, file)
+        except (FileNotFoundError, ValueError):
+            return None
 
     def _is_whole(self, index: int, shard: Shard, verify: bool) -> bool:
         try:

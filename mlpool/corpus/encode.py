@@ -26,7 +26,7 @@ from . import cluster
 from .embedding_folder import VERSION, EmbeddingFolder
 from .job import Job
 from .shards import DTYPES, FORMATS, Shard
-from .text_files import TextFile, check_files, find_columns, find_files
+from .text_files import Reader, TextFile, check_files, find_columns, find_files
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -129,7 +129,7 @@ def encode_files(
                 if ray is not None:
                     cluster.make(job, model, todo, bar, actors, cores)
                 else:
-                    for _ in job.make(model, todo, bar):
+                    for _ in job.make(model, todo, bar, Reader(files, columns)):
                         pass
             manifest = folder.finish(job.shards, lambda shards: {**plan, **_summary(shards)})
         if ray is not None and manifest is None:

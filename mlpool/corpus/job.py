@@ -6,13 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from .embedding_folder import EmbeddingFolder
 from .rows import Range
 from .shards import Shard
-from .text_files import Columns, Row, TextFile, read_ranges
+from .text_files import Columns, Reader, Row, TextFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,14 +46,13 @@ class Job:
         start = shard * self.shard_size
         return start, min(start + self.shard_size, self.rows)
 
-    def make(self, model: SentenceTransformer, shards: Sequence[int], bar: Any) -> Iterator[int]:
+    def make(self, model: SentenceTransformer, shards: Sequence[int], bar: Any, reader: Reader) -> Iterator[int]:
         """Make these shards, ascending; the number of each as soon as it is complete."""
         encoder = _Encoder(model, self.call, self.dtype, self.truncate_dim)
-        ranges = [self.range(shard) for shard in shards]
-        rows = read_ranges(self.files, self.columns, ranges)
-        for shard, (start, stop) in zip(shards, ranges, strict=True):
+        for shard in shards:
+            start, stop = self.range(shard)
             encoder.begin()
-            blocks = encoder.blocks(islice(rows, stop - start), start, bar)
+            blocks = encoder.blocks(reader.rows(start, stop), start, bar)
             written = self.folder.write_shard(shard, self.format, stop - start, blocks, self.columns.id is not None)
             self.folder.record(shard, Shard(first_row=start, rows=stop - start, **written, **encoder.summary()))
             yield shard

@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -53,7 +53,7 @@ def kind_of(path: Path) -> str:
     return kind if kind in KINDS and not (packed and kind == ".parquet") else ""
 
 
-def read_rows(path: Path, columns: Sequence[str] | None = None, ranges: Sequence[Range] | None = None) -> Rows:
+def read_rows(path: Path, columns: Sequence[str] | None = None, ranges: Iterable[Range] | None = None) -> Rows:
     """The rows of a file, each with its number: the line it begins on, in Parquet the row; from 1.
 
     A line of .txt is {"text": line}, blank ones too; blank lines of the others are no rows. Fields of CSV are strings.
@@ -62,14 +62,15 @@ def read_rows(path: Path, columns: Sequence[str] | None = None, ranges: Sequence
 
     Args:
         columns: of Parquet read these alone.
-        ranges: ascending and disjoint; what is left out is not parsed, and of Parquet not even read.
+        ranges: ascending and disjoint; what is left out is not parsed, and of Parquet not even read. Of others a range
+            is asked for when the one before it is done.
 
     Raises:
         ValueError: a damaged file, UTF-16, a broken header or array.
     """
     kind = kind_of(path)
     if kind == ".parquet":
-        yield from _parquet(path, columns, ranges)
+        yield from _parquet(path, columns, None if ranges is None else list(ranges))
     elif kind in _DELIMITERS:
         yield from _csv(path, _DELIMITERS[kind], ranges)
     elif kind == ".json" and next((line.lstrip() for line in lines(path) if line.strip()), "").startswith("["):
@@ -127,7 +128,7 @@ def beside(path: Path) -> str:
     return near(path) if path.parent.is_dir() else f" (nor a folder {path.parent})"
 
 
-def _select(rows: Rows, ranges: Sequence[Range] | None) -> Rows:
+def _select(rows: Rows, ranges: Iterable[Range] | None) -> Rows:
     if ranges is None:
         yield from rows
         return
@@ -198,7 +199,7 @@ def _json_array(path: Path) -> Rows:
         raise broken(skip(position + 1), "text after the array's ']'")
 
 
-def _csv(path: Path, delimiter: str, ranges: Sequence[Range] | None) -> Rows:
+def _csv(path: Path, delimiter: str, ranges: Iterable[Range] | None) -> Rows:
     records = _csv_records(path, delimiter)
     _, header = next(records, (1, []))
     for line, fields in _select(records, ranges):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,28 +197,62 @@ def check_file(
 
 
 def read_ranges(files: Sequence[TextFile], columns: Columns, ranges: Sequence[Range]) -> Iterator[Row]:
-    """The rows in `ranges` (ascending, disjoint), counted through all files; each file is read once, others not at all.
-
-    Raises:
-        ValueError: what `read_file` raises, and a file that has changed since it was checked.
-    """
-    start = 0
-    for file in files:
-        stop = start + file.rows
-        local = [(max(a, start) - start, min(b, stop) - start) for a, b in ranges if a < stop and b > start]
-        if local:
-            stat, expected, rows = file.path.stat(), sum(b - a for a, b in local), 0
-            if (stat.st_size, stat.st_mtime_ns) != (file.bytes, file.modified):
-                raise ValueError(f"{file.path} has changed since it was checked (size or time)")
-            for row in read_file(file.path, columns, local):
-                rows += 1
-                yield row
-            if rows != expected:
-                raise ValueError(f"{file.path} changed while it was read: {file.rows} rows before, fewer now")
-        start = stop
+    """The rows in `ranges`, counted through all files; see `Reader`."""
+    reader = Reader(files, columns)
+    for start, stop in ranges:
+        yield from reader.rows(start, stop)
 
 
-def read_file(path: Path, columns: Columns, ranges: Sequence[Range] | None = None) -> Iterator[Row]:
+class Reader:
+    """Rows by their numbers, counted through all files. While what is asked for ascends, a file of lines is read once,
+    and what lies between is passed over; a file without any of it is not opened."""
+
+    def __init__(self, files: Sequence[TextFile], columns: Columns) -> None:
+        self._files, self._columns = files, columns
+        self._file: TextFile | None = None  # that is open
+        self._stream: Iterator[Row] = iter(())
+        self._wanted: deque[Range] = deque()  # of it, and what its stream reads next
+        self._position = 0
+
+    def rows(self, start: int, stop: int) -> Iterator[Row]:
+        """Rows [start, stop); all of them are to be taken before others are asked for.
+
+        Raises:
+            ValueError: what `read_file` raises, and a file that has changed since it was checked.
+        """
+        first = 0
+        for file in self._files:
+            behind = first + file.rows
+            if start < behind and stop > first:
+                yield from self._read(file, max(start, first) - first, min(stop, behind) - first)
+            first = behind
+
+    def _read(self, file: TextFile, start: int, stop: int) -> Iterator[Row]:
+        if file is not self._file or start < self._position or kind_of(file.path) == ".parquet":
+            self._open(file)
+        self._wanted.append((start, stop))
+        rows = 0
+        for row in islice(self._stream, stop - start):
+            rows += 1
+            yield row
+        if rows != stop - start:
+            raise ValueError(f"{file.path} changed while it was read: {file.rows} rows before, fewer now")
+        self._position = stop
+
+    def _open(self, file: TextFile) -> None:
+        stat = file.path.stat()
+        if (stat.st_size, stat.st_mtime_ns) != (file.bytes, file.modified):
+            raise ValueError(f"{file.path} has changed since it was checked (size or time)")
+        self._file, self._wanted = file, deque()
+        self._stream = read_file(file.path, self._columns, _as_asked(self._wanted))
+
+
+def _as_asked(ranges: deque[Range]) -> Iterator[Range]:
+    while ranges:
+        yield ranges.popleft()
+
+
+def read_file(path: Path, columns: Columns, ranges: Iterable[Range] | None = None) -> Iterator[Row]:
     """The rows of one file, or those in `ranges`. Blank lines are texts in .txt, and nothing in the others.
 
     Raises:
