@@ -1,28 +1,40 @@
 """Nodes on this machine, and what befalls them."""
 
 import contextlib
+import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
-SMALL = {"object_store_memory": 100 << 20, "include_dashboard": False}
+SMALL = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False, "include_log_monitor": False}
+
+# Given, because a node that is to find them itself gives up where its agents do not start within 15 seconds.
+PORTS = ("metrics_agent_port", "runtime_env_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
+
+
+def _free() -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in PORTS]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 class Nodes:
-    """A cluster of nodes with one core each, whose head makes nothing."""
+    """A cluster of two nodes with one core each; more may come, and all but the first may go."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SMALL})
-        self.address = self.cluster.address
+        self.cluster = Cluster()
         self.nodes = [self.add(), self.add()]
+        self.address = self.cluster.address
 
     def add(self, *places: str):
         """A node whose processes import from `places`, and from where this one does."""
         path = ":".join([*places, *filter(None, sys.path)])
-        return self.cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": path}, **SMALL)
+        return self.cluster.add_node(env_vars={"PYTHONPATH": path}, **SMALL, **dict(zip(PORTS, _free(), strict=True)))
 
     def remove(self, node) -> None:
         self.cluster.remove_node(node, allow_graceful=False)

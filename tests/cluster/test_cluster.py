@@ -104,7 +104,7 @@ def test_a_node_is_lost_and_another_comes(nodes, tmp_path):
     write_parquet(tmp_path / "b.parquet", texts[250:], key=[f"d{i}" for i in range(250, 400)])
     store = RemotePath(SubTreeFileSystem(str(tmp_path), LocalFileSystem()), "")
     options = {"id_column": "key", "text_column": "text", "format": "parquet", "shard_size": 8}
-    lost = nodes.nodes.pop(0)
+    lost = nodes.nodes.pop()
 
     def lose() -> bool:
         if not nodes.actors(lost):
