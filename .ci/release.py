@@ -36,11 +36,16 @@ PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</
 
 
 def check_contents(wheel: Path) -> set[str]:
-    """Every module of the packages is in the wheel, and nothing else of the checkout; the packages."""
-    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    """Every file of the packages is in the wheel, templates too, and nothing else of the checkout; the packages."""
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     places = {"mlpool": ROOT / "mlpool", "mlpool_kernels": ROOT / "kernels" / "mlpool_kernels"}
     of = {name: folder for name, folder in places.items() if any(one.startswith(f"{name}/") for one in inside)}
-    wanted = {f"{name}/{path.relative_to(f).as_posix()}" for name, f in of.items() for path in f.rglob("*.py")}
+    wanted = {
+        f"{name}/{path.relative_to(f).as_posix()}"
+        for name, f in of.items()
+        for path in f.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     if missing := sorted(wanted - inside):
         raise SystemExit(f"{wheel.name} lacks {', '.join(missing)}; setup.cfg lists the packages")
     if foreign := sorted(inside - wanted):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import datetime
 import gc
 import hashlib
 import importlib.metadata
@@ -217,6 +218,16 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, blocks of up to 1 GiB too, for the next allocation; elsewhere nothing happens."""
+    try:
+        adjust = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for option, value in ((-1, -1), (-3, 1 << 30)):  # M_TRIM_THRESHOLD: never; M_MMAP_THRESHOLD
+        adjust(option, value)
+
+
 def touch(size: int, device: torch.device) -> None:
     """On a CPU have the system hand out `size` bytes once: a virtual machine is slow to give what it never gave."""
     if device.type == "cpu":
@@ -292,11 +303,12 @@ def load() -> float | None:
 
 
 def facts(device: torch.device) -> Row:
-    """What a row must carry to be read later: device, versions, commit, digests of the sources and of the tiles."""
+    """What a row must carry to be read later: device, versions, commit, digests of the sources and tiles, the day."""
     return {
         "device": device_name(device), "threads": torch.get_num_threads(), "python": platform.python_version(),
         "torch": torch.__version__, "triton": _version("triton"), "mlpool": _version("mlpool"), "commit": commit(),
         "code": code(), "tiles": tiles(), "load": load(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }  # fmt: skip
 
 

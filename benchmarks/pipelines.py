@@ -23,6 +23,7 @@ import copy
 import importlib.util
 import random
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -217,7 +218,7 @@ def build(base: Transformer, design: str, pooler: str, lora: int | None = None) 
     with torch.device(device):
         pool = build_pool(DESIGNS[design], backbone.hidden_size, backbone.num_layers, pooler)
     pool = randomised(pool.to(model.dtype))
-    ours = Embedder(modules=[backbone, Pooler(pool)], device=device)
+    ours = Embedder(modules=OrderedDict(backbone=backbone, pooler=Pooler(pool)), device=device)
     if lora is not None:
         # The paper's but for dropout: random numbers would differ between padded and packed batches.
         add_lora(ours, rank=lora, alpha=2 * lora, dropout=0.0)

@@ -30,7 +30,7 @@ class Rows:
         again: drop the counted rows that failed or are wrong, to be measured again.
     """
 
-    VARYING = ("commit", "load")
+    VARYING = ("commit", "load", "date")
 
     def __init__(self, path: Path, facts: Row, again: bool = False) -> None:
         self.path, self.facts = path, {name: _cell(value) for name, value in facts.items()}

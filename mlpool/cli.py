@@ -1,13 +1,12 @@
 """The command `mlpool`: each subcommand is a module with `add_arguments` and `run`, imported when it is used."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+
+from .version import __version__
 
 # Where it is, what its help says, and the extra that brings what it imports.
 COMMANDS = {
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status, 2 for input that a user can mend."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="mlpool", description="Turn a language model into a text-embedding model.")
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"mlpool {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, summary, _) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
@@ -42,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("mlpool").setLevel(logging.INFO)
     try:
-        target = _find(module)
+        place, _, name = module.partition(":")
+        found = importlib.import_module(place)
+        target = getattr(found, name) if name else found
         own = argparse.ArgumentParser(prog=f"mlpool {command}", description=summary[0].upper() + summary[1:] + ".")
         target.add_arguments(own)
         return int(target.run(own.parse_args(given[1:])) or 0)
@@ -60,18 +61,6 @@ def _lacks(error: Exception, command: str, extra: str) -> str:
     if package in ("", "mlpool", "mlpool_kernels") or "install" in str(error):
         return ""
     return f"; mlpool {command} needs more than torch: pip install 'mlpool[{extra}]'"
-
-
-def _find(place: str) -> Any:
-    module, _, name = place.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, name) if name else found
-
-
-def _version() -> str:
-    from .version import __version__
-
-    return f"mlpool {__version__}"
 
 
 if __name__ == "__main__":

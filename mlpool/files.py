@@ -247,11 +247,7 @@ def read_json(
 
 
 def parse_json(source: str | bytes, place: str, advice: str = "") -> Any:
-    """JSON from an unknown hand, at `place`.
-
-    Raises:
-        ValueError: it is broken, not UTF-8, nested too deep, or holds an integer of thousands of digits.
-    """
+    """JSON from an unknown hand, at `place`; ValueError where it cannot be read, see `json_fault`."""
     try:
         return json.loads(source)
     except (ValueError, RecursionError) as error:

@@ -3,8 +3,6 @@
 Needs nothing but Python until a value is given, so that help and mistyped names cost no import.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os

@@ -5,8 +5,6 @@ scales), bitsandbytes as integers. Of neither can be asked what is asked of any 
 equal to another. Of the plain tensors that it is made of (`parts`) it can.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
@@ -163,8 +161,7 @@ def _can_be_reversed(conversion: Any) -> bool:
 def unpack_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Put a plain linear layer, frozen, in the place of each quantised one; returns those with their names.
 
-    Raises:
-        ValueError: a weight that is quantised in a way that cannot be undone here (named).
+    ValueError where one is quantised in a way that cannot be undone here (named).
     """
     taken = quantized_layers(model)
     for name, layer in taken:

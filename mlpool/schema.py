@@ -3,11 +3,8 @@
 What a section of a config may hold is made from what takes it: a function's signature, a dataclass's fields.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
-import importlib
 import inspect
 import re
 import types
@@ -17,16 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from .show import shorten, some
+from .version import need
 
 _MOST = 100_000  # values in a config; more are aliases of aliases, or one that holds itself
 _NAMES = 20  # known ones, in a message
 
 
 def _need(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"configs need {error.name}: pip install 'mlpool[train]'") from error
+    return need(name, "configs need {}: pip install 'mlpool[train]'")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -62,8 +57,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file; errors as of `read_config`."""
     if not path.is_file():
         raise FileNotFoundError(f"no config {path}; see configs/ for ready ones")
+    yaml = _need("yaml")
     try:
-        values = _need("yaml").safe_load(path.read_text(encoding="utf8"))
+        text = path.read_text(encoding="utf8")
+        values = yaml.safe_load(text)
     except (OSError, ModuleNotFoundError):
         raise
     except Exception as error:  # beside YAMLError, whatever the text behind a tag makes a constructor raise
@@ -71,7 +68,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no valid YAML: {why}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}")
-    return copied(values, str(path))
+    values = copied(values, str(path))
+    _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), path)
+    return values
+
+
+def _refuse_repeated(root: Any, path: Path) -> None:
+    """Keys that a section has twice, of which YAML's reader takes the last without a word."""
+    left, seen = [root], set()
+    while left:
+        node = left.pop()
+        if id(node) in seen or not isinstance(node.value, list):  # an alias is the node itself; a scalar has a text
+            continue
+        seen.add(id(node))
+        lines: dict[str, int] = {}
+        for entry in node.value:
+            if not isinstance(entry, tuple):  # of a list
+                left.append(entry)
+                continue
+            key, value = entry
+            left.append(value)
+            if isinstance(key.value, str):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    both = f"lines {lines[key.value]} and {line}"
+                    raise ValueError(f"{path} has {key.value!r} twice in one section, {both}: keep one of them")
+                lines[key.value] = line
 
 
 def put(values: dict[str, Any], key: str, value: Any, short: Mapping[str, str] | None = None) -> None:

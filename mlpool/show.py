@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import replacing
+from .version import need
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -69,11 +70,8 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 def figure(width: float, height: float) -> Any:
     """An empty matplotlib figure of this size in inches, outside pyplot: no display, nothing global."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'mlpool[eval]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    module = need("matplotlib.figure", "plots need matplotlib: pip install 'mlpool[eval]'")
+    return module.Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(fig: Any, path: str | Path) -> None:

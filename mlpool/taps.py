@@ -16,8 +16,6 @@ How it is attached, and why:
   Call arguments are read there (masks, packed offsets), and the last state is taken from its output.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Sequence

@@ -1,17 +1,19 @@
 """A transformers model's trunk: where its layers are, what its forward takes, and another forward in its place."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 _LIST_NAMES = ("layers", "layer", "h", "block", "blocks")
+# Of each model the names of its trunk and its list: every forward asks, and a search through all modules takes longer
+# than many an operation of a layer's.
+_known: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 
 
-def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def find_layers(model: nn.Module) -> tuple[Any, nn.ModuleList]:
     """Find a model's trunk and its layers.
 
     The layers are the ModuleList named `layers`, `layer`, `h`, `block` or `blocks` with as many entries as the
@@ -22,6 +24,8 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
         ValueError: an encoder-decoder model, no such list or several (the message lists every ModuleList), or a
             layer that is in the list twice.
     """
+    if model in _known and (place := _at(model, *_known[model])) is not None:
+        return place
     modules = dict(model.named_modules())
     if any(getattr(getattr(module, "config", None), "is_encoder_decoder", False) for module in modules.values()):
         raise ValueError(
@@ -52,7 +56,19 @@ def find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     ((name, trunk_name),) = found
     if len(set(map(id, lists[name]))) < len(lists[name]):
         raise ValueError(f"{name} holds the same layer more than once; taps need every layer to run once")
+    _known[model] = trunk_name, name
     return modules[trunk_name], lists[name]
+
+
+def _at(model: nn.Module, trunk_name: str, name: str) -> tuple[nn.Module, nn.ModuleList] | None:
+    """What stands at these names now, if it is still a trunk and as many layers as its config says."""
+    try:
+        trunk, layers = model.get_submodule(trunk_name), model.get_submodule(name)
+        count = text_config(trunk).num_hidden_layers
+    except AttributeError:
+        return None
+    fits = isinstance(layers, nn.ModuleList) and len(layers) == count == len(set(map(id, layers)))
+    return (trunk, layers) if fits else None  # type: ignore[return-value]
 
 
 def _trunk_of(name: str, modules: dict[str, nn.Module]) -> str | None:

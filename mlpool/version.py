@@ -1,7 +1,9 @@
-"""The version, where every floor may read it, and those of what it ran with."""
+"""The version, where every floor may read it, those of what it ran with, and what may be missing of them."""
 
+import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 __version__ = "0.2.0"
 
@@ -21,3 +23,11 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def need(module: str, message: str) -> Any:
+    """A module of a package that may be missing: then an error that says what needs it ("{}") and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(message.format(error.name)) from error

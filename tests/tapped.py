@@ -1,10 +1,8 @@
 """Tiny random models of many families to tap, batches, and what `output_hidden_states=True` gives of them."""
 
-import pytest
 import torch
+import transformers
 from torch import nn
-
-transformers = pytest.importorskip("transformers")
 
 V, D, L, T = 40, 16, 3, 6
 COMMON = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": L, "num_attention_heads": 2, "pad_token_id": 0}

@@ -20,9 +20,6 @@ import pytest
 import torch
 from mlpool_kernels import reference
 
-pytest.importorskip("sentence_transformers")
-pytest.importorskip("peft")
-
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
 ONE = ("--preset", "tiny", "--pooler", "default", "--design", "multi-layer-bidirectional", "--device", "cpu")

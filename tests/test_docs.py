@@ -18,7 +18,6 @@ import pytest
 import yaml
 from docs_blocks import PAGES, ROOT, Command, blocks, commands, shell_lines
 
-pytest.importorskip("peft")
 pytest.importorskip("datasets")
 
 import mlpool
@@ -192,6 +191,14 @@ def test_every_design_and_command_is_named():
     readme, page = ((ROOT / name).read_text(encoding="utf8") for name in ("README.md", "docs/commands.md"))
     assert [name for name in mlpool.DESIGNS if f"| `{name}`" not in readme] == []
     assert [name for name in COMMANDS if f"| `mlpool {name}" not in page] == []
+
+
+def test_every_variable_of_ours_is_named():
+    page = (ROOT / "docs/commands.md").read_text(encoding="utf8")
+    sources = [*(ROOT / "mlpool").rglob("*.py"), *(ROOT / "kernels/mlpool_kernels").rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r"MLPOOL_[A-Z_]+", path.read_text(encoding="utf8"))}
+    assert "MLPOOL_TILES" in read
+    assert [name for name in sorted(read) if f"`{name}`" not in page] == []
 
 
 def messages() -> str:

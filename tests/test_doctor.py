@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from mlpool import cli, doctor
@@ -25,7 +24,6 @@ print("exit", cli.main(["doctor"]))
 
 def test_here_all_works(capsys):
     """The environment of the tests has everything but a GPU, perhaps: every kernel and every backend is tried."""
-    pytest.importorskip("transformers")
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert text.endswith("all that is needed works\n")
@@ -96,7 +94,6 @@ def test_a_kernel_that_is_wrong_or_fails_is_said(monkeypatch):
 
 
 def test_a_backend_that_reads_padding_is_said(monkeypatch):
-    pytest.importorskip("transformers")
     from mlpool import attention
 
     def unsound(model, expect=None):

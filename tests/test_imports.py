@@ -37,6 +37,9 @@ EXTRAS = {
     "mlpool/study": "eval",
     "benchmarks": "dev",
     "examples": "dev",
+    "examples/lancedb_search.py": "clients",
+    "examples/langchain_search.py": "clients",
+    "examples/openai_search.py": "clients",
     "tests": "dev",
 }
 # Packages that are not called as what installs them.
@@ -64,6 +67,8 @@ def imports(path: Path) -> Iterator[Import]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [str(node.module)]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("need", "_need"):
+            names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]  # see mlpool/version.py
         else:
             continue
         for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - ours:

@@ -181,6 +181,8 @@ def test_saved_and_loaded(lora, depth, tmp_path):
     assert identity(again) == identity(embedder)
     assert len(quantized_layers(again)) == 7 * (4 if depth == "auto" else 2)
     assert all(isinstance(layer, QuantizedLinear) for _, layer in quantized_layers(again))
+    if depth != "auto":  # what follows has no more of a cut one to say
+        return
     again.save(tmp_path / "twice")
     assert far(load(tmp_path / "twice").encode(TEXTS), expected) == 0
     with pytest.raises(ValueError, match="has decided quantization; leave it out"):

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("sentence_transformers")
-
 import mlpool
 from mlpool.corpus.embedding_folder import load_embeddings, load_ids
 from mlpool.corpus.encode import encode_files

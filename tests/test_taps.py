@@ -97,7 +97,8 @@ def test_checkpoint_around_the_model(reentrant):
 @pytest.mark.parametrize("head", ["Model", "ForCausalLM"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora(head, how, checkpointing):
-    peft = pytest.importorskip("peft")
+    import peft
+
     torch.manual_seed(0)
     model = peft.get_peft_model(build("Llama", head), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     with torch.no_grad():

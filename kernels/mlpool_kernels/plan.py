@@ -40,6 +40,9 @@ ONE_LAUNCH_COLUMNS = 1024
 # The fused feed-forward saves writing and reading [a|g], 4 bytes for 2·D operations: worth it for a small D, and for
 # few latents, where launches count. Elsewhere a product at library speed plus a second pass is faster.
 FUSED_HIDDEN, FUSED_LATENTS = 1536, 128
+# In torch every number of VO is written, copied for a head's product and read, which takes a CPU as long as so many
+# FLOP (early and late values measured against each other at eight sizes).
+MOVED_FLOPS = 200
 # What a backward pass may keep alive before it computes again instead, as a share of the device's memory.
 SAVED_SHARE = 0.1
 
@@ -334,12 +337,16 @@ def _by_flops(s: Sizes, *, cached: bool, triton: bool, one: bool, mixes: bool) -
         per_text, once = flops
         return s.batch * per_text + (0 if cached else once)
 
+    def of_values(form: str) -> int:
+        moved = 0 if triton or form == "late" else s.keys * s.heads * s.hidden
+        return cost(value_flops(s, form)) + s.batch * MOVED_FLOPS * moved
+
     # Written out, as torch.compile traces no `min` with a key over symbolic sizes.
     keys, values = KEYS[0], VALUES[0]
     for form in KEYS[1:]:
         keys = form if cost(key_flops(s, form)) < cost(key_flops(s, keys)) else keys
     for form in VALUES[1:]:
-        values = form if cost(value_flops(s, form)) < cost(value_flops(s, values)) else values
+        values = form if of_values(form) < of_values(values) else values
     one = one and keys == "absorbed" and s.heads * s.latents <= ONE_LAUNCH_COLUMNS
     fused = triton and (s.hidden <= FUSED_HIDDEN or s.latents <= FUSED_LATENTS)
     return Plan(

@@ -22,8 +22,6 @@ Score of a layer
     A model cut there (mlpool.load(..., depth=k)) is as fast as the last line says, by the time spent in each layer.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any
@@ -65,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="DIR", help="write CSV files and plots")
 
 
-def run(args: argparse.Namespace) -> int | None:
+def run(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < FEWEST:
         raise ValueError(f"--limit must be at least {FEWEST}, got {args.limit}")
     if args.tasks and not args.local:
@@ -118,7 +116,6 @@ def run(args: argparse.Namespace) -> int | None:
         print(_depth(model, scores, every, used))
     if args.output:
         print("wrote", *(report or scores).save(args.output), file=sys.stderr)  # type: ignore[union-attr]
-    return None
 
 
 def _tasks(args: argparse.Namespace) -> list[Any]:

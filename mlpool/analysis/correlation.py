@@ -3,8 +3,6 @@
 Both are defined in command.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

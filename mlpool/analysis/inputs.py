@@ -1,7 +1,5 @@
 """What `mlpool layers` is given: pairs, texts, and the model."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import OrderedDict
@@ -23,11 +21,7 @@ _NAME = 40  # characters of a data set's name
 
 
 def read_pairs(path: str | Path) -> Pairs:
-    """Pairs of a .jsonl file with sentence1, sentence2 and score.
-
-    Raises:
-        FileNotFoundError: no such file (the nearest names). ValueError: file and line of what is wrong.
-    """
+    """Pairs of a .jsonl file with sentence1, sentence2 and score; errors name file and line."""
     found, *others = find_files(path)
     if others or kind_of(found) != ".jsonl" or found.suffix == ".gz":
         raise ValueError(f"{path}: pairs are read from a .jsonl file with sentence1, sentence2 and score")
@@ -36,11 +30,7 @@ def read_pairs(path: str | Path) -> Pairs:
 
 
 def read_texts(path: str | Path, column: str | None = None) -> list[str]:
-    """Texts of .txt, .jsonl, .csv or .parquet; empty ones are left out, which is said.
-
-    Raises:
-        FileNotFoundError, ValueError: see `mlpool.corpus.text_files`; no text at all.
-    """
+    """Texts of .txt, .jsonl, .csv or .parquet; empty ones are left out, which is said. Errors as of `read_file`."""
     paths = find_files(path)
     columns = find_columns(paths, column)
     rows = [row.text for file in paths for row in read_file(file, columns)]

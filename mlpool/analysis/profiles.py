@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from ..files import write_csv
 from ..pooling import LayerWeightsPool, MultiLayerPool
 from ..pooling.layers import read_layer_states
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 _NUMBERS = 2**24  # of the values that are in memory at once
 
@@ -104,9 +102,6 @@ def pool_profile(embedder: SentenceTransformer, texts: Sequence[str], **options:
 
     Args:
         options: of `embedder.encode`: prompt, token_budget, show_progress_bar, …
-
-    Raises:
-        ValueError: no texts.
     """
     if not len(texts):
         raise ValueError("no texts: a profile is an average over some")

@@ -1,21 +1,17 @@
 """How fast a model would be at each depth: one pass over a few texts, timed layer by layer."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
 
 from ..trunk import find_layers
 from .states import _batches
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 MOST = 128  # texts
 

@@ -13,21 +13,21 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
 from .. import show
+from ..embedder.embedder import Embedder
 from ..pooling.base import gather_tokens
 from ..pooling.tokens import Tokens, select_tokens
 from ..trunk import find_layers
 from . import FEWEST, POOLINGS, WINDOW
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 _ST_BATCH = 32  # texts a forward of models that do not batch by tokens, as in their own encode
 
@@ -125,12 +125,8 @@ def _batches(
     model: Any, texts: list[str], prompt: str | None, token_budget: int | None
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Rows of `texts` and their embeddings, forward by forward, longest first."""
-    from sentence_transformers.util import batch_to_device
-
-    from ..embedder.embedder import Embedder
-
     if isinstance(model, Embedder):
-        tokens = model[0].token_ids(texts, prompt)  # type: ignore[operator]
+        tokens = model.backbone.token_ids(texts, prompt)
         budget = token_budget or model.default_budget(model.device)
         yield from model._batches(tokens, budget, len(texts), model.device)
         return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
 
 from ..evaluation.encoder import Prompts, make_encoder, name_of
 from ..evaluation.evaluate import evaluate_once
@@ -25,7 +26,6 @@ from .states import poolings_of, windows
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
-    from sentence_transformers import SentenceTransformer
 
 _METRICS = {"cosine_spearman": "Spearman"}  # as the scores of pairs are called
 

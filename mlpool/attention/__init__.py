@@ -1,7 +1,5 @@
 """Bidirectional attention on decoder models, its self-test, and packed execution without padding."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 # Not lazy: a module and a class share the name `bidirectional`, and whichever is imported last has it. It is cheap,

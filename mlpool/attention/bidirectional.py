@@ -16,8 +16,6 @@ Qwen, Phi3, Gemma, OLMo2, Granite, GPT-NeoX, OPT, Falcon are bidirectional again
   peft stands on a causal model, silently. `mlpool.load` of a saved embedder sets the design's attention itself.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 
@@ -93,11 +91,11 @@ class bidirectional:  # called like a function; an object so that `with` can und
                 f"{patch.sliding_window!r}; call causal(model) before choosing {sliding_window!r}"
             )
         if patch is None and is_encoder(trunk, layers):
-            log_once(f"{trunk.config.model_type} reads both directions by itself: nothing is changed")  # type: ignore[union-attr]
+            log_once(f"{trunk.config.model_type} reads both directions by itself: nothing is changed")
         elif patch is None:
             self._owner = True
             if warning := warning_of(trunk.config):
-                log_once(f"{trunk.config.model_type} made bidirectional: {warning}")  # type: ignore[union-attr]
+                log_once(f"{trunk.config.model_type} made bidirectional: {warning}")
             patch = _Patch(model, trunk, layers, sliding_window)
         try:
             if check:
@@ -136,7 +134,7 @@ def causal(model: nn.Module) -> nn.Module:
             _clear_flags(model, trunk, layers)
     elif is_encoder(trunk, layers):
         raise ValueError(
-            f"{trunk.config.model_type} is an encoder: it reads both directions by design and was not patched, so "  # type: ignore[union-attr]
+            f"{trunk.config.model_type} is an encoder: it reads both directions by design and was not patched, so "
             "there is no causal form to go back to"
         )
     elif claims_bidirectional(trunk, layers):

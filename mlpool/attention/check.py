@@ -12,8 +12,6 @@ the embeddings are merely worse. Two short forwards tell. In them, at every laye
   So a fault is found in the layer that makes it, and rounding does not add up over the layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,12 +89,12 @@ def check_attention(model: nn.Module, expect: str | None = None) -> AttentionRep
     return report
 
 
-def claims_bidirectional(trunk: nn.Module, layers: nn.Module) -> bool:
+def claims_bidirectional(trunk: nn.Module, layers: nn.ModuleList) -> bool:
     """What config and modules say; only `measure` says what is true."""
     return flagged(trunk.config) or is_encoder(trunk, layers)
 
 
-def is_encoder(trunk: nn.Module, layers: nn.Module) -> bool:
+def is_encoder(trunk: nn.Module, layers: nn.ModuleList) -> bool:
     """Bidirectional from the start: nothing says causal, and it was measured, since CLIP's text model flags nothing.
 
     Where it cannot be measured (padding removed inside, weights on meta), the modules' own flags count.
@@ -112,9 +110,8 @@ def is_encoder(trunk: nn.Module, layers: nn.Module) -> bool:
         return True
 
 
-def measure(trunk: nn.Module, layers: nn.Module, give_positions: bool = False) -> AttentionReport:
+def measure(trunk: nn.Module, layers: nn.ModuleList, give_positions: bool = False) -> AttentionReport:
     """Run both forwards and say what came of them."""
-    assert isinstance(layers, nn.ModuleList)
     require_weights(trunk)
     probe = Probe(trunk, layers, give_positions)
     with undisturbed(trunk):

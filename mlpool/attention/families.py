@@ -4,13 +4,13 @@ A family that is not in the table needs nothing more, or is not known: either wa
 transformers 5.17 and 5.23.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+from ..version import need
 
 FLOOR = (5, 17)
 PACKED, PACKED_MARK = "mlpool_packed", "_mlpool_packed"  # the backend; what `pack` leaves on a trunk
@@ -90,11 +90,7 @@ def flagged(config: Any) -> bool:
 
 
 def require_text_model(model: nn.Module, trunk: nn.Module) -> None:
-    """Refuse wrappers around a text model.
-
-    Raises:
-        ValueError: naming the wrapper, and the text model in it.
-    """
+    """ValueError for a wrapper around a text model, which is named."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "get_text_config") and config.get_text_config() is not config:
@@ -111,10 +107,7 @@ def warning_of(config: Any) -> str:
 
 def require_transformers() -> Any:
     """transformers, or an ImportError that says what to install."""
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("mlpool.attention patches Hugging Face models: pip install 'mlpool[st]'") from error
+    transformers = need("transformers", "mlpool.attention patches Hugging Face models: pip install 'mlpool[st]'")
     version, floor = transformers.__version__, ".".join(map(str, FLOOR))
     if tuple(int(part) for part in version.split(".")[:2]) < FLOOR:
         raise ImportError(
@@ -125,11 +118,7 @@ def require_transformers() -> Any:
 
 
 def check_backend(config: Any) -> None:
-    """Refuse an attention backend that is unknown, or that this family cannot use.
-
-    Raises:
-        ValueError: naming family, backend and reason.
-    """
+    """ValueError for an attention backend that is unknown, or that this family cannot use; with the reason."""
     backend, name = backend_of(config), getattr(config, "model_type", "?")
     if backend not in BACKENDS:
         raise ValueError(

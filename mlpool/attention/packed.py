@@ -10,8 +10,6 @@ found beneath it and so sees the packed call, as the layers do; an override of `
 calls `trunk.forward`. A call that is packed already goes through.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import itertools
@@ -73,9 +71,8 @@ def pack(model: nn.Module, padded_output: bool = True, check: bool = True) -> nn
     _refuse(trunk)
     require_text_model(model, trunk)
     expected = try_packed(trunk) if check else None
-    assert isinstance(layers, nn.ModuleList)
     packing = Packing(len(layers), backend_of(trunk.config), _position_offset(trunk))
-    trunk.set_attn_implementation(PACKED)  # type: ignore[operator]
+    trunk.set_attn_implementation(PACKED)
     trunk.__dict__[_MARK] = packing
     if not isinstance(trunk, _PackedTrunk):  # it is one when an earlier unpack had to leave the class
         cls: type = type(trunk)
@@ -101,7 +98,7 @@ def unpack(model: nn.Module) -> nn.Module:
     if packing is None:
         return model
     if backend_of(trunk.config) == PACKED:
-        trunk.set_attn_implementation(packing.backend)  # type: ignore[operator]
+        trunk.set_attn_implementation(packing.backend)
     if type(trunk).__bases__[0] is _PackedTrunk:
         trunk.__class__ = type(trunk).__bases__[1]
     else:
@@ -132,7 +129,7 @@ class Packing:
         self.layers, self.backend, self.position_offset = layers, backend, position_offset
         self.padded_output, self.seen = True, False
 
-    def run(self, trunk: nn.Module, below: Any, args: tuple, kwargs: dict) -> Any:
+    def run(self, trunk: Any, below: Any, args: tuple, kwargs: dict) -> Any:
         """One forward of the trunk, by what is beneath the packing."""
         call = {**dict(zip(argument_names(trunk), args, strict=False)), **kwargs}
         packed, active = call.get("cu_seq_lens_q"), running.get()
@@ -144,9 +141,8 @@ class Packing:
             call, packed_call = self._given(call)
             return self._forward(trunk, below, call, packed_call)
         call, packed_call, rows, shape = self._pack(call)
-        config: Any = trunk.config
         given = call.pop("return_dict", None)
-        as_tuple = not (config.return_dict if given is None else given)
+        as_tuple = not (trunk.config.return_dict if given is None else given)
         call["return_dict"] = True
         output = self._forward(trunk, below, call, packed_call)
         hidden = output["last_hidden_state"]
@@ -156,7 +152,7 @@ class Packing:
                     f"{type(trunk).__name__} pools each text by code of its own, which would take the row for one text"
                 )
             first = hidden[:, packed_call.offsets[:-1].long()].transpose(0, 1)
-            output["pooler_output"] = trunk.pooler(first)  # type: ignore[operator]
+            output["pooler_output"] = trunk.pooler(first)
         if self.padded_output:
             for name, value in list(output.items()):
                 output[name] = _pad(value, rows, shape)
@@ -298,11 +294,11 @@ def _rebuild(cls: type) -> Any:
     return packed.__new__(packed)
 
 
-def _refuse(trunk: nn.Module) -> None:
-    config: Any = trunk.config
+def _refuse(trunk: Any) -> None:
+    config = trunk.config
     parameters = inspect.signature(type(trunk).forward).parameters
     reason = ""
-    if not hasattr(trunk, "set_attn_implementation") or not trunk._can_set_attn_implementation():  # type: ignore[operator]
+    if not hasattr(trunk, "set_attn_implementation") or not trunk._can_set_attn_implementation():
         reason = "its attention does not go through transformers' AttentionInterface, so no other function reaches it"
     elif "position_ids" not in parameters:
         reason = "it takes no position_ids, so texts in one row cannot start anew"

@@ -1,7 +1,5 @@
 """The two forwards of the self-test (check.py): what is put into every layer, and what is read from it."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..pooling.base import running_dtype
 from ..quantized import is_quantized, parts
 from ..show import some
 from ..taps import _MARK as _TAPS
@@ -61,13 +60,12 @@ class LayerReport:
 class Probe:
     """Two batches, and what the hooks around every layer do with them."""
 
-    def __init__(self, trunk: nn.Module, layers: nn.ModuleList, give_positions: bool):
+    def __init__(self, trunk: Any, layers: nn.ModuleList, give_positions: bool):
         self.trunk, self.layers = trunk, layers
-        config: Any = trunk.config
         self.packed = PACKED_MARK in trunk.__dict__  # the backend alone, without `pack`, takes padded batches
-        self.give_positions = give_positions and family_of(config).text_positions
+        self.give_positions = give_positions and family_of(trunk.config).text_positions
         # flash-attention counts a window without its end, the others with it
-        self.reach = max((window_of(config) or _LONG) - 1, 1)
+        self.reach = max((window_of(trunk.config) or _LONG) - 1, 1)
         self.generator = torch.Generator().manual_seed(0)
         self.reports = [LayerReport() for _ in layers]
         self.input_errors: dict[str, float] = {}
@@ -244,9 +242,8 @@ class Probe:
         answering = max(_change_of(first[0], other) for other in first[1:_EXACT])
         erring = max(error_of(text, self.outputs[index], added) for text in texts)
         if not max(answering, erring) <= _MOST_NOISE:
-            config: Any = self.trunk.config
             raise AttentionCheckError(
-                f"{getattr(config, 'model_type', '?')}: layer {index} is quantised so coarsely that a text differs by "
+                f"{family_name(self.trunk)}: layer {index} is quantised so coarsely that a text differs by "
                 f"{max(answering, erring):.1e} for rounding and its company in the batch alone (its attention can be "
                 f"tested up to {_MOST_NOISE}); take more bits, or quantise the weights only"
             )
@@ -254,11 +251,7 @@ class Probe:
 
 
 def embedding_table(trunk: nn.Module) -> nn.Embedding:
-    """The token embeddings.
-
-    Raises:
-        ValueError: there is no one table of them.
-    """
+    """The token embeddings; ValueError where there is no one table of them."""
     with suppress(NotImplementedError, AttributeError):
         table: Any = trunk.get_input_embeddings()  # type: ignore[operator]
         if isinstance(getattr(table, "weight", None), Tensor):
@@ -270,11 +263,10 @@ def embedding_table(trunk: nn.Module) -> nn.Embedding:
     )
 
 
-def ordinary_tokens(trunk: nn.Module, count: int, generator: torch.Generator) -> Tensor:
+def ordinary_tokens(trunk: Any, count: int, generator: torch.Generator) -> Tensor:
     """[count] random tokens of the vocabulary, none of them special."""
-    config: Any = trunk.config
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
-    size = getattr(config, "vocab_size", None) or embedding_table(trunk).num_embeddings
+    special = {getattr(trunk.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep")}
+    size = getattr(trunk.config, "vocab_size", None) or embedding_table(trunk).num_embeddings
     drawn = torch.randint(size, (64 + count,), generator=generator).tolist()
     return torch.tensor([token for token in drawn if token not in special][:count])
 
@@ -286,11 +278,7 @@ def device_of(trunk: nn.Module) -> torch.device:
 
 
 def require_weights(trunk: nn.Module) -> None:
-    """Refuse a model on the meta device.
-
-    Raises:
-        ValueError: saying so.
-    """
+    """ValueError for a model on the meta device."""
     offloaded = any(hasattr(module, "_hf_hook") for module in trunk.modules())  # whose weights come when they are used
     if not offloaded and any(parameter.is_meta for parameter in trunk.parameters()):
         raise ValueError(
@@ -335,8 +323,7 @@ def _size(tensor: Tensor) -> float:
 
 
 def precision_of(output: Tensor) -> torch.dtype:
-    device = output.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
+    dtype = running_dtype(output)
     return dtype if dtype in AGREE else torch.bfloat16
 
 

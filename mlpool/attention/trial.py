@@ -1,7 +1,5 @@
 """A model tried before and after it is packed: two short texts, which must come out alike."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -28,12 +26,11 @@ def try_packed(trunk: nn.Module) -> list[Tensor]:
         ) from error
 
 
-def _probe(trunk: nn.Module) -> list[Tensor]:
+def _probe(trunk: Any) -> list[Tensor]:
     """Last hidden states of two short texts, run as one right-padded batch."""
     require_weights(trunk)
-    config: Any = trunk.config
     text, device = ordinary_tokens(trunk, 16, torch.Generator().manual_seed(0)), device_of(trunk)
-    lengths, pad = (8, 5), getattr(config, "pad_token_id", None)
+    lengths, pad = (8, 5), getattr(trunk.config, "pad_token_id", None)
     ids = torch.full((2, 8), pad if isinstance(pad, int) and pad >= 0 else 0)
     mask = torch.zeros_like(ids)
     for row, n in enumerate(lengths):

@@ -15,8 +15,6 @@ by text: batching texts of equal length was measured too and gains nothing on a 
 A model that has this implementation but is not packed by `pack` runs correctly on padded batches, as on sdpa.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import inspect
@@ -71,11 +69,7 @@ running: ContextVar[PackedCall | None] = ContextVar("mlpool_packed_call", defaul
 
 
 def register() -> None:
-    """Make `attn_implementation="mlpool_packed"` known to transformers.
-
-    Raises:
-        ImportError: transformers is missing or older than 5.17.
-    """
+    """Make `attn_implementation="mlpool_packed"` known to transformers; ImportError as of `require_transformers`."""
     transformers = require_transformers()
     # Both: without its mask function padding would be attended to.
     transformers.AttentionInterface.register(PACKED, packed_attention)

@@ -1,7 +1,5 @@
 """The nearest of many embeddings, exactly, in bounded memory: piece after piece of what is on the disk."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 
@@ -38,11 +36,7 @@ def nearest(queries: np.ndarray, others: Embeddings, k: int, device: torch.devic
 
 
 def choose_search(search: str, device: torch.device) -> str:
-    """ "faiss" or "torch"; of "auto" faiss on a CPU where it is installed, torch on a GPU and elsewhere.
-
-    Raises:
-        ModuleNotFoundError: "faiss", which is not installed.
-    """
+    """ "faiss", which may be missing, or "torch"; of "auto" faiss on a CPU where it is installed, else torch."""
     check_choice("search", search, SEARCHES)
     here = importlib.util.find_spec("faiss") is not None
     if search == "faiss" and not here:

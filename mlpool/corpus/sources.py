@@ -1,7 +1,5 @@
 """Where rows come from: files, folders, Hub names, tables and rows in memory, all read as numbered rows."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

@@ -76,10 +76,8 @@ class TextStore:
 
     def embed(self, model: Any, prompt: str | None, **options: Any) -> None:
         """Embed every text, at unit length; goes on where it was. Errors and options of `encode_files`."""
-        if (
-            encode_files(model, self.path, self.shards, prompt=prompt, normalize=True, shard_size=SHARD_SIZE, **options)
-            is None
-        ):
+        options |= {"prompt": prompt, "normalize": True, "shard_size": SHARD_SIZE}
+        if encode_files(model, self.path, self.shards, **options) is None:
             raise ValueError(f"other processes still write to {self.shards}; start this as one process")
 
     # --- reading ---------------------------------------------------------------------------------------------------

@@ -1,21 +1,18 @@
 """LoRA on an embedder's backbone: add, load, merge; and which base model an adapter belongs to."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from ..quantized import forget, is_quantized, parts, unpack_layers
+from ..version import need
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-E = TypeVar("E", bound="SentenceTransformer")
+E = TypeVar("E", bound=SentenceTransformer)
 
 # The paper's: attention and feed-forward of Llama, Mistral and Qwen.
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -152,11 +149,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def load_adapter(model: nn.Module, name: str, place: dict[str, Any]) -> None:
-    """Put the saved adapter of a folder or Hub name on a base model, trainable as after `add_lora`.
-
-    Raises:
-        ValueError: it does not fit the model.
-    """
+    """Put the saved adapter of a folder or Hub name on a base model, trainable as after `add_lora`; or a ValueError."""
     _peft()
     place = {key: value for key, value in place.items() if value}
     conversions = model.__dict__.get("_weight_conversions")
@@ -212,8 +205,4 @@ def _commit(model: Any) -> str | None:
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("LoRA needs peft: pip install 'mlpool[train]'") from error
-    return peft
+    return need("peft", "LoRA needs peft: pip install 'mlpool[train]'")

@@ -1,7 +1,5 @@
 """The first module of an embedder: texts → tokens → transformer → what its design's pool reads."""
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from ..attention.families import backend_of, family_of, require_transformers
 from ..attention.packed import _position_offset, is_packed, pack, unpack
 from ..attention.probe import embedding_table, text_positions
 from ..files import read_json
-from ..pooling.base import check_choice, check_positive, check_token_pooling, log_once
+from ..pooling.base import check_choice, check_positive, check_token_pooling, log_once, running_dtype
 from ..quantized import made_on_loading, quantization_config
 from ..schema import arguments, check, section
 from ..taps import Taps
@@ -169,11 +167,10 @@ class Backbone(InputModule):
     def _set_attention(self) -> None:
         require_transformers()
         trunk, layers = find_layers(self.model)
-        config: Any = trunk.config
         encoder = is_encoder(trunk, layers)
-        self._takes_cache = hasattr(config, "use_cache") and not encoder
+        self._takes_cache = hasattr(trunk.config, "use_cache") and not encoder
         self._counts_padding = _counts_padding(trunk)
-        self.hidden_size: int = config.hidden_size
+        self.hidden_size: int = trunk.config.hidden_size
         self.num_layers = len(layers)
         if self._design.attention == "bidirectional":
             if not encoder:
@@ -181,7 +178,7 @@ class Backbone(InputModule):
         elif encoder:
             fitting = ", ".join(name for name, design in DESIGNS.items() if design.attention == "bidirectional")
             raise ValueError(
-                f"{self.design} needs a causal decoder, and {config.model_type} is an encoder, which reads both "
+                f"{self.design} needs a causal decoder, and {trunk.config.model_type} is an encoder, which reads both "
                 f"directions; choose one of {fitting}"
             )
         elif claims_bidirectional(trunk, layers):
@@ -190,7 +187,7 @@ class Backbone(InputModule):
     def arrange(self) -> None:
         """Pack or unpack the model as its device and precision suit; by forward, and by trainers before they shard."""
         weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        dtype = _running_dtype(weight)
+        dtype = running_dtype(weight)
         now = (weight.device, dtype, self.packing)
         with self._one_at_a_time:
             if self._arranged_for == now:
@@ -220,8 +217,7 @@ class Backbone(InputModule):
     def _limit(self) -> int | None:
         """The smaller of the tokenizer's and the model's limit."""
         trunk, _ = find_layers(self.model)
-        config: Any = trunk.config
-        positions = getattr(config, "max_position_embeddings", None) or 0
+        positions = getattr(trunk.config, "max_position_embeddings", None) or 0
         limits = [limit for limit in (self.texts.limit(), positions - _position_offset(trunk)) if limit and limit > 0]
         return min(limits, default=None)
 
@@ -328,8 +324,3 @@ class _Lock:
 
     def __reduce__(self) -> Any:
         return _Lock, ()
-
-
-def _running_dtype(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

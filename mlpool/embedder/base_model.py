@@ -1,7 +1,5 @@
 """A bare transformers model with its adapter and its tokenizer, from a folder or the Hub."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

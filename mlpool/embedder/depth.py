@@ -6,8 +6,6 @@ layers reads every kept layer raw, the top one too: the very numbers that it rea
 model the row of layer L is final-normed, as transformers' hidden_states[-1] is.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,14 +1,12 @@
 """The designs: which attention, which pool. 1 to 5 are the paper's (arXiv 2409.02727), four are controls."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..pooling import EosPool, LastLayerPool, LayerWeightsPool, MeanPool, MultiLayerPool
-from ..pooling.base import TOKEN_POOLINGS, Pool, check_choice
-from ..pooling.registry import absent, announced, package_of, register_pool
+from ..pooling.base import TOKEN_POOLINGS, Pool, check_choice, package_of
+from ..pooling.registry import absent, announced, register_pool
 
 GROUP = "mlpool.designs"
 

@@ -1,7 +1,5 @@
 """An embedder: a SentenceTransformer that batches by tokens, runs packed, and never saves what it cannot load."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -39,6 +37,8 @@ class Embedder(SentenceTransformer):
     What it adds: `encode` batches by tokens, and `save` reloads what it wrote and compares before it replaces anything.
     """
 
+    backbone: Any  # its two modules
+    pooler: Any
     cache_folder: str | None = None  # of the Hub, where a base model was loaded from
     base_name: str | None = None  # of the folder that a base model was loaded from
 
@@ -107,13 +107,12 @@ class Embedder(SentenceTransformer):
         device = self._resolve_inference_device(device)
         if any(module.training for module in self.modules()):  # eval() drops the pool's folded weights
             self.eval()
-        backbone: Any = self[0]
-        backbone.arrange()
+        self.backbone.arrange()
         budget = token_budget or self.default_budget(device)
         rows: list[Tensor | None] = [None] * len(inputs)
-        before = backbone.truncated.count
+        before = self.backbone.truncated.count
         with progress("Encoding", "text", len(inputs), bool(show_progress_bar)) as bar:
-            tokens = backbone.token_ids(inputs, prompt)
+            tokens = self.backbone.token_ids(inputs, prompt)
             for part, embeddings in self._batches(tokens, budget, batch_size, device):
                 if truncate_dim is not None:
                     embeddings = truncate_embeddings(embeddings, truncate_dim)
@@ -122,7 +121,7 @@ class Embedder(SentenceTransformer):
                 for row, embedding in zip(part, embeddings.cpu() if save_to_cpu else embeddings, strict=True):
                     rows[row] = embedding
                 bar.update(len(part))
-        if (cut := backbone.truncated).count > before and cut.limit not in self._said_cut:
+        if (cut := self.backbone.truncated).count > before and cut.limit not in self._said_cut:
             self._said_cut.add(cut.limit)
             logger.warning(
                 "%d of %d texts were longer than %d tokens and cut there (the longest had %d); raise max_seq_length to "
@@ -139,7 +138,7 @@ class Embedder(SentenceTransformer):
         """Tokens a forward. Padded on a CPU, few: the states of many short texts at once do not stay in its caches."""
         if device.type != "cpu":
             return 16384
-        return 4096 if self[0].packed else 512
+        return 4096 if self.backbone.packed else 512
 
     def _batches(
         self, tokens: TokenIds, budget: int, batch_size: int, device: torch.device
@@ -148,7 +147,7 @@ class Embedder(SentenceTransformer):
         lengths = np.array(tokens.lengths, dtype=np.int64)
         waiting = np.argsort(-lengths, kind="stable").tolist()[::-1]  # the longest is taken from the end
         while waiting:
-            part = _take(waiting, lengths, budget, batch_size, self[0].packed)  # type: ignore[arg-type]
+            part = _take(waiting, lengths, budget, batch_size, self.backbone.packed)
             try:
                 yield part, self._embed(tokens, part, device)
                 continue
@@ -168,8 +167,7 @@ class Embedder(SentenceTransformer):
                 torch.cuda.empty_cache()
 
     def _embed(self, tokens: TokenIds, part: Sequence[int], device: torch.device) -> Tensor:
-        backbone: Any = self[0]
-        features = tokens.packed(part) if backbone.packed else tokens.padded(part, backbone.texts.pad)
+        features = tokens.packed(part) if self.backbone.packed else tokens.padded(part, self.backbone.texts.pad)
         try:
             return self(batch_to_device(features, device))["sentence_embedding"]
         except StatesTooLarge as error:
@@ -199,7 +197,7 @@ class Embedder(SentenceTransformer):
             ValueError: safe_serialization=False; weights are always written as safetensors. An adapter's own base
                 model's folder.
         """
-        model: Any = self[0].model
+        model = self.backbone.model
         if has_adapter(model) and Path(path).resolve() == Path(model.name_or_path).resolve():
             raise ValueError(f"{path} holds the base model of this adapter; save into another folder, or merge first")
         if not safe_serialization:
@@ -210,7 +208,7 @@ class Embedder(SentenceTransformer):
 
         with self.undisturbed(), staged(path) as stage:
             super().save(str(stage), model_name, create_model_card, train_datasets)
-            write_manifest(stage, version=__version__, design=getattr(self[0], "design", None))
+            write_manifest(stage, version=__version__, design=self.backbone.design)
             if verify:
                 verify_saved(self, stage)
 
@@ -222,7 +220,7 @@ class Embedder(SentenceTransformer):
         super()._create_model_card(path, *args, **kwargs)
         card = Path(path) / "README.md"
         if card.is_file():
-            model: Any = self[0].model
+            model = self.backbone.model
             base = self.base_name or (Path(model.name_or_path).name if has_adapter(model) else None)
             text = as_ours(card.read_text(encoding="utf8"), self.model_card_data.model_id, base)
             write_text(card, text)
@@ -231,15 +229,14 @@ class Embedder(SentenceTransformer):
     def undisturbed(self) -> Iterator[None]:
         """Mode, random state and counts are afterwards as before, though a model card and a comparison embed texts."""
         training = [module for module in self.modules() if module.training]
-        backbone: Any = self[0]
-        cut = backbone.truncated
+        cut = self.backbone.truncated
         # While training in mixed precision, accelerate has put autocast around forward; the folder knows nothing of it.
         wrapped = self.__dict__.pop("forward", None)
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.no_grad():
                 yield
         finally:
-            backbone.texts.truncated = cut
+            self.backbone.texts.truncated = cut
             if wrapped is not None:
                 self.__dict__["forward"] = wrapped
             for module in training:
@@ -284,15 +281,13 @@ class Embedder(SentenceTransformer):
 
     def _probe(self) -> Tensor:
         """Embeddings of a few texts, whatever prompts and limits there are; leaves evaluation mode behind."""
-        backbone: Any = self.eval()[0]
-        backbone.arrange()
-        embeddings = self._embed(backbone.token_ids(_PROBES), range(len(_PROBES)), self.device)
+        self.eval().backbone.arrange()
+        embeddings = self._embed(self.backbone.token_ids(_PROBES), range(len(_PROBES)), self.device)
         return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
     def set_pooling_include_prompt(self, include_prompt: bool) -> None:
         """Whether the prompt's tokens are pooled, or only read by the model."""
-        backbone: Any = self[0]
-        backbone.include_prompt = include_prompt
+        self.backbone.include_prompt = include_prompt
 
 
 def _check_finite(embeddings: Tensor, model: SentenceTransformer) -> None:

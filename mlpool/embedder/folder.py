@@ -1,7 +1,5 @@
 """The folder of a saved embedder: written whole before anything in it is replaced, and checked before it is read."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,22 +4,18 @@ mteb files the results of every local model under one name, so that a second mod
 results are filed under this hash instead.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from ..quantized import parts
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 _CHUNK = 1 << 24  # bytes hashed at once by one thread
 # Where a model lies and how it is run, not what it computes: attention flags and windows are counted, and dtypes are

@@ -1,7 +1,5 @@
 """`mlpool.load`: a base model and a design, or a folder that was saved before, as an embedder."""
 
-from __future__ import annotations
-
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -121,7 +119,7 @@ def load(
             name, _OURS, device=device, prompts=dict(prompts or {}), trust_remote_code=trust_remote_code,
             model_kwargs=kwargs, **hub,
         )  # fmt: skip
-        loaded: Any = embedder[0]
+        loaded = embedder.backbone
         if design is not None and (asked := find_design(design).name) != loaded.design:
             raise ValueError(f"{name} was saved as {loaded.design}, not as {asked}; leave design out")
         if max_seq_length is not None:

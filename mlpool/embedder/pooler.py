@@ -1,7 +1,5 @@
 """The second module of an embedder: token_embeddings or layer_states → sentence_embedding."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Self
 

@@ -6,12 +6,7 @@ FLOOR = (6, 2)
 
 
 def require_sentence_transformers() -> None:
-    """Refuse a version whose `encode` would pass our batches by: before 6.2 it has no `_inference` to take over.
-
-    Raises:
-        ImportError: an older version, by name.
-        ModuleNotFoundError: none is installed.
-    """
+    """ImportError for a version whose `encode` would pass our batches by: before 6.2 it has no `_inference`."""
     found, floor = version("sentence-transformers"), ".".join(map(str, FLOOR))
     if tuple(int(part) for part in found.split(".")[:2]) < FLOOR:
         raise ImportError(

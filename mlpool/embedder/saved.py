@@ -1,7 +1,5 @@
 """What was saved of an embedder: loaded again and compared; and its model card."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -45,8 +43,7 @@ def _compare(embedder: Any, folder: Path, device: torch.device) -> list[str] | N
 def reload(embedder: Any, folder: str | Path, device: torch.device | None = None) -> Any:
     """Load what was saved of this embedder, in its dtype and on its device, with its own module classes."""
     classes = {f"{type(m).__module__}.{type(m).__qualname__}": type(m) for m in embedder.children()}
-    backbone: Any = embedder[0]
-    options: dict[str, Any] = {"dtype": embedder.dtype, "attn_implementation": backbone.attn_implementation}
+    options: dict[str, Any] = {"dtype": embedder.dtype, "attn_implementation": embedder.backbone.attn_implementation}
     return type(embedder)._load_with_module_classes(
         str(folder), classes, device=str(device or embedder.device), trust_remote_code=embedder.trust_remote_code,
         model_kwargs=options, local_files_only=True, cache_folder=embedder.cache_folder,

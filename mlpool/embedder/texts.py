@@ -6,8 +6,6 @@ nothing behind a text, as decoders' tokenizers do, the EOS token is appended. On
 there however long a text is; and its full length is known, so the cut can be reported.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`mlpool eval`, as it is typed; what evaluates is in evaluate.py."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -43,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_dtype(parser)
 
 
-def run(args: argparse.Namespace) -> int | None:
+def run(args: argparse.Namespace) -> None:
     if args.tasks is None and args.local is None:
         raise ValueError("name tasks with --tasks (paper, STS, SciFact, ...), or folders of your own with --local DIR")
     options.check_place(args.model)
@@ -69,7 +67,6 @@ def run(args: argparse.Namespace) -> int | None:
     if rank == 0:
         print(table(rows))
         print(f"\nin {Path(args.output) / results.FILE_NAME}; compare models with: mlpool compare", file=sys.stderr)
-    return None
 
 
 def _device() -> str | None:

@@ -5,8 +5,6 @@ averaged over seeds first. Sources: Wilcoxon's test per task type as in arXiv 24
 rank-biserial effect sizes, intervals and tests over items are added (`statistics.py`).
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import statistics as plain
@@ -311,7 +309,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, metavar="DIR", help="write tables (Markdown, CSV) and a forest plot")
 
 
-def run(args: argparse.Namespace) -> int | None:
+def run(args: argparse.Namespace) -> None:
     found = compare(
         args.results, args.baseline, alpha=args.alpha, permutations=args.permutations, seed=args.seed, split=args.split
     )
@@ -320,4 +318,3 @@ def run(args: argparse.Namespace) -> int | None:
     print(found)
     if args.output:
         print("wrote", *found.save(args.output), file=sys.stderr)
-    return None

@@ -1,7 +1,5 @@
 """What a comparison found, as tables: in a terminal, in Markdown, as CSV; and how to read them."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Callable, Sequence

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
 
 from ..embedder.identity import identity, with_settings
 from ..files import replacing
@@ -23,7 +24,6 @@ from .tasks import BARE, PAPER, import_mteb
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
     from mteb.abstasks.task_metadata import TaskMetadata
-    from sentence_transformers import SentenceTransformer
 
 
 # --- instructions --------------------------------------------------------------------------------------------------

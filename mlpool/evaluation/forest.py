@@ -1,7 +1,5 @@
 """The plot of a comparison: differences with their intervals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,7 @@ def forest(comparison: Any, path: str | Path) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     kinds = list(dict.fromkeys(row["task_type"] for row in rows))
     rows = sorted(rows, key=lambda row: (kinds.index(row["task_type"]), models.index(row["model"])))
-    solid = [abs(row[end]) for row in rows for end in ("low", "high") if row["low"] is not None and row["n"] >= 5]
-    limit = 1.08 * max([*solid, *(1.5 * abs(row["difference"]) for row in rows), 1e-3])
-
+    limit = reach(rows)
     fig = figure(10, 1.3 + 0.34 * len(rows) + 0.12 * len(kinds))
     axes = fig.subplots()
     axes.axvline(0, color="0.4", linewidth=1)
@@ -35,7 +31,7 @@ def forest(comparison: Any, path: str | Path) -> None:
                 axes.plot(end, y, arrow if cut else "|", color=color, markersize=7, clip_on=False)
         face = color if row["verdict"].startswith(("higher", "lower")) else "white"
         axes.plot(row["difference"], y, marker, color=color, markerfacecolor=face, markersize=7)
-        axes.annotate(_verdict(row), (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+        axes.annotate(verdict(row), (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     several = len(models) > 1
     names = [f"{r['task_type']}: {r['model']}" if several else r["task_type"] for r in rows]
     axes.set_yticks(heights, names, fontsize=9)
@@ -50,9 +46,16 @@ def forest(comparison: Any, path: str | Path) -> None:
     save_figure(fig, path)
 
 
-def _verdict(row: dict[str, Any]) -> str:
-    verdict = row["verdict"].split(":")[0]
-    if verdict == "n too small":
+def reach(rows: list[dict[str, Any]]) -> float:
+    """How far from 0 a plot of these differences goes; intervals of fewer than 5 data sets do not count."""
+    solid = [abs(row[end]) for row in rows for end in ("low", "high") if row["low"] is not None and row["n"] >= 5]
+    return 1.08 * max([*solid, *(1.5 * abs(row["difference"]) for row in rows), 1e-3])
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Short: "n = 3: too small", "n = 8: higher (Holm p = 0.02)"."""
+    said = row["verdict"].split(":")[0]
+    if said == "n too small":
         return f"n = {row['n']}: too small"
-    after = "" if verdict == "no difference" else f" (Holm p = {row['p_holm']:.2g})"
-    return f"n = {row['n']}: {verdict}{after}"
+    after = "" if said == "no difference" else f" (Holm p = {row['p_holm']:.2g})"
+    return f"n = {row['n']}: {said}{after}"

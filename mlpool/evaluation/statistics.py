@@ -4,19 +4,15 @@ Each is exact or holds its level where it is used, at the 1 to 15 data sets of a
 shows by simulation which levels hold, and why the interval is Student's and not a bootstrap.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 try:
     import numpy as np
+    from numpy.typing import ArrayLike, NDArray
     from scipy import stats
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"comparing results needs {error.name}: pip install 'mlpool[eval]'") from error
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
 
 DECIMALS = 12  # scores closer than this are equal: their mean over seeds has rounding errors
 _CHUNK_BYTES = 32 << 20  # of random signs at a time

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..version import need
+
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
@@ -58,11 +60,7 @@ def mteb_tasks(names: str | Iterable[str]) -> list[AbsTask]:
 
 def import_mteb() -> Any:
     """mteb, or an error that names the pip line."""
-    try:
-        import mteb
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"evaluation needs {error.name}: pip install 'mlpool[eval]'") from error
-    return mteb
+    return need("mteb", "evaluation needs {}: pip install 'mlpool[eval]'")
 
 
 def _task(mteb: Any, name: str) -> AbsTask:

@@ -1,3 +1,3 @@
-"""To other tools and back: plain folders, torch.export files, the authors' folders."""
+"""To other tools and back: plain folders, torch.export files, ONNX, the authors' folders."""
 
-FORMATS = ("st", "torch")  # of `mlpool export`: a plain folder, one file
+FORMATS = ("st", "torch", "onnx")  # of `mlpool export`: a plain folder, one file, a folder for ONNX Runtime

@@ -74,17 +74,25 @@ def _run_merge(args: argparse.Namespace) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, "a saved embedder; an adapter is merged first", "a folder (st) or a file named .pt2 (torch)")
+    _add_common(
+        parser, "a saved embedder; an adapter is merged first", "a folder (st, onnx) or a file named .pt2 (torch)"
+    )
     parser.add_argument("--base", help="the base model of an adapter, where it is no longer at its place")
     _add_dequantize(parser)
     parser.add_argument(
-        "--format", choices=FORMATS,
+        "--to", "--format", dest="format", choices=FORMATS,
         help="st: a plain sentence-transformers folder, the default for EOS and mean pooling; torch: one file of "
-        "torch.export, the default for designs with a trained pooler",
+        "torch.export, the default for designs with a trained pooler; onnx: a folder for ONNX Runtime, of any design, "
+        "in float32 unless --dtype says float16",
     )  # fmt: skip
 
 
 def _run_export(args: argparse.Namespace) -> None:
+    if args.format == "onnx":
+        from .onnx import require_onnx
+
+        require_onnx()
+        args.dtype = "float32" if args.dtype == "auto" else args.dtype
     embedder = _load(args)
     from ..embedder.adapters import has_adapter
     from .export import export
@@ -93,7 +101,9 @@ def _run_export(args: argparse.Namespace) -> None:
     merged = _merge(embedder, args.dequantize, adapter) if adapter or args.dequantize else 0.0
     error = export(embedder, args.output, args.format)
     print(f"{args.output}: {embedder[0].design}, loaded again; embeddings agree to {max(error, merged):.1e}")
-    if Path(args.output).suffix == ".pt2":
+    if args.format == "onnx":
+        print(f"{args.output}/README.md holds the lines that run it, with onnxruntime and tokenizers alone")
+    elif Path(args.output).suffix == ".pt2":
         texts: Any = embedder[0].texts
         print(
             "torch.export.load(path).module()(input_ids, attention_mask), every text between the tokens of its "

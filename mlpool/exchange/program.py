@@ -26,10 +26,10 @@ from ..embedder.embedder import _PROBES, Embedder
 from ..embedder.pooler import Pooler
 from ..embedder.texts import TextTokenizer
 from ..pooling.trainable import TrainablePool
-from .checked import agreement, check_mergeable
+from .checked import SETTINGS, agreement, check_mergeable, settings
 
 _TRACED = ("eager", "sdpa")
-_CONFIG, _TOKENIZER = "embedder.json", "tokenizer/"
+_TOKENIZER = "tokenizer/"
 
 
 def export_program(embedder: Embedder, path: str | Path) -> float:
@@ -63,15 +63,12 @@ def export_program(embedder: Embedder, path: str | Path) -> float:
         raise ValueError(f"{backbone.design} is written as one file; give it a name that ends in .pt2, got {path}")
     if path.exists():
         raise FileExistsError(f"{path} is there already; remove it, or choose another name")
-    if backbone.attn_implementation not in _TRACED:
-        raise ValueError(
-            f"attention by {backbone.attn_implementation} cannot be traced; load with attn_implementation='sdpa'"
-        )
+    check_traceable(backbone)
     path.parent.mkdir(parents=True, exist_ok=True)
     stage = path.with_name(f".{path.stem}.saving-{os.getpid()}.pt2")
     try:
         with embedder.undisturbed():
-            torch.export.save(_trace(embedder), stage, extra_files=_extra_files(embedder))
+            torch.export.save(trace(embedder, Program), stage, extra_files=_extra_files(embedder))
             error = _verify_program(embedder, load_exported(stage))
         stage.rename(path)
     finally:
@@ -79,7 +76,14 @@ def export_program(embedder: Embedder, path: str | Path) -> float:
     return error
 
 
-class _Program(nn.Module):
+def check_traceable(backbone: Any) -> None:
+    if backbone.attn_implementation not in _TRACED:
+        raise ValueError(
+            f"attention by {backbone.attn_implementation} cannot be traced; load with attn_implementation='sdpa'"
+        )
+
+
+class Program(nn.Module):
     """The embedder as a function of tensors."""
 
     def __init__(self, embedder: Embedder) -> None:
@@ -108,32 +112,43 @@ class _Program(nn.Module):
                     "embedder.json's frame around the ids, or tokenize with mlpool.exchange.export.load_exported",
                 )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        self._check_frame(input_ids, attention_mask)
+    def features(self, input_ids: Tensor, attention_mask: Tensor, token_mask: Tensor | None = None) -> dict[str, Any]:
         features = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_mask is not None:
             features["token_mask"] = token_mask
-        return self.pooler(self.backbone(features))["sentence_embedding"]
+        return self.pooler(self.backbone(features))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_mask: Tensor | None = None) -> Any:
+        self._check_frame(input_ids, attention_mask)
+        return self.features(input_ids, attention_mask, token_mask)["sentence_embedding"]
 
 
 @torch.no_grad()
-def _trace(embedder: Embedder) -> torch.export.ExportedProgram:
+def trace(
+    embedder: Embedder, program: type[Program], inputs: Sequence[str] | None = None
+) -> torch.export.ExportedProgram:
+    """The program of an embedder, B and T free, of torch's own ops alone; RuntimeError where it cannot be traced.
+
+    Args:
+        inputs: the features that it takes; None is all that the embedder makes.
+    """
     backbone: Any = embedder[0]
     packing, backbone.packing = backbone.packing, "never"  # how texts are packed depends on their lengths
     unpack(backbone.model)
     embedder.eval()
     texts = ["a", "two words", "and some more"]
-    features = {name: tensor.to(embedder.device) for name, tensor in backbone.preprocess(texts).items()}
+    made = backbone.preprocess(texts)
+    features = {name: made[name].to(embedder.device) for name in inputs or made}
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=backbone.max_seq_length)}
     try:
-        program = torch.export.export(
-            _Program(embedder), tuple(features.values()), dynamic_shapes=dict.fromkeys(features, axes), strict=False
+        traced = torch.export.export(
+            program(embedder), tuple(features.values()), dynamic_shapes=dict.fromkeys(features, axes), strict=False
         )
     except Exception as error:
         raise RuntimeError(f"torch.export cannot trace {type(backbone.model).__name__}: {error}") from error
     finally:
         backbone.packing, backbone._arranged_for = packing, None
-    return program.run_decompositions(_PLAIN)
+    return traced.run_decompositions(_PLAIN)
 
 
 # Without mlpool there are no ops of mlpool: what they compute, in torch's own, without its blocks and in-place steps,
@@ -181,17 +196,8 @@ _PLAIN = {torch.ops.mlpool.gather.default: _plain_gather, torch.ops.mlpool.pool.
 
 
 def _extra_files(embedder: Embedder) -> dict[str, str]:
-    from ..version import __version__
-
     backbone: Any = embedder[0]
-    kept = ("design", "max_seq_length", "append_eos", "include_prompt", "include_bos")
-    settings = {
-        "mlpool": __version__, **{name: getattr(backbone, name) for name in kept}, "prompts": embedder.prompts,
-        "frame": {"before": backbone.texts.prefix, "behind": backbone.texts.suffix},
-        "default_prompt_name": embedder.default_prompt_name, "dimension": embedder.get_embedding_dimension(),
-        "vocabulary": backbone.model.get_input_embeddings().weight.shape[0], "device": embedder.device.type,
-    }  # fmt: skip
-    files = {_CONFIG: json.dumps(settings)}
+    files = {SETTINGS: json.dumps({**settings(embedder), "device": embedder.device.type})}
     with tempfile.TemporaryDirectory() as folder:
         backbone.tokenizer.save_pretrained(folder)
         for file in sorted(Path(folder).iterdir()):
@@ -258,10 +264,10 @@ def load_exported(path: str | Path, device: torch.device | str | None = None) ->
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; expected one that mlpool export wrote")
-    files = {_CONFIG: ""}
+    files = {SETTINGS: ""}
     try:
         program = torch.export.load(path, extra_files=files)
-        settings = json.loads(files[_CONFIG])
+        settings = json.loads(files[SETTINGS])
     except Exception as error:
         raise ValueError(f"{path} is damaged, or was not written by mlpool export ({error})") from error
     if device is not None:

@@ -1,7 +1,5 @@
 """`mlpool fit`, as it is typed; what fits is in fit.py."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The YAML config of `mlpool fit`: read and checked before anything is loaded, as that of `mlpool train`."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,7 @@ from pydantic import Field
 from .. import schema
 from ..embedder.loading import load
 from ..pooling.registry import find_pool
-from ..training.config import SHORT
+from ..training.config import NONE, ONE, SEED, SHORT
 from ..training.data import load_pairs
 from ..training.losses import InfoNCE
 
@@ -117,8 +115,7 @@ def _candidates(given: Mapping[str, Any], rate: Any) -> list[Candidate]:
     return [Candidate(name, pool, pooler, float(r)) for r in (rates if isinstance(rates, list) else [rates])]
 
 
-_COUNT, _RATE = Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]
-_SEED = Annotated[int, Field(ge=0, lt=2**32)]
+_RATE = Annotated[float, Field(gt=0)]
 
 
 @functools.cache
@@ -142,9 +139,9 @@ def _keys() -> Any:
         | {
             "model": str, "output_dir": str, "states": str | None, "learning_rate": rates,
             "candidates": list[candidate], "data": schema.section("key in data", pairs), "dev": str | list[str],
-            "test": str | list[str] | None, "seeds": _COUNT | Annotated[list[_SEED], Field(min_length=1)],
+            "test": str | list[str] | None, "seeds": ONE | Annotated[list[SEED], Field(min_length=1)],
             "loss": schema.section("key in loss", schema.arguments(InfoNCE, "model", "teacher")) | None,
-            "batch_size": Annotated[int, Field(ge=2)], "max_steps": _COUNT,
-            "warmup_steps": Annotated[int, Field(ge=0)], "weight_decay": Annotated[float, Field(ge=0)],
+            "batch_size": Annotated[int, Field(ge=2)], "max_steps": ONE,
+            "warmup_steps": NONE, "weight_decay": Annotated[float, Field(ge=0)],
         },
     )  # fmt: skip

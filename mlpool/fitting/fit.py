@@ -9,8 +9,6 @@ the pool's alone. So many pools, learning rates and seeds can be tried, and the 
 In output_dir: the best as an embedder, fit.json (every trial), trials/ (the pool of each), states/.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
@@ -115,7 +113,7 @@ def fit(
     trials = _Trials(config, embedder, states, table, dev, test, output / TRIALS)
     found = trials.run()
     print(found, flush=True)
-    embedder[1].pool, seed = trials.pool(found.best, config.seeds[found.seed]), config.seeds[found.seed]
+    embedder.pooler.pool, seed = trials.pool(found.best, config.seeds[found.seed]), config.seeds[found.seed]
     embedder.eval().save(output)
     write_json(output / RESULTS, [
         {**dataclasses.asdict(c), "seed": s, **dataclasses.asdict(t)}
@@ -162,7 +160,7 @@ def _index(embedder: Embedder, pairs: Any, scored: Sequence[Any]) -> tuple[list[
 
 def _build(embedder: Embedder, candidate: Candidate) -> Pool:
     """A new pool for the embedder's backbone."""
-    backbone: Any = embedder[0]
+    backbone = embedder.backbone
     design = backbone._design
     if candidate.pool is not None:
         design = dataclasses.replace(design, pool=find_pool(candidate.pool))
@@ -184,15 +182,15 @@ def _build(embedder: Embedder, candidate: Candidate) -> Pool:
 def _describe(
     config: FitConfig, embedder: Embedder, table: NDArray[np.int64], plan: dict[str, Any], folder: Path
 ) -> str:
-    backbone: Any = embedder[0]
     tried = "\n".join(
         f"            {c.name}: {sum(p.numel() for p in _build(embedder, c).parameters()) / 1e6:.2f} M parameters, "
         f"learning rate {c.learning_rate:g}"
         for c in config.candidates
     )
+    design, sizes = embedder.backbone.design, f"{plan['layers']} layers of {plan['hidden_size']}"
     return (
         f"data        {count(len(table), 'pair')} in {table.shape[1]} columns, {count(plan['texts'], 'text')} in all\n"
-        f"design      {backbone.design} on {config.model}, frozen; {plan['layers']} layers of {plan['hidden_size']}\n"
+        f"design      {design} on {config.model}, frozen; {sizes}\n"
         f"states      {disk_need(plan) / 1e9:.2f} GB in {folder}\n"
         f"candidates  {len(config.candidates)}, each with {count(len(config.seeds), 'seed')}, {config.max_steps} steps "
         f"of {config.batch_size}\n{tried}"
@@ -243,9 +241,8 @@ class _Trials:
 
     def _place(self, candidate: Candidate, seed: int) -> Path:
         c = self.config
-        backbone: Any = self.embedder[0]
         settings = [
-            _RULE, backbone.untuned, candidate.pool, candidate.pooler, candidate.learning_rate, seed,
+            _RULE, self.embedder.backbone.untuned, candidate.pool, candidate.pooler, candidate.learning_rate, seed,
             c.batch_size, c.max_steps, c.warmup_steps, c.weight_decay, c.loss, self.states.identity, self._data,
         ]  # fmt: skip
         return self.folder / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

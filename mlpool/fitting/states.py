@@ -8,8 +8,6 @@
 A kill at any moment loses the part that was being taken.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import OrderedDict
@@ -95,7 +93,8 @@ def take_states(
     check_room(folder, disk_need(plan, sum(count for _, count in todo)), ROOM)
     if not (folder / PLAN).is_file():
         write_json(folder / PLAN, plan)
-    taker = Embedder(modules=OrderedDict(backbone=embedder[0], rows=_Rows()), device=str(embedder.device)).eval()  # type: ignore[arg-type]
+    modules: Any = OrderedDict(backbone=embedder.backbone, rows=_Rows())
+    taker = Embedder(modules=modules, device=str(embedder.device)).eval()
     done = len(texts) - sum(count for _, count in todo)
     with progress("layer states", "text", len(texts), initial=done) as bar:
         for path, count in todo:
@@ -108,7 +107,7 @@ def take_states(
 
 def plan_of(embedder: Embedder, texts: Sequence[Text]) -> dict[str, Any]:
     """Whose states they are to be, as states.json says it; ValueError of a base that is not frozen, or not read."""
-    backbone: Any = embedder[0]
+    backbone = embedder.backbone
     if has_adapter(backbone.model):
         raise ValueError(
             "this embedder has an adapter, which training would change under the kept states; merge it first (mlpool "
@@ -180,12 +179,11 @@ class _Rows(Module):
 @torch.inference_mode()
 def _take(taker: Embedder, texts: Sequence[Text], plan: dict[str, Any], token_budget: int | None, bar: Any) -> Tensor:
     """[n, L, D] of one part."""
-    backbone: Any = taker[0]
-    backbone.arrange()
+    taker.backbone.arrange()
     out = torch.empty(len(texts), plan["layers"], plan["hidden_size"])
     for prompt in dict.fromkeys(prompt for prompt, _ in texts):
         places = [i for i, text in enumerate(texts) if text[0] == prompt]
-        tokens = backbone.token_ids([texts[i][1] for i in places], prompt or None)
+        tokens = taker.backbone.token_ids([texts[i][1] for i in places], prompt or None)
         budget = token_budget or taker.default_budget(taker.device)
         for part, rows in taker._batches(tokens, budget, len(places), taker.device):
             out[[places[i] for i in part]] = rows.float().cpu().unflatten(1, out.shape[1:])

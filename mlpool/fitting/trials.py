@@ -1,7 +1,5 @@
 """One pool trained on kept states, and scored on dev pairs."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

@@ -1,7 +1,5 @@
 """What every pool shares: reading a batch, finishing an embedding, saving and loading."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import logging
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from ..files import read_json, replacing, write_json
 from ..quantized import parts
+from ..version import need
 from .tokens import Tokens, select_tokens
 
 logger = logging.getLogger("mlpool")
@@ -28,6 +27,12 @@ LARGEST = 1e17  # of a hidden state; the squares of 10^4 such still sum to a flo
 @lru_cache
 def log_once(message: str) -> None:
     logger.warning(message)
+
+
+def running_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision of products with a tensor: autocast's where that is on."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -120,12 +125,13 @@ def gather(
     Args:
         hidden_states: L tensors [B, T, D] (packed: [total, D] or [1, total, D]), any floating dtype; taken as they
             are, so leave out the embedding (`hidden_states[1:]`) if it is not to be pooled.
-        attention_mask: [B, T], 1 is text; left, right or no padding.
+        attention_mask: [B, T] bool, integer or float of 0 and 1; 1 is text; left, right or no padding.
         token_pooling: "last", "mean" (accumulated in float32), or "unit_mean": every token is brought to unit length
             (L2) before the mean, so that no massive activation drowns a text. Tokens of zeros add nothing and get no
             gradient. The rows' norm is then at most 1; a pool that wants another scale multiplies.
-        token_mask: like attention_mask; 0 also leaves a token out (BOS, instruction tokens).
-        cu_seqlens: [B+1] integer offsets instead of attention_mask, for packed states.
+        token_mask: like attention_mask ([total] when packed); 0 also leaves a token out (BOS, instruction tokens).
+        cu_seqlens: [B+1] integers instead of attention_mask, for packed states: text b has the rows cu_seqlens[b] …
+            cu_seqlens[b+1]-1.
         skip_tokens: how many of each text's first tokens (of those that the model reads, whatever token_mask says) are
             left out of a mean; an attention sink is one.
         backend: "auto" (Triton on a GPU, torch for float64), "triton" or "torch".
@@ -185,9 +191,8 @@ class Pool(nn.Module):
         save_file = _safetensors().save_file
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        package = type(self).__module__.partition(".")[0]
         # Of a pool of somebody's own the package is named, so that a machine without it can say what it lacks.
-        origin = {} if package == __name__.partition(".")[0] else {"package": package}
+        origin = {"package": package} if (package := package_of(type(self))) else {}
         config = {"pool": type(self).__name__, **origin, **self.config()}
         tensors = {name: t.detach().contiguous().cpu() for name, t in self.state_dict().items()}
         with replacing(directory / WEIGHTS_NAME) as new:
@@ -234,11 +239,7 @@ class Pool(nn.Module):
                 raise ValueError(
                     f"{directory / CONFIG_NAME}: unknown key {name!r}{near}; edited, or written by a newer mlpool"
                 )
-        st = _safetensors()
-        try:
-            state = st.load_file(directory / WEIGHTS_NAME)
-        except Exception as error:
-            raise ValueError(f"{directory / WEIGHTS_NAME} cannot be read, is it cut short? ({error})") from error
+        state = load_tensors(directory / WEIGHTS_NAME)
         try:
             pool = cls(**{**cls.older, **config, **changes})
         except (ValueError, TypeError) as error:
@@ -248,6 +249,12 @@ class Pool(nn.Module):
 
     def _finish(self, embedding: Tensor) -> Tensor:
         return unit(embedding, getattr(self, "backend", "auto")) if self.normalize else embedding
+
+
+def package_of(pool: type[Pool]) -> str | None:
+    """The package a pool comes from; None for ours."""
+    package = pool.__module__.partition(".")[0]
+    return None if package == __name__.partition(".")[0] else package
 
 
 def load_checked(pool: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -290,9 +297,14 @@ def broken_weights(module: nn.Module) -> list[str]:
     return found
 
 
-def _safetensors() -> Any:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; ValueError where it is none."""
+    module = _safetensors()
     try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("saving and loading need safetensors: pip install safetensors") from error
-    return safetensors.torch
+        return module.load_file(path)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
+
+
+def _safetensors() -> Any:
+    return need("safetensors.torch", "saving and loading need safetensors: pip install safetensors")

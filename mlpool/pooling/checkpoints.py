@@ -3,8 +3,6 @@
 Source: the released module of arXiv 2409.02727. LN1 norms the keys, LN2 the latents; one matrix holds Wk over Wv.
 """
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .base import Pool, _safetensors, load_checked
+from .base import Pool, load_checked, load_tensors
 
 P = TypeVar("P", bound=Pool)
 ATTENTION, FEED_FORWARD = "cross_attend_blocks.0", "cross_attend_blocks.1"
@@ -54,17 +52,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises: ValueError for a broken file, and for anything but such tensors.
     """
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
     try:
-        if path.suffix == ".safetensors":
-            return _safetensors().load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Torch's own message advises to load it all the same; that advice is not passed on.
         raise ValueError(
             f"{path} is damaged or holds more than plain tensors, and is not loaded; expected a dict of tensors"
         ) from error
-    except ModuleNotFoundError:
-        raise
     except Exception as error:
         raise ValueError(f"{path} cannot be read, is it cut short? ({error})") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):

@@ -1,7 +1,5 @@
 """Trainable pooling of the last layer: cross-attention over its tokens (designs 2 and 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """Which layers a pool reads: its `layers` subset, and the two ways in, hidden states or gathered layer states."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Sequence
 from itertools import pairwise

@@ -5,8 +5,6 @@ from layer to layer, and cannot take a layer away from another. Here every layer
 negative.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -49,10 +47,8 @@ def fill_start(weights: nn.Parameter, start: str | Sequence[float]) -> None:
 def unit_rows(x0: Tensor) -> Tensor:
     """Every row of X0 [B, L, D] at length √D, so that its entries are about 1; float32 at least. Differentiable.
 
-    A row of zeros stays zero and gets no gradient. One whose squares are no numbers of float32 becomes NaN.
-
-    Raises:
-        StatesTooLarge: such a row, on a CPU; see `check_range`.
+    A row of zeros stays zero and gets no gradient. One whose squares are no numbers of float32 becomes NaN; on a CPU it
+    is an error, see `check_range`.
     """
     check_range(x0)
     return rows.unit_rows(x0)

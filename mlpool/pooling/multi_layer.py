@@ -1,7 +1,5 @@
 """Multi-Layers Trainable Pooling: cross-attention over one row of every layer (designs 3 and 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -110,9 +108,7 @@ class MultiLayerPool(TrainablePool):
         Args:
             hidden_states: the L+1 tensors [B, T, D] that transformers returns, the embedding first; exactly the L
                 layers with includes_embedding=False. Packed: [total, D] or [1, total, D] with `cu_seqlens`.
-            attention_mask: [B, T], 1 is text; left, right or no padding.
-            cu_seqlens: [B+1] int32 or int64 offsets of packed texts, instead of attention_mask.
-            token_mask: like attention_mask; 0 also leaves a token out (BOS, instruction tokens).
+            attention_mask, cu_seqlens, token_mask: see `mlpool.gather`.
             layer_states: X0 [B, L, D] instead of hidden_states, gathered already (by `mlpool.taps`).
             output_attentions: also return the attention weights [B, H, R, L].
 

@@ -4,8 +4,6 @@ A package announces its pools as entry points of the group `mlpool.pools`, so th
 import by hand. Nothing is ever imported because a folder names it: only what is installed and announced, or registered.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 from typing import Any
 
@@ -77,12 +75,6 @@ def absent(kind: str, name: str, package: str, group: str) -> str:
         f"the {kind} {name!r} comes from the package {package!r}, which is not installed here or does not announce it; "
         f"install {package}, or import it before loading if it registers the {kind} itself (entry points: {group})"
     )
-
-
-def package_of(pool: type[Pool]) -> str | None:
-    """The package a pool comes from; None for ours."""
-    package = pool.__module__.partition(".")[0]
-    return None if package == __name__.partition(".")[0] else package
 
 
 def place_of(pool: type[Pool]) -> str:

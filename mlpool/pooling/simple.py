@@ -1,7 +1,5 @@
 """Pools without cross-attention: the last token, the mean, and one weight a layer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar
 

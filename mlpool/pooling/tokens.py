@@ -88,13 +88,9 @@ def select_tokens(
     Args:
         shape: of one hidden state: [B, T, D], or [total, D] or [1, total, D] with `cu_seqlens`.
         device: of the hidden states; the result's tensors are there.
-        attention_mask: [B, T] bool, integer or float of 0 and 1; 1 is text. Left, right or no padding.
-        cu_seqlens: [B+1] integer, text b has the rows cu_seqlens[b] … cu_seqlens[b+1]-1.
-        token_mask: like attention_mask ([total] or [1, total] when packed); 0 also leaves a token out
-            (BOS, instruction tokens).
+        attention_mask, cu_seqlens, token_mask, skip_tokens: see `mlpool.gather`.
         check: False of a padded batch leaves the values unchecked, for a caller that waits for the device anyway: it
             reads `checks` together with what it wants and calls `require` where one does not hold.
-        skip_tokens: so many of each text's first tokens, counted by attention_mask or cu_seqlens, are left out too.
         backend: "auto", "triton" or "torch"; Triton reads a padded batch's masks on a GPU in one launch.
 
     Raises:

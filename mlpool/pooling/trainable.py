@@ -1,7 +1,5 @@
 """The trainable cross-attention pooler: parameters, the folded weights and their cache. Shared by both its kinds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import checkpoints, report
-from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive
+from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive, running_dtype
 from .mix import fill_start, start_weights, unit_rows
 
 # The sizes of the paper's released module.
@@ -37,8 +35,6 @@ def _count_step(*_: Any) -> None:
 
 # Fused optimisers change weights without raising their version; torch's own hook tells of every step.
 register_optimizer_step_post_hook(_count_step)
-
-
 _chosen = lru_cache(maxsize=1024)(choose)
 
 
@@ -99,7 +95,7 @@ class TrainablePool(Pool):
         # Vectors, not scalars: FSDP2 cannot shard a tensor without dimensions.
         self.gate = new(d) if residual is True else None
         self.mix_weights = new(count) if residual == "mix" else None
-        self._cache: tuple[Any, tuple[Tensor | None, ...]] | None = None
+        self._cache: tuple[Any, tuple[Any, ...]] | None = None
         self._ask_device()
         self.reset_parameters()
 
@@ -136,8 +132,7 @@ class TrainablePool(Pool):
     # --- weights folded once per update --------------------------------------------------------------------------
 
     def _compute_dtype(self) -> torch.dtype:
-        device = self.latents.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.ff_in_weight.dtype
+        return running_dtype(self.ff_in_weight)
 
     def _sizes(self, batch: int, keys: int) -> Sizes:
         return Sizes(
@@ -162,7 +157,7 @@ class TrainablePool(Pool):
         values = "early" if self.output_weight is not None else "absorbed"
         return plan.override({**self.choices, "keys": "absorbed", "values": values})
 
-    def _fold(self, plan: Plan, one_key: bool) -> tuple[Tensor | None, ...]:
+    def _fold(self, plan: Plan, one_key: bool) -> tuple[Any, ...]:
         """Queries, key weight, value weight and output weight in the compute dtype, in the forms that `plan` names."""
         dtype = self._compute_dtype()
         value: Tensor = self.value_weight.to(dtype)
@@ -183,10 +178,10 @@ class TrainablePool(Pool):
         """Only where nothing can be learning: not in training mode, nor under gradients, nor in a traced graph."""
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.folded)
 
-    def _matrices(self, plan: Plan, one_key: bool) -> tuple[Tensor | None, ...]:
+    def _matrices(self, plan: Plan, one_key: bool) -> tuple[Any, ...]:
         """What `_fold` gives, W1 and W2, all in the compute dtype; kept where nothing learns."""
 
-        def fold() -> tuple[Tensor | None, ...]:
+        def fold() -> tuple[Any, ...]:
             dtype = self._compute_dtype()
             return *self._fold(plan, one_key), self.ff_in_weight.to(dtype), self.ff_out_weight.to(dtype)
 
@@ -236,11 +231,10 @@ class TrainablePool(Pool):
         if self.folded:
             raise ValueError("this pool is folded already")
         _require_plain(self)
-        folded = self._blank()
+        folded = type(self)(**self.config(), device="meta")
         plan = self._choose(1, self._plan_keys(None), training=False, cached=True)
         with torch.inference_mode(False), torch.no_grad():
             queries, _, value, output = self._fold(plan.override({"keys": "absorbed"}), one_key=False)
-            assert value is not None
             for name, parameter in self.named_parameters():
                 setattr(folded, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
             folded.value_weight = nn.Parameter(value.detach().clone(), requires_grad=False)
@@ -249,9 +243,6 @@ class TrainablePool(Pool):
         folded.register_buffer("folded_queries", queries, persistent=True)
         folded.folded = True
         return folded.eval()
-
-    def _blank(self) -> Self:
-        return type(self)(**self.config(), device="meta")
 
     # --- the pool ------------------------------------------------------------------------------------------------
 
@@ -269,16 +260,13 @@ class TrainablePool(Pool):
             raise RuntimeError("a folded pool is for inference; use the pool it was folded from to train")
         plan = self._choose(batch, keys, training=training, cached=self._may_cache() or self.folded)
         queries, key, value, output, ff_in, ff_out = self._matrices(plan, one_key=keys == 1)
-        assert value is not None
-        assert ff_in is not None
-        assert ff_out is not None
         weights = Weights(
             self.layer_weights, self.key_norm_weight, self.key_norm_bias, queries, key, value, output, self.latents,
             self.ff_norm_weight, self.ff_norm_bias, ff_in, self.ff_in_bias,
             self.mix_weights if mixes else None,
         )  # fmt: skip
         if keys == 1 and training and not self.folded:
-            states = [_zero_gradients(states[0], self._query_parameters())]
+            states = [_ZeroGradients.apply(states[0], *self._query_parameters())]
         product, y_mean, attention, x0 = cross_attend(
             states, rows, key_mask, weights, ff_out, self.num_heads, plan, self.backend, output_attentions,
         )  # fmt: skip
@@ -369,10 +357,6 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
-
-
-def _zero_gradients(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    return _ZeroGradients.apply(x, *parameters)  # type: ignore[no-any-return]
 
 
 def _check_residual(residual: bool | str, start: str | Sequence[float], count: int) -> None:

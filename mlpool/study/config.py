@@ -1,7 +1,5 @@
 """The YAML config of `mlpool study`, and the runs it means."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -7,8 +7,6 @@ how many of four facts they share, and 1 for no more than the same deed) and ret
 development and test are the same, the combinations are not. It shows that everything runs, not which design is best.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

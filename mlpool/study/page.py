@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,69 +14,44 @@ from typing import Any
 import yaml
 
 from ..evaluation import results
+from ..evaluation.comparison import number
+from ..evaluation.forest import reach, verdict
+from ..evaluation.statistics import mean_interval
 from ..files import write_text
 from ..version import versions_line
 from .config import UNTRAINED
 from .report import COMPARISON, MARKS, Found, cost_table, headline, is_baseline, profiles, spread, summary
+from .tables import Cell, Line, Row, Table
 
 _PACKAGES = ("mlpool", "torch", "transformers", "sentence-transformers", "peft", "mteb", "numpy", "scipy")
 _PALE = 0.02  # differences in score up to here are never in full colour
-
-
-@dataclass
-class Cell:
-    """spread: what stands small behind the text. shade: 0 to 1, how deep its colour is. mark, word: "▲", "higher"."""
-
-    text: str
-    spread: str = ""
-    classes: str = ""
-    shade: float | None = None
-    mark: str = ""
-    word: str = ""
-
-
-@dataclass
-class Row:
-    name: str
-    cells: list[Cell]
-
-
-@dataclass
-class Table:
-    header: Sequence[str]
-    rows: list[Row] = field(default_factory=list)
-    caption: str = ""
-
-    @classmethod
-    def plain(cls, lines: Sequence[Sequence[str]], caption: str, classes: str = "") -> Table:
-        """Of a header and lines of text; classes "text": of words, not of numbers."""
-        rows = [Row(name, [Cell(cell, classes=classes) for cell in cells]) for name, *cells in lines[1:]]
-        return cls(lines[0], rows, caption)
+_BREAKS = r"(?<=[/_-])|(?<=[a-z])(?=[A-Z])"  # where a long name of a data set may be broken
+_WIDE = 12  # more tasks than these have a table for each type
 
 
 def write(found: Found, command: str) -> list[Path]:
     """Write report.html, summary.md and the comparison's files into the output folder; returns their paths."""
     output = found.study.output
     paths = [output / "report.html", output / "summary.md"]
-    forest = None
     if found.comparison:
         paths += found.comparison.save(output / COMPARISON)
-        forest = output / COMPARISON / "forest.png"
-    write_text(paths[0], page(found, command, forest))
+    write_text(paths[0], page(found, command))
     write_text(paths[1], summary(found))
     return paths
 
 
-def page(found: Found, command: str, forest: Path | None) -> str:
-    """The HTML of the report, which needs nothing else. command: that made it. forest: the plot, if there is one."""
+def page(found: Found, command: str) -> str:
+    """The HTML of the report, which needs nothing else, nor JavaScript for anything it says. command: that made it."""
     import jinja2
+    from markupsafe import Markup
 
     templates = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("report.html").render(_values(found, command, forest))
+    environment.filters["broken"] = lambda name: Markup("<wbr>").join(re.split(_BREAKS, name))
+    return environment.get_template("report.html").render(_values(found, command))
 
 
-def _values(found: Found, command: str, forest: Path | None) -> dict[str, Any]:
+def _values(found: Found, command: str) -> dict[str, Any]:
     study = found.study
     done, planned = sum(map(len, found.notes.values())), len(study.entries) * len(study.seeds)
     seeds = f"{len(study.seeds)} seeds" if len(study.seeds) > 1 else "one seed"
@@ -98,7 +72,8 @@ def _values(found: Found, command: str, forest: Path | None) -> dict[str, Any]:
         "untrained": before and _scores(
             found, before, "The same before training, coloured against the trained baseline."
         ),
-        "forest": _forest(found, forest),
+        "metrics": [_metric(found, name, tasks) for name, tasks in found.metrics().items()],
+        "forest": _forest(found),
         "read": _read(found),
         "costs": _costs(found),
         **_search(found),
@@ -112,27 +87,50 @@ def _values(found: Found, command: str, forest: Path | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _scores(found: Found, lines: Sequence[tuple[str, str]], caption: str) -> Table:
-    """A line per (label, shown name), coloured by the difference to the baseline."""
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def _scores(found: Found, lines: Sequence[tuple[str, str]], caption: str) -> list[Table]:
+    """Designs × tasks with their means, a line per (label, shown name), coloured by the difference to the baseline.
+
+    Of many tasks the means first, then a table for each type, so that each fits a page.
+    """
+    metrics = found.metrics()
+    off = [fmean(found.means(label, t)) - _baseline(found, t) for t in metrics.values() for label, _ in lines]
+    factor = 0.42 / max(_PALE, *map(abs, off))
+    if len(found.tasks) <= _WIDE:
+        return [_heat(found, "Scores", lines, metrics, factor, caption)]
+    means = {name: tasks for name, tasks in metrics.items() if len(tasks) > 1}
+    return [_heat(found, "Mean scores", lines, means, factor, caption)] + [
+        _heat(found, f"Scores, {kind}", lines, {task: [task] for task in tasks}, factor, kind)
+        for kind, tasks in found.groups.items()
+    ]
+
+
+def _heat(
+    found: Found, name: str, lines: Sequence[tuple[str, str]], metrics: Mapping[str, list[str]], factor: float,
+    caption: str,
+) -> Table:  # fmt: skip
     verdicts = found.verdicts()
-    columns: dict[str, Any] = {"mean": found.means}
-    columns |= {task: lambda label, task=task: found.scores[label][task] for task in found.tasks}
-    level = {name: fmean(of(found.study.baseline)) for name, of in columns.items()}
-    best = {name: max(fmean(of(label)) for label, _ in lines) for name, of in columns.items()}
-    off = {(label, name): fmean(of(label)) - level[name] for name, of in columns.items() for label, _ in lines}
-    largest = max(_PALE, *map(abs, off.values()))
-    table = Table(["design", *columns], caption=caption)
+    best = {metric: max(fmean(found.means(label, t)) for label, _ in lines) for metric, t in metrics.items()}
+    table = Table(name, ["design", *metrics], caption=caption)
     for label, shown in lines:
         cells = []
-        for name, of in columns.items():
-            word = verdicts.get((label, name), "")
-            cell = _colored(off[label, name], 0.42 / largest)
-            cell.text, _, small = spread(of(label)).partition(" ")
-            cell.spread, cell.word, cell.mark = small, word, MARKS.get(word, "")
-            cell.classes += " best" if fmean(of(label)) == best[name] else ""
+        for metric, tasks in metrics.items():
+            values = found.means(label, tasks)
+            word = verdicts.get((label, metric), "")
+            cell = _colored(fmean(values) - _baseline(found, tasks), factor)
+            cell.text, _, cell.spread = spread(values).partition(" ")
+            cell.word, cell.mark, cell.value = word, MARKS.get(word, ""), fmean(values)
+            cell.classes += " best" if cell.value == best[metric] else ""
+            cell.told = _told(found, label, metric, tasks)
             cells.append(cell)
         table.rows.append(Row(shown, cells))
     return table
+
+
+def _baseline(found: Found, tasks: Sequence[str]) -> float:
+    return fmean(found.means(found.study.baseline, tasks))
 
 
 def _colored(difference: float, factor: float) -> Cell:
@@ -142,13 +140,77 @@ def _colored(difference: float, factor: float) -> Cell:
     return Cell("", classes="up" if difference > 0 else "down", shade=factor * abs(difference))
 
 
-def _forest(found: Found, path: Path | None) -> dict[str, Any] | None:
-    if not found.comparison or path is None:
+def _told(found: Found, label: str, metric: str, tasks: Sequence[str]) -> str:
+    """A score with all that belongs to it, a line each: seeds, interval, difference to the baseline, its test."""
+    values = found.means(label, tasks)
+    said = [f"{label}, {metric}", f"score {fmean(values):.4f}"]
+    if len(values) > 1:
+        said.append(f"by seed {', '.join(f'{value:.4f}' for value in values)}{_interval(values, '.4f')}")
+    if label != found.study.baseline:
+        off = found.differences(label, tasks)
+        said.append(f"{fmean(values) - _baseline(found, tasks):+.4f} to the baseline{_interval(off, '+.4f')}")
+    rows = found.comparison.datasets if found.comparison else []
+    for row in rows:
+        if (row["model"], [row["task"]]) == (label, list(tasks)) and row["p"] is not None:
+            after = f"p = {number(row['p'])}, after Holm {number(row['p_holm'])}"
+            said.append(f"over {row['items']} items {after}: {row['verdict']}")
+    return "\n".join(said)
+
+
+def _interval(values: Sequence[float], form: str) -> str:
+    interval = mean_interval(values)
+    return f"; mean within {interval[0]:{form}} to {interval[1]:{form}} (95 %, {len(values)} seeds)" if interval else ""
+
+
+# --- drawn beside their numbers ---------------------------------------------------------------------------------------
+
+
+def _metric(found: Found, name: str, tasks: Sequence[str]) -> Table:
+    """Every design by one metric: the mean with its interval over seeds, and each seed."""
+    values = {entry.label: found.means(entry.label, tasks) for entry in found.entries}
+    every = [value for of_design in values.values() for value in of_design]
+    margin = 0.15 * (max(every) - min(every)) or 0.01
+    scale = min(every) - margin, max(every) + margin
+    header = ["design", f"{scale[0]:.3f} to {scale[1]:.3f}", "score", "to the baseline"]
+    table = Table(f"Designs by {name}", header)
+    for entry in found.entries:
+        of_design = values[entry.label]
+        mean, baseline = fmean(of_design), _baseline(found, tasks)
+        dots = of_design if len(of_design) > 1 else ()
+        drawn = Line.on(scale, mean, baseline, mean_interval(of_design), dots)
+        text, _, small = spread(of_design).partition(" ")
+        off = "–" if entry.label == found.study.baseline else f"{mean - baseline:+.4f}"
+        cells = [Cell("", value=mean, line=drawn), Cell(text, small, value=mean), Cell(off)]
+        table.rows.append(Row(entry.label + is_baseline(found, entry), cells))
+    return table
+
+
+def _forest(found: Found) -> dict[str, Any] | None:
+    """Mean differences to the baseline with their intervals, a row per design × task type."""
+    if not found.comparison:
         return None
     rows = found.comparison.table
-    alt = "; ".join(f"{r['model']}, {r['task_type']}: {r['difference']:+.4f}, {r['verdict']}" for r in rows)
-    data = base64.b64encode(path.read_bytes()).decode()
-    return {"alt": alt, "data": data, "notes": found.comparison.notes}
+    limit = reach(rows)
+    header = ["design", "task type", f"-{limit:.3f} to {limit:.3f}", "difference", "95 % interval", "data sets"]
+    table = Table(
+        "Differences to the baseline, by task type", header,
+        caption="A data set is the unit: with few of them little can be shown; the last column says where. A "
+        "filled point: a difference is shown after Holm.",
+    )  # fmt: skip
+    for row in rows:
+        interval = None if row["low"] is None else (row["low"], row["high"])
+        solid = row["verdict"].startswith(("higher", "lower"))
+        drawn = Line.on((-limit, limit), row["difference"], 0, interval, solid=solid)
+        between = f"{row['low']:+.4f} to {row['high']:+.4f}" if interval else "–"
+        cells = [
+            Cell(row["task_type"], classes="text"), Cell("", value=row["difference"], line=drawn),
+            Cell(f"{row['difference']:+.4f}"), Cell(between), Cell(verdict(row), classes="text", told=row["verdict"]),
+        ]  # fmt: skip
+        table.rows.append(Row(row["model"], cells))
+    return {"table": table, "notes": found.comparison.notes}
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
 
 
 def _read(found: Found) -> Table | None:
@@ -164,19 +226,22 @@ def _read(found: Found) -> Table | None:
     largest = max(0.5, *(abs(value) for row in off.values() for value in row.values()))
     texts = next(n["profile"]["texts"] for notes in found.notes.values() for n in notes if n.get("profile"))
     table = Table(
-        ["design", *(f"layer {layer}" for layer in layers), "cosine with plain pooling"],
+        "Share of each layer",
+        ["layer", *read],
         caption="Share of each layer in what the trained pool adds up, its weight times the length of what it "
         "carries; blue is more than an even share, orange less. Last, how near the embedding is to that of plain "
         "pooling, which a residual pool starts from: 1 where the pool changes nothing. "
         f"Over {texts} texts, mean over heads and seeds.",
     )
-    for label, (shares, cosine) in read.items():
+    for layer in layers:  # a row each: a page is as long as it likes, and only so wide
         cells = []
-        for layer in layers:
+        for label, (shares, _) in read.items():
             cell = _colored(off[label].get(layer, 0), 0.5 / largest)
             cell.text = f"{shares[layer]:.3f}" if layer in shares else "not read"
             cells.append(cell)
-        table.rows.append(Row(label, [*cells, Cell("–" if cosine is None else f"{cosine:.4f}")]))
+        table.rows.append(Row(str(layer), cells))
+    cosines = [Cell("–" if cosine is None else f"{cosine:.4f}") for _, cosine in read.values()]
+    table.rows.append(Row("cosine with plain pooling", cosines))
     return table
 
 
@@ -184,6 +249,7 @@ def _costs(found: Found) -> Table:
     first = next(iter(found.notes.values()))[0]
     where = f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}"
     return Table.plain(
+        "Cost",
         cost_table(found),
         f"Mean over seeds, on {where}. Training without loading and saving where the trainer noted it; texts/s of "
         "encoding the evaluated texts; peak memory of training above what the process took before it (CUDA: tensors).",
@@ -204,7 +270,10 @@ def _search(found: Found) -> dict[str, Table | None]:
         f"Chosen on development data alone ({', '.join(search['tasks'] or ['all'])}, split {search['split']}), by "
         f"trainings of {steps} with seed {found.study.seeds[0]}."
     )
-    return {"chosen": Table.plain(lines, caption, "text"), "tried": Table.plain(tried, "Mean over tasks.", "text")}
+    return {
+        "chosen": Table.plain("Recipe", lines, caption, "text"),
+        "tried": Table.plain("Recipes tried", tried, "Mean over tasks.", "text"),
+    }
 
 
 def _recipe(recipe: dict[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """Controls of equal size: a LoRA rank, or a pool size, at which a design trains as many parameters as another."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a study is about to do, and about how long it takes, from one timed step and one timed batch of each design."""
 
-from __future__ import annotations
-
 import platform
 import time
 from collections.abc import Sequence

@@ -21,11 +21,12 @@ Notes = dict[str, list[dict[str, Any]]]  # label → what its finished trainings
 
 @dataclass
 class Found:
-    """All that a report is made of. scores: label → task → score of each seed."""
+    """All that a report is made of. scores: label → task → score of each of its seeds. groups: task type → tasks."""
 
     study: Study
     scores: dict[str, dict[str, list[float]]]
-    tasks: list[str]
+    seeds: dict[str, list[int | None]]
+    groups: dict[str, list[str]]
     notes: Notes
     comparison: Comparison | None
     recipes: dict[str, Any] = field(default_factory=dict)
@@ -36,9 +37,30 @@ class Found:
         """Those with results."""
         return [entry for entry in self.study.entries if entry.label in self.scores]
 
-    def means(self, label: str) -> list[float]:
-        """Of each seed, over the tasks."""
-        return [fmean(values) for values in zip(*self.scores[label].values(), strict=True)]
+    @property
+    def tasks(self) -> list[str]:
+        return [task for tasks in self.groups.values() for task in tasks]
+
+    def metrics(self) -> dict[str, list[str]]:
+        """What a design can be judged by: all tasks, those of a type, one alone; each is the mean over these tasks."""
+        several = {f"mean of {kind}": tasks for kind, tasks in self.groups.items() if len(tasks) > 1}
+        return {
+            "mean": self.tasks,
+            **(several if len(self.groups) > 1 else {}),
+            **{task: [task] for task in self.tasks},
+        }
+
+    def means(self, label: str, tasks: Sequence[str] = ()) -> list[float]:
+        """Of each seed, over these tasks, all by default."""
+        values = (self.scores[label][task] for task in tasks or self.tasks)
+        return [fmean(of_seed) for of_seed in zip(*values, strict=True)]
+
+    def differences(self, label: str, tasks: Sequence[str]) -> list[float]:
+        """`means` less the baseline's, of each seed that both have."""
+        mine, theirs = (
+            dict(zip(self.seeds[one], self.means(one, tasks), strict=True)) for one in (label, self.study.baseline)
+        )
+        return [score - theirs[seed] for seed, score in mine.items() if seed in theirs]
 
     def verdicts(self) -> dict[tuple[str, str], str]:
         """What is shown of a design on a task, after Holm: "higher" or "lower"."""
@@ -56,8 +78,12 @@ def gather(study: Study, recipes: dict[str, dict[str, Any]], matched: Sequence[s
     runs = study.runs(recipes)
     rows = collect(study.output, runs)
     scores: dict[str, dict[str, list[float]]] = {}
+    seeds: dict[str, list[int | None]] = {}
     for row in rows:
-        scores.setdefault(row.model, {}).setdefault(row.task, []).append(row.score)
+        of_task = scores.setdefault(row.model, {}).setdefault(row.task, [])
+        of_task.append(row.score)
+        if len(of_task) > len(of_model := seeds.setdefault(row.model, [])):
+            of_model.append(row.seed)
     trained = [row for row in rows if row.model in {entry.label for entry in study.entries}]
     if study.baseline not in scores:
         raise ValueError(f"{study.output} holds no finished run of the baseline {study.baseline}: run the study first")
@@ -69,8 +95,10 @@ def gather(study: Study, recipes: dict[str, dict[str, Any]], matched: Sequence[s
     comparison = compare(trained, study.baseline) if several else None
     path = study.output / "recipe.json"
     searched = json.loads(path.read_text()) if study.search and path.is_file() else {}
-    tasks = list(dict.fromkeys(row.task for row in trained))
-    return Found(study, scores, tasks, notes, comparison, searched, list(matched))
+    groups: dict[str, list[str]] = {}
+    for task, kind in {row.task: row.task_type for row in trained}.items():
+        groups.setdefault(kind, []).append(task)
+    return Found(study, scores, seeds, groups, notes, comparison, searched, list(matched))
 
 
 def summary(found: Found) -> str:

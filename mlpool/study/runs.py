@@ -4,8 +4,6 @@ A run's folder holds config.json (before it starts), log.txt, train/ (its checkp
 results folder as `mlpool eval` writes), model/ (what is kept of the model) and run.json, the last, which marks it done.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import multiprocessing
@@ -142,16 +140,10 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
 
 def untrained(train: dict[str, Any]) -> Any:
     """The embedder at step 0, as a training would begin with it."""
-    from ..embedder import add_lora, load
     from ..training.config import read_config
-    from ..training.trainer import prepare
+    from ..training.train import begin
 
-    config = read_config({**train, "output_dir": "unused"})
-    embedder = load(config.model, **config.options)
-    if config.lora is not None:
-        add_lora(embedder, **config.lora)
-    prepare(embedder)
-    return embedder
+    return begin(read_config({**train, "output_dir": "unused"}))
 
 
 def count_parameters(embedder: Any) -> dict[str, int]:

@@ -207,7 +207,7 @@ def _scores(row: Mapping[str, Any], name: str, positives: int, negatives: int) -
         isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
     )
     if not good:
-        raise BadRow("no scores", f"{name} is {shorten(values)}, expected a list of numbers")
+        raise BadRow("no scores", f"{name} is {shorten(values)}, expected a list of finite numbers")
     if len(values) != 1 + negatives:
         expected = f"{1 + negatives}: the positive's and one of each of {count(negatives, 'negative')}"
         raise BadRow("wrong number of scores", f"{name} holds {count(len(values), 'number')}, expected {expected}")

@@ -1,7 +1,5 @@
 """Which columns hold anchor, positive and negatives, and the texts in a row of them."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -92,14 +90,10 @@ def find_columns(names: Sequence[str], where: str, wanted: Mapping[str, str | Se
                 f"that column, or, if all are, say so: {_example(anchors + positives)}"
             )
         return Columns(anchors[0], (positives[0],), None)
-    raise ValueError(f"{where}: no known columns. Found: {_show(names) or 'none'}. {accepted()}")
-
-
-def accepted() -> str:
-    """What names are known, in words."""
     pairs = "; ".join(f"{'/'.join(form.anchors)} with {'/'.join(form.positives)}" for form in FORMS)
-    return (
-        f"Known by name: {pairs}; with each {'/'.join(NEGATIVES)} (also numbered: negative_1). Or name yours: "
+    raise ValueError(
+        f"{where}: no known columns. Found: {_show(names) or 'none'}. Known by name: {pairs}; with each "
+        f"{'/'.join(NEGATIVES)} (also numbered: negative_1). Or name yours: "
         "columns={'anchor': …, 'positive': …, 'negative': [… or nothing]}"
     )
 

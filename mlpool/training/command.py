@@ -1,7 +1,5 @@
 """`mlpool train`, as it is typed; what trains is in train.py."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The YAML config of `mlpool train`: read, overridden from the command line, and checked before anything is loaded."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -115,8 +113,8 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 # --- what fits --------------------------------------------------------------------------------------------------------
 
-_ONE, _NONE = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
-_SEED = Annotated[int, Field(ge=0, lt=2**32)]
+ONE, NONE = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
+SEED = Annotated[int, Field(ge=0, lt=2**32)]
 _RATE = Annotated[float, Field(ge=0)]
 
 
@@ -142,10 +140,10 @@ def _source(value: Any) -> Any:
 
 # Narrower than the signatures and the training arguments say.
 _LIMITS: dict[str, Any] = {
-    "per_device_train_batch_size": _ONE, "per_device_eval_batch_size": _ONE, "gradient_accumulation_steps": _ONE,
-    "max_seq_length": _ONE | None, "max_steps": Annotated[int, AfterValidator(_steps)],
+    "per_device_train_batch_size": ONE, "per_device_eval_batch_size": ONE, "gradient_accumulation_steps": ONE,
+    "max_seq_length": ONE | None, "max_steps": Annotated[int, AfterValidator(_steps)],
     "num_train_epochs": Annotated[float, Field(gt=0)], "learning_rate": _RATE, "weight_decay": _RATE,
-    "warmup_steps": _RATE, "dataloader_num_workers": _NONE, "seed": _SEED, "data_seed": _SEED | None,
+    "warmup_steps": _RATE, "dataloader_num_workers": NONE, "seed": SEED, "data_seed": SEED | None,
     "device": Annotated[str, AfterValidator(_device)] | None,
     "dtype": Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],

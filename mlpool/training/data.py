@@ -4,8 +4,6 @@ A pair is an anchor (the query), its positive and 0 or more hard negatives. Rows
 written to an Arrow file that is memory-mapped, so that a set larger than the memory can be trained on.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import tempfile
@@ -100,7 +98,8 @@ def load_pairs(
     sources = _sources(source, columns, split, limit)
     parts = [open_source(s.data, s.split) for s in sources]
     bad: list[str] = []
-    with tempfile.TemporaryDirectory(dir=_folder(cache_dir), prefix="checking-") as folder:
+    place = _scratch(str(cache_dir or datasets.config.HF_DATASETS_CACHE)).name
+    with tempfile.TemporaryDirectory(dir=place, prefix="checking-") as folder:
         staged = Path(folder) / "checked.arrow"
         sizes = [None if s.limit else p.size for s, some in zip(sources, parts, strict=True) for p in some]
         with (
@@ -115,10 +114,8 @@ def load_pairs(
                     writer.write_batch(batch)
         refuse(sources, bad, on_error)
         number, notes = _even(sources, num_negatives)
-        result = _write(
-            staged, sum(s.written for s in sources), number, np.random.default_rng(seed), _folder(cache_dir),
-            scores is not None,
-        )  # fmt: skip
+        total, generator = sum(s.written for s in sources), np.random.default_rng(seed)
+        result = _write(staged, total, number, generator, place, scores is not None)
     if any(s.weight != 1 for s in sources):
         result = result.select(repeated([s.written for s in sources], [s.weight for s in sources], seed))
     if same := sum(s.same for s in sources):
@@ -221,10 +218,6 @@ def _scratch(parent: str) -> tempfile.TemporaryDirectory:
     """A folder that is removed when the process ends."""
     Path(parent).mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(dir=parent, prefix="mlpool-", ignore_cleanup_errors=True)
-
-
-def _folder(cache_dir: str | Path | None) -> str:
-    return _scratch(str(cache_dir or datasets.config.HF_DATASETS_CACHE)).name
 
 
 # --- the final columns ---------------------------------------------------------------------------------------------

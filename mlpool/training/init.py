@@ -4,8 +4,6 @@ Of the base its config and tokenizer are read, no weights. Of the data every row
 the lengths of a sample are counted. Each value comes with its reason: a rule of thumb, to start from.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -290,15 +288,13 @@ def compose(base: str, data: str, output_dir: str, looked: Base, found: Data, ma
         *_explained("warmup_steps", math.ceil(steps / 10), "a tenth of the steps"),
         *_explained("save_steps", max(1, steps // 4), "a killed run goes on from the last with --resume"),
         _value("save_total_limit", 2),
-        *_precision(machine),
+        *(
+            _explained("bf16", True, "weights stay as they are, products are bfloat16")
+            if machine.half
+            else _explained("dtype", "float32", f"this {machine.device} has no fast bfloat16")
+        ),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _precision(machine: Machine) -> list[str]:
-    if machine.half:
-        return _explained("bf16", True, "weights stay as they are, products are bfloat16")
-    return _explained("dtype", "float32", f"this {machine.device} has no fast bfloat16")
 
 
 def _explained(key: str, value: Any, why: str) -> list[str]:

@@ -127,6 +127,8 @@ class InfoNCE(nn.Module):
             teacher.check_width(getattr(model, "get_embedding_dimension", lambda: None)())
         self.matryoshka_dims, self.matryoshka_weights = _read_matryoshka(matryoshka_dims, matryoshka_weights)
         self.counts = TokenCounts()
+        self.finite: Tensor | None = None  # of the last batch [columns, B], whether a text's embedding is
+        self._looked = false_negatives == "none"
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """The loss of this process's anchors.
@@ -144,6 +146,7 @@ class InfoNCE(nn.Module):
             raise ValueError("in_batch_negatives=False needs hard negatives, but there are two columns only")
         keys = None if self.false_negatives == "none" else text_keys(columns)
         embeddings = self._embed(columns).unflatten(0, (len(columns), batch))
+        self.finite = embeddings.detach().isfinite().all(-1)
         return self._loss(embeddings, keys, labels)
 
     # --- embedding -----------------------------------------------------------------------------------------------
@@ -205,11 +208,22 @@ class InfoNCE(nn.Module):
                 losses = self._in_batch(embeddings, keys, dims, ring_contrast if together else contrast)
             else:
                 losses = self._own(embeddings, keys, dims)
+            self._look(losses)
             shares = embeddings.new_tensor([weight for _, weight in rising])
             loss = shares @ losses.sum(1) / batch
             if self.teacher is not None:
                 loss = loss + self.teacher(embeddings, labels, self.temperature, dims, shares)
             return loss
+
+    def _look(self, losses: Tensor) -> None:
+        """Say of the first batch, for which a GPU may be waited for, that nothing is left to learn from."""
+        if not self._looked and not losses.any():
+            bounds = f"margin={self.margin}, factor={self.factor}" if self.false_negatives == "margin" else "the texts"
+            log_once(
+                f"false_negatives={self.false_negatives!r} leaves no negative to any of the first {losses.shape[1]} "
+                f"anchors ({bounds}): their loss is 0, and nothing is learned from them"
+            )
+        self._looked = True
 
     def _in_batch(
         self, embeddings: Tensor, keys: Tensor | None, dims: Sequence[int], loss: Callable[..., Tensor]

@@ -5,8 +5,6 @@ OUT.jsonl.meta     JSON: by which model and options, counts, scores; its name ke
 .OUT.jsonl.mining  until then: the plan, what was mined so far, and the embeddings if no other place is named
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -113,8 +111,13 @@ def mine_pairs(
         raise
     with replacing(output) as new:
         scores = rows.write(new)
+        counts = {
+            "pairs": found.total(), "written": found[choice.num_negatives],
+            "dropped": found.total() - found[choice.num_negatives],
+            "found": {str(n): found[n] for n in sorted(found)}, "anchors": len(anchors), "documents": len(documents),
+        }  # fmt: skip
         summary = {
-            **plan, "counts": _counts(found, choice, anchors, documents), "scores": scores, "sha256": sha256(new),
+            **plan, "counts": counts, "scores": scores, "sha256": sha256(new),
             "versions": versions("mlpool", "sentence-transformers", "torch", "faiss-cpu"),
         }  # fmt: skip
         write_json(_meta(output), summary)
@@ -269,8 +272,9 @@ def _check_enough(found: Counter[int], rows: _Rows, choice: Choice, too_few: str
     by = ", ".join(f"{name}={value}" for name, value in judged.items()) or "the ranges"
     wanted = count(choice.num_negatives, "negative")
     if short == found.total():
+        fewer = ", ".join(f"{found[n]:,} found {n}" for n in sorted(found) if n < choice.num_negatives)
         raise ValueError(
-            f"not one of {count(found.total(), 'pair')} has {wanted} by {by}; {_fewer(found, choice)}. Loosen these, "
+            f"not one of {count(found.total(), 'pair')} has {wanted} by {by}; {fewer}. Loosen these, "
             "raise range_max, lower num_negatives, or add texts (--corpus)"
         )
     if short and too_few == "refuse":
@@ -278,18 +282,6 @@ def _check_enough(found: Counter[int], rows: _Rows, choice: Choice, too_few: str
             f"{short:,} of {count(found.total(), 'pair')} have fewer than {wanted} by {by} (first: "
             f"{rows.first_short()}); loosen these, raise range_max, or leave such pairs out (--too-few drop)"
         )
-
-
-def _fewer(found: Counter[int], choice: Choice) -> str:
-    return ", ".join(f"{found[n]:,} found {n}" for n in sorted(found) if n < choice.num_negatives)
-
-
-def _counts(found: Counter[int], choice: Choice, anchors: TextStore, documents: TextStore) -> dict[str, Any]:
-    return {
-        "pairs": found.total(), "written": found[choice.num_negatives],
-        "dropped": found.total() - found[choice.num_negatives],
-        "found": {str(n): found[n] for n in sorted(found)}, "anchors": len(anchors), "documents": len(documents),
-    }  # fmt: skip
 
 
 def describe(summary: Mapping[str, Any]) -> str:

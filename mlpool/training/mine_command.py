@@ -1,7 +1,5 @@
 """`mlpool mine`, as it is typed; what mines is in mine.py."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The pairs of a training, of one source or of several, each with its own columns, prompts and weight."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -171,11 +169,7 @@ class Mixture:
 
 
 def load_mixture(data: Mapping[str, Any], which: Literal["train", "eval"] = "train") -> Mixture:
-    """The pairs of a config's `data`, loaded and checked by `load_pairs`.
-
-    Raises:
-        ValueError: as of `load_pairs` and `read_sources`.
-    """
+    """The pairs of a config's `data`, loaded and checked; errors as of `load_pairs` and `read_sources`."""
     entries = read_sources(data[which], which)
     # A limit is of what is trained on; an evaluation source may have its own.
     options = {name: v for name, v in data.items() if name not in OURS and not (which == "eval" and name == "limit")}

@@ -7,8 +7,6 @@ part; the last step brings both home. A block is on its way to the next process 
 Source: arXiv 2410.17243 (Inf-CL).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

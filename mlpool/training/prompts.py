@@ -4,8 +4,6 @@ A stored prompt is put before every query for good, so nothing is guessed: texts
 in several, get none.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

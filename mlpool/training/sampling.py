@@ -3,8 +3,6 @@
 Source: arXiv 1910.10683 (T5), 3.5.2 "temperature-scaled mixing": p ~ n^(1/T).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """How many steps a training really makes: what the batch sampler can fill, before anything is loaded."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple

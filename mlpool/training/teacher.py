@@ -5,8 +5,6 @@ by a cross-encoder). With embeddings, kept by `mlpool mine --embeddings`, the ca
 Either way the student's part is a function of the batch's embeddings, so that it is cached as InfoNCE is.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial

@@ -9,8 +9,6 @@ run finds them again, resumed or not, and so does the next run on these texts. `
 a hash of the Arrow file, which `load_pairs` writes anew for every run, and it reads a damaged file back as it is.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

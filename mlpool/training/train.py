@@ -1,7 +1,5 @@
 """`mlpool train`: data, model, loss and trainer from one config; resumable."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -86,10 +84,7 @@ def train(
             source.pairs = teacher.number(source.pairs)
     evaluator = _dev(config.dev)
     set_seed(arguments.seed)  # before the pool and LoRA are drawn
-    embedder = load(config.model, **config.options)
-    if config.lora is not None:
-        add_lora(embedder, **config.lora)
-    prepare(embedder)
+    embedder = begin(config)
     with arguments.main_process_first(desc="tokenizing"):  # the others find what it kept
         collator = collate_kept(embedder, mixtures, config.data.get("cache_dir"))
     if first:
@@ -125,6 +120,15 @@ def train(
         if first:
             print(f"{output}: {loss.counts}", flush=True)
     trainer.accelerator.unwrap_model(embedder, keep_fp32_wrapper=False)  # of its autocast: it embeds as if loaded
+    return embedder
+
+
+def begin(config: TrainConfig) -> Embedder:
+    """The embedder at step 0."""
+    embedder = load(config.model, **config.options)
+    if config.lora is not None:
+        add_lora(embedder, **config.lora)
+    prepare(embedder)
     return embedder
 
 
@@ -166,13 +170,12 @@ def training_arguments(config: TrainConfig) -> Any:
 
 def _pool_rate(config: TrainConfig, embedder: Embedder) -> dict[str, float]:
     """Learning rates of the pool's parameters, by patterns of which the later count: its own, or as the config says."""
-    rate, pool = config.pooler_learning_rate, embedder[1].pool
-    if not any(parameter.requires_grad for parameter in embedder[1].parameters()):
+    rate, pool = config.pooler_learning_rate, embedder.pooler.pool
+    if not any(parameter.requires_grad for parameter in pool.parameters()):
         if rate is not None:
-            backbone: Any = embedder[0]
-            log_once(f"{backbone.design} has no pool to train: pooler_learning_rate is not used")
+            log_once(f"{embedder.backbone.design} has no pool to train: pooler_learning_rate is not used")
         return {}
-    return {r"\bpooler\.pool\." + re.escape(part): value for part, value in pool.rates(rate).items()}  # type: ignore[union-attr, operator]
+    return {r"\bpooler\.pool\." + re.escape(part): value for part, value in pool.rates(rate).items()}
 
 
 def plan(config: TrainConfig, embedder: Embedder, mixture: Mixture, steps: Steps, collator: TokenCollator) -> str:
@@ -188,11 +191,10 @@ def plan(config: TrainConfig, embedder: Embedder, mixture: Mixture, steps: Steps
         counts[kind if parameter.requires_grad else "frozen"] += parameter.numel()
     across = world if config.loss.get("gather_across_devices") else 1
     negatives = sorted({a_device * across * (len(source.columns) - 1) - 1 for source in mixture.sources})
-    backbone: Any = embedder[0]
     return "\n".join(
         [
-            mixture.describe(collator.uncut, backbone.max_seq_length),
-            f"design      {backbone.design} on {config.model}",
+            mixture.describe(collator.uncut, embedder.backbone.max_seq_length),
+            f"design      {embedder.backbone.design} on {config.model}",
             "parameters  " + ", ".join(f"{count / 1e6:.2f} M {kind}" for kind, count in counts.items() if count),
             f"batch       {update} = {a_device} a device x {world} x {accumulated} accumulated; "
             f"{' to '.join(map(str, negatives[:: max(1, len(negatives) - 1)]))} negatives an anchor",
@@ -204,7 +206,6 @@ def plan(config: TrainConfig, embedder: Embedder, mixture: Mixture, steps: Steps
 def collate_kept(embedder: Embedder, mixtures: Sequence[Mixture], cache_dir: Any = None) -> TokenCollator:
     """Keep the tokens of all texts, each source's by itself, under the prompts that their columns have."""
     folder = Path(cache_dir or HF_DATASETS_CACHE) / "mlpool-tokens"
-    backbone: Any = embedder[0]
     kept: dict[str, list[KeptTokens]] = {}
     prompts: dict[str, dict[str, str]] = {}
     for source in (source for mixture in mixtures for source in mixture.sources):
@@ -213,10 +214,10 @@ def collate_kept(embedder: Embedder, mixtures: Sequence[Mixture], cache_dir: Any
             raise ValueError(f"the source {source.name!r} has other prompts in data.eval than in data.train; rename it")
         for prompt in dict.fromkeys(own.get(column, "") for column in source.columns):
             columns = [(source.pairs, column) for column in source.columns if own.get(column, "") == prompt]
-            kept.setdefault(prompt, []).append(keep_tokens(backbone, columns, prompt, folder))
+            kept.setdefault(prompt, []).append(keep_tokens(embedder.backbone, columns, prompt, folder))
     everywhere = {column for mixture in mixtures for source in mixture.sources for column in source.columns}
     prompts.setdefault("", column_prompts(embedder.prompts, sorted(everywhere)))
-    return TokenCollator(kept, prompts, backbone)
+    return TokenCollator(kept, prompts, embedder.backbone)
 
 
 def _dev(path: str | None) -> Any:
@@ -229,11 +230,7 @@ def _dev(path: str | None) -> Any:
 
 
 def load_scored(path: str | Path) -> list[tuple[str, str, float]]:
-    """sentence1, sentence2 and score of a JSONL file of scored pairs.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: a line without them, named; no line at all.
-    """
+    """sentence1, sentence2 and score of a JSONL file of scored pairs; a line without them is named in the error."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no dev file {path}; expected JSONL with sentence1, sentence2, score")
     rows = []

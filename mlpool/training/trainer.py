@@ -1,7 +1,5 @@
 """sentence-transformers' trainer, where it would lose something of an embedder: checkpoints, sharding, resume."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from ..embedder.embedder import Embedder
 from ..embedder.folder import check_folder
 from ..pooling.base import WEIGHTS_NAME
 from ..quantized import is_quantized
+from ..show import some
 from ..taps import find_layers
 from .mini_batches import TokenCounts
 
@@ -104,7 +103,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
             return
         found = "the loss of another process is not finite"
         if wrong[:-1].any():
-            found = f"the loss is {values[wrong][0].item()}"
+            found = f"the loss is {values[wrong][0].item()}{_wrong_texts(self.loss)}"
         elif wrong[-1]:
             found = f"the norm of the gradient is {norm.item()}{_first_wrong(model)}"
         last = last_checkpoint(str(self.args.output_dir))
@@ -152,6 +151,16 @@ def _first_wrong(model: nn.Module) -> str:
     return f" (first in {wrong[0]})" if 0 < len(wrong) < len(found) else ""
 
 
+def _wrong_texts(loss: Any) -> str:
+    """Which texts of the last batch have embeddings that are not finite."""
+    finite: torch.Tensor | None = getattr(loss, "finite", None)
+    if finite is None or finite.all() or not finite.any():
+        return ""
+    places = (~finite).nonzero().tolist()
+    rows = some([f"row {row} of column {column}" for column, row in places], 5)
+    return f", the embedding of {rows} of the batch (from 0) is NaN or infinite"
+
+
 def prepare(embedder: Embedder) -> None:
     """Make an embedder ready for training, in place.
 
@@ -162,7 +171,7 @@ def prepare(embedder: Embedder) -> None:
     Raises:
         ValueError: a quantised base of which more than an adapter is to be trained: its codes have no gradient.
     """
-    backbone: Any = embedder[0]
+    backbone = embedder.backbone
     trunk, layers = find_layers(backbone.model)
     if is_quantized(trunk) and not has_adapter(backbone.model) and any(p.requires_grad for p in trunk.parameters()):
         raise ValueError(
@@ -173,7 +182,7 @@ def prepare(embedder: Embedder) -> None:
         if "lora_" in name:
             parameter.requires_grad_(True)
     if isinstance(getattr(trunk, "pooler", None), nn.Module):
-        trunk.pooler.requires_grad_(False)  # type: ignore[union-attr]
+        trunk.pooler.requires_grad_(False)
     highest = max(i % len(layers) for i in backbone.layers) if backbone.layers is not None else len(layers) - 1
     for layer in list(layers)[highest + 1 :]:
         layer.requires_grad_(False)
@@ -192,11 +201,10 @@ def trained_weights(embedder: Embedder, checkpoint: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     check_folder(checkpoint)
-    backbone: Any = embedder[0]
     state: dict[str, Any] = {}
     for path in checkpoint.glob(f"*/{WEIGHTS_NAME}"):
         state |= {f"pooler.pool.{name}": tensor for name, tensor in load_file(path).items()}
-    if has_adapter(backbone.model):
+    if has_adapter(embedder.backbone.model):
         adapter = load_file(checkpoint / "adapter_model.safetensors")
         for name, tensor in adapter.items():
             stem, kind, rest = name.removeprefix("base_model.model.").rpartition(".weight")

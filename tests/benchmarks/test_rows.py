@@ -104,7 +104,7 @@ def test_rows_of_another_run_stay_and_do_not_count(path, name, capsys):
     assert len(rows_at(path).all) == len(other.all) == 2
 
 
-@pytest.mark.parametrize("name", ["commit", "load"])
+@pytest.mark.parametrize("name", ["commit", "load", "date"])
 def test_a_commit_that_changes_no_code_keeps_the_rows(path, name):
     rows_at(path).add(*pair("x"))
     assert len(rows_at(path, **{name: "other"}).all) == 2

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-
-pytest.importorskip("transformers")
 import census
 import families
+import pytest
 import tables
+import torch
 from census import Row, examine
 
 WORKS = [

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 pa = pytest.importorskip("pyarrow")
-pytest.importorskip("sentence_transformers")
 import pyarrow.parquet as pq  # noqa: E402
 from fake import DIMENSION, Fake, embedding_of, embeddings_of  # noqa: E402, F401
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 pa = pytest.importorskip("pyarrow")
-pytest.importorskip("sentence_transformers")
 from many_texts import (  # noqa: E402
     Fake,
     data_of,

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 pa = pytest.importorskip("pyarrow")
-pytest.importorskip("sentence_transformers")
 import pyarrow.parquet as pq  # noqa: E402
 from many_texts import (  # noqa: E402
     DIMENSION,

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 pa = pytest.importorskip("pyarrow")
-pytest.importorskip("sentence_transformers")
 from many_texts import (  # noqa: E402
     Fake,
     assert_whole,

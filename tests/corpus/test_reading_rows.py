@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pyarrow")
 pytest.importorskip("datasets")
 import pyarrow as pa
 import pyarrow.parquet as pq

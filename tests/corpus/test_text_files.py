@@ -7,7 +7,6 @@ import random
 import pytest
 
 pa = pytest.importorskip("pyarrow")
-pytest.importorskip("sentence_transformers")
 from many_texts import (  # noqa: E402
     WRITERS,
     Fake,

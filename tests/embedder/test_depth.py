@@ -71,7 +71,6 @@ def test_taps_of_the_raw_last_layer():
 def test_what_is_saved_is_as_deep_and_embeds_alike(tmp_path, lora):
     model = embedder(DESIGN, layers=[0, 1])
     if lora:
-        pytest.importorskip("peft")
         tiny.shake(mlpool.add_lora(model, rank=2)[0], only="lora_")
     model.save(tmp_path / "saved")
     names = weight_names(tmp_path / "saved")

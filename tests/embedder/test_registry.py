@@ -15,8 +15,6 @@ from mlpool.embedder.designs import DESIGNS, find_design
 from mlpool.pooling import registry
 from mlpool.pooling.registry import find_pool
 
-pytest.importorskip("sentence_transformers")
-
 
 class PowerPool(mlpool.Pool):
     """The mean over layers of one row each, times a learned vector: enough to see weights, sizes and layers."""

@@ -5,8 +5,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("sentence_transformers")
-
 from mlpool.embedder import requirements
 
 

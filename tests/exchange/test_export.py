@@ -126,7 +126,7 @@ def test_folder_where_there_is_no_equivalent(tmp_path):
     refused(ValueError, r"must end where a token ends: 'layers ' is 4 tokens by itself and \[3, 4\] before", spaced)
     refused(ValueError, "has a trained pooler.*--format torch", embedder("last-layer-causal"), format="st")
     refused(ValueError, r"ends in .pt2, got", embedder("last-layer-causal"))
-    refused(ValueError, "format must be one of", embedder("mean-causal"), format="onnx")
+    refused(ValueError, "format must be one of", embedder("mean-causal"), format="gguf")
     refused(ValueError, r"call merge\(embedder\) first", add_lora(embedder("eos-causal")))
     # What is left out of the last token changes nothing.
     export.export(
@@ -150,7 +150,7 @@ def test_folder_of_a_family_that_needs_its_patch(tmp_path):
 def test_folder_that_differs_is_not_left_behind(tmp_path, monkeypatch):
     made = embedder("mean-causal")
     with monkeypatch.context() as patch:
-        patch.setattr(plain_folder, "_self_contained", lambda texts: tokenizer(pad_token="<pad>"))
+        patch.setattr(plain_folder, "self_contained", lambda backbone: tokenizer(pad_token="<pad>"))
         with pytest.raises(RuntimeError, match="the saved tokenizer gives other tokens for"):
             export_folder(made, tmp_path / "out")
     with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 from mlpool_kernels import reference
@@ -14,7 +15,6 @@ from mlpool.embedder import DESIGNS, load
 from mlpool.exchange.released import import_released
 from mlpool.pooling.checkpoints import from_released
 
-peft = pytest.importorskip("peft")
 R, HEADS, I = 5, 2, 16  # noqa: E741
 NAMES = {design.number: name for name, design in DESIGNS.items() if design.number}
 FAMILIES = {2: "Llama", 3: "Mistral", 4: "Mistral", 5: "Llama"}

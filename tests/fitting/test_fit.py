@@ -12,15 +12,16 @@ import yaml
 from tiny import D, L, base, embedder
 
 pytest.importorskip("datasets")
-pytest.importorskip("peft")
 
 import mlpool
 from mlpool.cli import main
+from mlpool.embedder.identity import identity
 from mlpool.fitting import states as kept
 from mlpool.fitting.config import Candidate, read_fit_config
 from mlpool.fitting.fit import Found, fit
 from mlpool.fitting.states import packed, take_states, unpacked
 from mlpool.fitting.trials import PoolOnStates, Trial, batches, dev_score
+from mlpool.quantized import is_quantized
 from mlpool.show import progress
 
 WORDS = ["how", "many", "layers", "does", "the", "pool", "read", "all", "of", "them", "and", "last", "one", "twice"]
@@ -351,3 +352,20 @@ def test_the_command(data, tmp_path, capsys):
 def test_bad_configs(data, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         fit(config_of(data, tmp_path, **changes))
+
+
+def test_a_quantised_base(data, tmp_path):
+    """Its codes are frozen: states of the base as it runs, kept for it alone, and an embedder with these very codes."""
+    pytest.importorskip("torchao")
+    config = config_of(data, tmp_path / "out", seeds=1, candidates=[{"pooler": SMALL, "learning_rate": 0.1}])
+    fit({**config, "quantization": "int8"})
+    fitted = mlpool.load(tmp_path / "out")
+    plain = tiny.embedder(quantization="int8")
+    assert is_quantized(fitted)
+    assert identity(fitted[0]) == identity(plain[0]) != identity(embedder()[0])
+    plain[1] = fitted[1]
+    assert np.array_equal(fitted.encode(tiny.TEXTS), plain.encode(tiny.TEXTS))
+    states = {"states": str(tmp_path / "out/states"), "output_dir": str(tmp_path / "full")}
+    with pytest.raises(ValueError, match=r"keeps the states of another model.*: model was '"):
+        fit({**config, **states})
+    fit({**config, **states, "quantization": "int8"})

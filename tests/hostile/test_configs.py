@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 pytest.importorskip("datasets")
-pytest.importorskip("peft")
 pytest.importorskip("mteb")
 
 import pyarrow as pa
@@ -19,7 +18,7 @@ from given import OURS, ROOT, WORDS, cases, mangled, scalar, text, tried, value
 
 from mlpool.fitting.config import _keys as _fit_keys
 from mlpool.fitting.config import read_fit_config
-from mlpool.study import read_study
+from mlpool.study.config import read_study
 from mlpool.training.config import _keys, read_config
 from mlpool.training.data import load_pairs
 from mlpool.training.train import load_scored, training_arguments

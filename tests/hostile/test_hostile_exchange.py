@@ -13,9 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("sentence_transformers")
-pytest.importorskip("peft")
 from given import cases, mangled, tried
 from made import sentence, write_jsonl
 from safetensors.torch import save_file

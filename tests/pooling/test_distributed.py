@@ -13,8 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 D, L, B, T, WORLD = 16, 4, 4, 5, 2
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-
 
 def pools():
     """Designs 3 and 5, 4, and 2, where queries and keys get zero gradients; saved and recomputed, released form."""
@@ -73,4 +71,6 @@ def call_of(pool):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes(how, tmp_path):
-    torch.multiprocessing.spawn(train, args=(str(tmp_path / "rendezvous"), how), nprocs=WORLD)
+    torch.multiprocessing.start_processes(
+        train, args=(str(tmp_path / "rendezvous"), how), nprocs=WORLD, start_method="fork"
+    )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import assert_close_to_equations, make_mask, make_states, multi
+from mlpool_kernels.gather import gather as gather_rows
 from torch.nn.functional import normalize, pad
 from torch.utils.checkpoint import checkpoint
 
@@ -88,3 +89,23 @@ def test_gradients_behind_a_checkpoint(how, target):
     pooled = checkpoint(lambda *layers: gather(layers, mask, **options), *states, use_reentrant=False)
     for got, right in zip(torch.autograd.grad(pooled.square().sum(), states), want, strict=True):
         torch.testing.assert_close(got, right)
+
+
+@pytest.mark.parametrize("token_pooling", ["mean", "unit_mean"])
+def test_spans_that_are_changed_are_read_again(token_pooling):
+    """What is worked out once for all layers of a forward is not taken for another's tokens."""
+    state = torch.randn(7, 4, dtype=torch.float64)
+    starts, ends, last, count = (torch.tensor(values) for values in ([0, 3], [3, 7], [2, 6], [3, 4]))
+
+    def rows(keep=None):
+        spans = (starts, ends, last, count, keep)
+        return gather_rows([state], *spans, True, "torch", unit=token_pooling == "unit_mean")[:, 0]
+
+    before = rows()
+    torch.testing.assert_close(rows(), before, rtol=0, atol=0)
+    keep = torch.ones(7, dtype=torch.bool)
+    torch.testing.assert_close(rows(keep), before)
+    starts[1] = ends[0] = 5
+    last[0], count[0], count[1] = 4, 5, 2
+    x = normalize(state, dim=1) if token_pooling == "unit_mean" else state
+    torch.testing.assert_close(rows(), torch.stack([x[:5].mean(0), x[5:].mean(0)]))

@@ -20,9 +20,11 @@ pytest_plugins = ["evaluation_fixtures"]
 
 from mlpool.evaluation import results  # noqa: E402
 from mlpool.evaluation.local import local_tasks  # noqa: E402
+from mlpool.evaluation.statistics import mean_interval  # noqa: E402
 from mlpool.study import choose, page, read_study, report, runs, study  # noqa: E402
 from mlpool.study.made import TASKS, TRAIN, write_data  # noqa: E402
 from mlpool.study.parameters import count, match_parameters  # noqa: E402
+from mlpool.study.tables import Line  # noqa: E402
 
 SMALL = {"num_latents": 4, "num_heads": 2, "head_dim": 8}
 FROM_MEAN = {**SMALL, "start": "last"}
@@ -224,10 +226,11 @@ class Page(HTMLParser):
 def test_the_report_says_what_the_scores_are_and_loads_nothing(done: dict) -> None:
     text = (Path(done["output"]) / "report.html").read_text()
     shown_page = Page(text)
-    assert [load[:22] for load in shown_page.loads] == ["data:image/png;base64,"]
-    assert not re.search(r"@import|url\(|<script|<link", text)
+    assert shown_page.loads == []
+    assert not re.search(r"@import|url\(|<link|fetch\(|import\(|XMLHttp", text)
+    assert len(text) < 200_000
     header = next(row for row in shown_page.rows if row[0][0] == "design")
-    assert [cell for cell, _ in header] == ["design", "mean", "sts/made", "retrieval/made"]
+    assert [cell for cell, _ in header] == ["design", "mean", "sts/made", "retrieval/made"]  # no mean of one task
     scores: dict[str, dict[str, list[float]]] = {}
     for row in rows_of(done):
         scores.setdefault(row.model, {}).setdefault(row.task, []).append(row.score)
@@ -235,18 +238,18 @@ def test_the_report_says_what_the_scores_are_and_loads_nothing(done: dict) -> No
         cells = next(row for row in shown_page.rows if row and row[0][0] == shown)
         both = np.array([scores[label]["sts/made"], scores[label]["retrieval/made"]])
         for (cell, _), values in zip(cells[1:], [both.mean(0), *both], strict=True):
-            assert cell.startswith(f"{values.mean():.4f} ± {values.std(ddof=1):.4f}")
+            assert cell.endswith(f"{values.mean():.4f} ± {values.std(ddof=1):.4f}")
     for column in range(1, 4):
         lines = [row for row in shown_page.rows if row and row[0][0] in ("mean-bidirectional (baseline)", "multi")][:2]
-        best = max(lines, key=lambda row: float(row[column][0][:6]))
+        best = max(lines, key=lambda row: float(re.search(r"\d\.\d{4}", row[column][0])[0]))
         assert "best" in best[column][1]
 
 
 def test_what_a_user_names_is_text_and_never_markup(done: dict) -> None:
     found = report.gather(read_study(done), recipe_of(done))
     found.study.title = "<script>alert(1)</script>"
-    text = page.page(found, "mlpool study '<b>'", None)
-    assert "<script" not in text
+    text = page.page(found, "mlpool study '<b>'")
+    assert "<script>alert" not in text
     assert "&lt;script&gt;" in text
     assert "&lt;b&gt;" in text
 
@@ -261,6 +264,43 @@ def test_marks_stand_only_where_a_difference_is_shown(done: dict) -> None:
     assert ["▲" in cell for cell in line.split("|")[2:5]] == [False, True, False]
     assert "higher" not in report.headline(found).split("Item by item")[0]
     assert (output / "comparison/comparison.md").is_file()
+
+
+def test_a_cell_tells_seeds_interval_difference_and_test(done: dict) -> None:
+    found = report.gather(read_study(done), recipe_of(done))
+    (table,) = page._scores(found, [("multi", "multi")], "")
+    told = dict(zip(table.header[1:], (cell.told.split("\n") for cell in table.rows[0].cells), strict=True))
+    mine, theirs = (np.array(found.scores[label]["sts/made"]) for label in ("multi", "mean-bidirectional"))
+    low, high = mean_interval(mine - theirs) or (0, 0)
+    assert told["sts/made"][:2] == ["multi, sts/made", f"score {mine.mean():.4f}"]
+    assert told["sts/made"][2].startswith(f"by seed {mine[0]:.4f}, {mine[1]:.4f}")
+    within = f"; mean within {low:+.4f} to {high:+.4f} (95 %, 2 seeds)" if low < high else ""
+    assert told["sts/made"][3] == f"{(mine - theirs).mean():+.4f} to the baseline{within}"
+    assert told["sts/made"][4].startswith("over 60 items p = ")
+    assert len(told["mean"]) == 4  # a mean over data sets has no items
+
+    one, both = found.seeds["multi"], found.differences("multi", found.tasks)
+    found.seeds["multi"] = [one[0], 7]  # a seed that the baseline has not is no difference to it
+    assert found.differences("multi", found.tasks) == both[:1]
+
+
+def test_many_tasks_have_a_table_for_each_type_and_one_of_means(done: dict) -> None:
+    found = report.gather(read_study(done), recipe_of(done))
+    names = {kind: [f"{kind}/{i}" for i in range(8)] for kind in found.groups}
+    for of_label in found.scores.values():
+        for (_, tasks), values in zip(names.items(), list(of_label.values()), strict=True):
+            of_label.update(dict.fromkeys(tasks, values))
+    found.groups = names
+    shown = Page(page.page(found, "mlpool study"))
+    headers = [[cell for cell, _ in row] for row in shown.rows if row[0][0] == "design"][:3]
+    assert headers == [["design", "mean", *(f"mean of {kind}" for kind in names)]] + [
+        ["design", *tasks] for tasks in names.values()
+    ]
+
+
+def test_a_line_stays_on_its_scale() -> None:
+    drawn = Line.on((-1.0, 1.0), 0.5, 0.0, (-3.0, 0.75), dots=[-1.0, 2.0])
+    assert (drawn.at, drawn.zero, drawn.interval, drawn.cut, drawn.dots) == (150, 100, (0, 175), ["low"], [0, 200])
 
 
 def test_the_profile_of_a_pool_is_a_distribution_over_its_layers(done: dict) -> None:

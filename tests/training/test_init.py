@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 pytest.importorskip("datasets")
-pytest.importorskip("peft")
 
 from tiny import D, base, embedder
 

@@ -229,6 +229,15 @@ def test_blocks_of_scores(shape, masks, monkeypatch):
     assert_same(run(loss, columns), want, 1e-12)
 
 
+@pytest.mark.parametrize(("margin", "none"), [(0.5, False), (-2.0, True)])
+def test_a_margin_that_leaves_no_negative_is_said(caplog, margin, none):
+    losses.log_once.cache_clear()
+    loss = InfoNCE(Table(), false_negatives="margin", margin=margin)
+    value = loss([column(texts) for texts in random_texts()])
+    assert (value.item() == 0) == none
+    assert ("no negative to any of the first 6 anchors (margin=-2.0, factor=None)" in caplog.text) == none
+
+
 def test_one_pair_without_negatives_is_said(caplog):
     losses.log_once.cache_clear()
     value = InfoNCE(Table())([column([[3, 4]]), column([[5]])], None)

@@ -171,7 +171,6 @@ def test_a_cross_encoder_decides_among_what_the_embeddings_find(tmp_path, small)
 
 
 def test_the_searches_agree(tmp_path):
-    pytest.importorskip("faiss")
     generator = np.random.default_rng(0)
     arrays = [generator.normal(size=(n, 8)).astype(np.float32) for n in (70_000, 3, 40)]
     queries, cpu = generator.normal(size=(9, 8)).astype(np.float32), torch.device("cpu")

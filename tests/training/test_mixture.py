@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 datasets = pytest.importorskip("datasets")
-pytest.importorskip("sentence_transformers")
 import torch  # noqa: E402
 from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicatesBatchSampler  # noqa: E402
 from torch.utils.data import ConcatDataset, RandomSampler  # noqa: E402

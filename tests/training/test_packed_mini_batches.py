@@ -1,10 +1,8 @@
 """Mini-batches of a packed embedder: counted in tokens of text, sent without padding, the same numbers as padded."""
 
 import pytest
-import torch
-
-pytest.importorskip("peft")
 import tiny
+import torch
 
 from mlpool.training.losses import InfoNCE
 

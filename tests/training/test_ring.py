@@ -9,8 +9,6 @@ from mlpool_kernels import contrast
 
 from mlpool.training import processes
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-
 RINGS = [{"dims": [16]}, {"dims": [3, 16], "margin": 0.1}, {"dims": [5, 12], "factor": 0.8, "keys": True}]
 
 
@@ -57,4 +55,6 @@ def compare_ring(rank: int, world: int, options) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_documents_in_a_ring(world, tmp_path):
-    torch.multiprocessing.spawn(ring, args=(world, str(tmp_path / "rendezvous")), nprocs=world)
+    torch.multiprocessing.start_processes(
+        ring, args=(world, str(tmp_path / "rendezvous")), nprocs=world, start_method="fork"
+    )

@@ -223,8 +223,8 @@ def test_scores_follow_the_negatives_that_are_chosen(tmp_path):
     [
         ({"scores": None}, r":2: no field 'scores', which has the teacher's scores"),
         ({"scores": [0.5, 0.1]}, r":2: scores holds 2 numbers, expected 3: the positive's and one of each of 2"),
-        ({"scores": [0.5, 0.1, float("nan")]}, r":2: scores is \[0.5, 0.1, nan\], expected a list of numbers"),
-        ({"scores": "0.5"}, r":2: scores is '0.5', expected a list of numbers"),
+        ({"scores": [0.5, 0.1, float("nan")]}, r":2: scores is \[0.5, 0.1, nan\], expected a list of finite numbers"),
+        ({"scores": "0.5"}, r":2: scores is '0.5', expected a list of finite numbers"),
         ({"negative_1": None, "negative_2": None, "scores": [1]}, r":2: scores needs one positive and a negative"),
         ({"positive": ["a", "b"]}, r":2: scores needs one positive .*, got 2 positives and 2 negatives"),
     ],

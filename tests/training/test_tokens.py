@@ -7,7 +7,6 @@ import pytest
 import torch
 
 datasets = pytest.importorskip("datasets")
-pytest.importorskip("peft")
 import tiny  # noqa: E402
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator  # noqa: E402
 

@@ -2,29 +2,21 @@
 batches and end at the weights of a run that nobody disturbed."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("datasets")
-pytest.importorskip("peft")
-import test_train
-from test_train import config_of, same_weights
 
-place = test_train.place  # its tiny base and 40 triplets
+import runs
+from runs import config_of, same_weights, together
+
+place = runs.place  # its tiny base and 40 triplets
 WORLD = 2
 STEPS, SAVED, KILLED = 10, 8, 9  # an epoch has 7
-# One process imports for all of them. It has run nothing, so that its children may.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["mlpool.training.train", "test_train"])
-
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 
 def sources_of(folder: Path, **options) -> dict:
@@ -40,12 +32,8 @@ def sources_of(folder: Path, **options) -> dict:
     return {"train": sources, "cache_dir": str(folder / "cache"), **options}
 
 
-def work(rank: int, world: int, port: int, config: dict, seen: str, kill: int | None) -> None:
-    """Train as one of `world` processes; what it is trained on is written to `seen`, a line a batch."""
-    os.environ.update(CUDA_VISIBLE_DEVICES="", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
+def work(rank: int, config: dict, seen: str, kill: int | None) -> None:
+    """Train as one of several processes; what it is trained on is written to `seen`, a line a batch."""
     from mlpool.training import train as module
 
     class Watched(module.EmbedderTrainer):
@@ -60,21 +48,12 @@ def work(rank: int, world: int, port: int, config: dict, seen: str, kill: int | 
 
     module.EmbedderTrainer = Watched
     module.train(config, resume=Path(config["output_dir"]).exists())
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 def run(config: dict, world: int = 1, kill: int | None = None) -> list[tuple[int, list]]:
     """Train in processes of their own; what each step was trained on, in the order of processes."""
     seen = f"{config['output_dir']}-{'killed' if kill else 'seen'}"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    parts = [SERVER.Process(target=work, args=(r, world, port, config, seen, kill)) for r in range(world)]
-    for part in parts:
-        part.start()
-    for part in parts:
-        part.join(300)
+    for part in together(work, config, seen, kill, world=world):
         assert part.exitcode == (-signal.SIGKILL if kill else 0), f"ended with {part.exitcode}"
     of_each = [map(json.loads, Path(f"{seen}-{rank}").read_text().splitlines()) for rank in range(world)]
     return [(lots[0][0], [text for _, texts in lots for text in texts]) for lots in zip(*of_each, strict=True)]
@@ -125,13 +104,13 @@ def test_two_processes_share_the_order_of_one_and_resume_in_it(place, one_source
 
 
 def test_mixed_batches_resume_in_a_later_epoch(place):
-    """Of a sampler whose order is its generator's, which a resumed run begins anew."""
+    """Of a sampler whose order is its generator's, which a resumed run begins anew (accelerate's own is of epochs)."""
 
     def config(name: str) -> dict:
         data = sources_of(place, num_negatives=0, temperature=2.0)
         return config_of(
             place, place / f"mixed-{name}", data=data, batch_sampler="batch_sampler", packing="never",
-            max_steps=STEPS, save_steps=SAVED,
+            max_steps=STEPS, save_steps=SAVED, accelerator_config={"use_seedable_sampler": False},
         )  # fmt: skip
 
     undisturbed = run(config("whole"))
