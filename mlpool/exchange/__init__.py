@@ -1,3 +1,4 @@
-"""To other tools and back: plain folders, torch.export files, ONNX, the authors' folders."""
+"""To other tools and back: plain folders, torch.export files, ONNX, vLLM, the authors' folders."""
 
-FORMATS = ("st", "torch", "onnx")  # of `mlpool export`: a plain folder, one file, a folder for ONNX Runtime
+# Of `mlpool export`: a plain folder, one file, a folder for ONNX Runtime, one for vLLM with our plugin.
+FORMATS = ("st", "torch", "onnx", "vllm")

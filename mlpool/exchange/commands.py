@@ -75,15 +75,15 @@ def _run_merge(args: argparse.Namespace) -> None:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(
-        parser, "a saved embedder; an adapter is merged first", "a folder (st, onnx) or a file named .pt2 (torch)"
+        parser, "a saved embedder; an adapter is merged first", "a folder (st, onnx, vllm) or a file named .pt2 (torch)"
     )
     parser.add_argument("--base", help="the base model of an adapter, where it is no longer at its place")
     _add_dequantize(parser)
     parser.add_argument(
         "--to", "--format", dest="format", choices=FORMATS,
         help="st: a plain sentence-transformers folder, the default for EOS and mean pooling; torch: one file of "
-        "torch.export, the default for designs with a trained pooler; onnx: a folder for ONNX Runtime, of any design, "
-        "in float32 unless --dtype says float16",
+        "torch.export, the default for designs with a trained pooler; of any design, onnx: a folder for ONNX Runtime, "
+        "in float32 unless --dtype says float16; vllm: a folder for vLLM",
     )  # fmt: skip
 
 
@@ -103,6 +103,8 @@ def _run_export(args: argparse.Namespace) -> None:
     print(f"{args.output}: {embedder[0].design}, loaded again; embeddings agree to {max(error, merged):.1e}")
     if args.format == "onnx":
         print(f"{args.output}/README.md holds the lines that run it, with onnxruntime and tokenizers alone")
+    elif args.format == "vllm":
+        print(f"vllm serve {args.output} --runner pooling, where mlpool is installed beside vLLM")
     elif Path(args.output).suffix == ".pt2":
         texts: Any = embedder[0].texts
         print(

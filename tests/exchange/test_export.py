@@ -15,9 +15,10 @@ from torch.nn.functional import normalize
 
 from mlpool.embedder import DESIGNS, add_lora, load, merge
 from mlpool.embedder.designs import Design
-from mlpool.exchange import export
+from mlpool.exchange import export, vllm
 from mlpool.exchange import folder as plain_folder
 from mlpool.exchange.export import export_folder, export_program, load_exported
+from mlpool.exchange.vllm import folder as vllm_folder
 
 PLAIN = [name for name, design in DESIGNS.items() if not design.trainable]
 # Of a pool of the last layer the causal design alone: that attention runs both ways, the others show.
@@ -159,6 +160,49 @@ def test_folder_that_differs_is_not_left_behind(tmp_path, monkeypatch):
         )
         with pytest.raises(RuntimeError, match="not exported: loaded by sentence-transformers, embeddings with"):
             export_folder(made, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# --- for vLLM: what needs none; the rest is in tests/served -----------------------------------------------------------
+
+
+def test_vllm_folder_is_still_an_embedder(tmp_path):
+    made = embedder(
+        "multi-layer-bidirectional", "llama", frame="bos", prompts=PROMPTS, include_bos=False, layers=[0, -1]
+    )
+    assert export.export(made, tmp_path / "out", "vllm") < 1e-5
+    assert difference(load(tmp_path / "out").encode(TEXTS, prompt_name="query"), made.encode_query(TEXTS)) < 1e-6
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["architectures"], config["is_causal"]) == ([vllm.ARCHITECTURE], False)
+    section = config[vllm.SECTION]
+    assert {key: section[key] for key in ("layers", "final_norm", "skip_tokens", "token_pooling", "pool")} == {
+        "layers": [0, 3], "final_norm": True, "skip_tokens": 1, "token_pooling": "mean", "pool": "1_Pooler",
+    }  # fmt: skip
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("a").input_ids
+    assert (ids[0], ids[-1]) == (BOS, EOS)
+    assert json.loads((tmp_path / "out/sentence_bert_config.json").read_text())["max_seq_length"] == 128
+
+
+def test_vllm_folder_refuses(tmp_path, monkeypatch):
+    def refused(match, made):
+        with pytest.raises(ValueError, match=match):
+            export.export(made, tmp_path / "out", "vllm")
+        assert not list(tmp_path.iterdir())
+
+    refused("serves llama, mistral, qwen2, qwen3, and this is a gpt2", embedder("mean-causal", "gpt2"))
+    refused(r"call merge\(embedder\) first", add_lora(embedder("mean-causal")))
+    refused("include_prompt=False leaves the prompt's tokens", embedder("mean-causal", include_prompt=False))
+    made = embedder("mean-bidirectional", "llama")
+    config = made[0].model.config
+    config.sliding_window = 100
+    refused("see a window of 100 tokens.*max_seq_length to at most 100, it is 128", made)
+    config.sliding_window = None
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    refused("the plugin knows the positions default.*has dynamic", made)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_folder, "self_contained", lambda backbone: tokenizer(pad_token="<pad>"))
+        with pytest.raises(RuntimeError, match="the saved tokenizer gives"):
+            export.export(embedder("mean-causal"), tmp_path / "out", "vllm")
     assert not list(tmp_path.iterdir())
 
 
