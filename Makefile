@@ -11,6 +11,7 @@
 # make gpu     on a machine with a CUDA GPU: gpu tests, tile tuning, every benchmark, a summary: docs/gpu.md
 # make census  bidirectional, packed and tapped: every text family of transformers, as tiny models (an hour)
 # make plots   the figures of README and docs, the gallery, and the numbers that they quote, from the CSV files
+# make notebooks  docs/notebooks, run and written anew with their outputs (make test-notebooks: run alone)
 # make docs    the documentation as a site, into build/docs; nothing in it needs a network
 # make release-check  wheels, built, checked and installed into a fresh environment, where README's commands run
 # make hostile malformed input to every entry point, fifty times as much as in the tests
@@ -111,6 +112,7 @@ PACKAGES = bin/python -c "import site; print(site.getsitepackages()[0])"
 
 test-ray: .venv-ray/.done
 	OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -m ray tests/cluster
+
 # vLLM's CPU build with the plugin, in an environment of its own. It asks for torch's libraries of images and sound, which
 # no text needs, and which from PyPI do not fit a CPU build of torch.
 .PHONY: test-vllm
@@ -245,6 +247,31 @@ docs: .venv-docs/.done
 
 docs-serve: .venv-docs/.done
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs serve
+
+# Run in an environment of their own, on the real base. The last one starts the server of vLLM's environment.
+.PHONY: notebooks test-notebooks notebook-vllm test-notebook-vllm
+NOTEBOOKS = docs/notebooks/1-search.py docs/notebooks/2-design.py docs/notebooks/3-negatives.py
+NOTEBOOK = .venv-notebooks/bin/python docs/site/notebooks.py
+WITH_VLLM = PATH="$$PATH:$(CURDIR)/.venv-vllm/bin" $(NOTEBOOK)
+
+.venv-notebooks/.done: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	touch $@
+
+test-notebooks: .venv-notebooks/.done | bases/smollm2
+	$(NOTEBOOK) check $(NOTEBOOKS)
+
+test-notebook-vllm: .venv-notebooks/.done .venv-vllm/.done | bases/smollm2
+	$(WITH_VLLM) check docs/notebooks/4-vllm.py
+
+test-vllm: test-notebook-vllm
+
+notebooks: .venv-notebooks/.done | bases/smollm2
+	$(NOTEBOOK) run $(NOTEBOOKS)
+
+notebook-vllm: .venv-notebooks/.done .venv-vllm/.done | bases/smollm2
+	$(WITH_VLLM) run docs/notebooks/4-vllm.py
 
 # What is published, as it is published. RELEASE_PIP: further options of pip, say --find-links of a folder.
 release-check:

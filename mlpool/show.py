@@ -23,14 +23,13 @@ def progress(what: str, unit: str, total: int | None = None, shown: bool | None 
     """A bar on stderr, as a context or around an iterable: `with progress("encode", "text", 9) as bar: bar.update(3)`.
 
     Args:
-        total: None where it is not known. shown: None for only where stderr is a terminal. options: of tqdm.
+        total: None where it is not known. shown: None for only where stderr is a terminal; True, unless TQDM_DISABLE
+            is set, as of any bar. options: of tqdm.
     """
     from tqdm.auto import tqdm
 
-    return tqdm(
-        total=total, desc=what, unit=f" {unit}", file=sys.stderr,
-        disable=None if shown is None else not shown, **options,
-    )  # fmt: skip
+    disable = {} if shown else {"disable": None if shown is None else True}
+    return tqdm(total=total, desc=what, unit=f" {unit}", file=sys.stderr, **disable, **options)
 
 
 def aligned(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:

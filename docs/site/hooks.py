@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: pages that may be there or not, mathematics without a script.
+"""What mkdocs does not do by itself: pages that may be there or not, notebooks, mathematics without a script.
 
 Formulas are written as LaTeX between dollars, which GitHub shows too; here they become MathML when the site is built,
 so that a reader's browser loads nothing for them.
@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import html
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
 
-OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
+sys.path.append(str(Path(__file__).parent))
+import notebooks
+
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_config(config: Any) -> Any:
     """The navigation without what is not there, and with what nobody listed."""
     there = {path.name for path in Path(config.docs_dir).glob("*.md")}
+    there |= {f"notebooks/{path.stem}.md" for path in Path(config.docs_dir).glob("notebooks/*.ipynb")}
     listed = set(_pages(config.nav))
     config.nav = _present(config.nav, there)
     if others := sorted(there - listed):
@@ -41,9 +46,21 @@ def _present(nav: Any, there: set[str]) -> Any:
     return nav
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to files of the repository, which the site does not hold, as their texts."""
-    return OUTSIDE.sub(r"\1", markdown)
+def on_files(files: Any, config: Any) -> Any:
+    """A page for each notebook, its plots beside it; the notebook itself is there to be downloaded."""
+    for path in sorted(Path(config.docs_dir).glob("notebooks/*.ipynb")):
+        markdown, pictures = notebooks.page(path)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=markdown))
+        for name, content in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links to what the site does not hold become their texts, those to notebooks lead to the pages."""
+    up = "../" * (page.file.src_uri.count("/") + 1)
+    markdown = re.sub(rf"\[([^\]]+)\]\({re.escape(up)}[^)]*\)", r"\1", markdown)
+    return re.sub(r"(\]\([\w/-]+)\.ipynb\)", r"\1.md)", markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
