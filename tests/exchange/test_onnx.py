@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from docs_blocks import ROOT, blocks
@@ -118,6 +117,8 @@ def test_graph_is_the_embedder(case, exported):
 
 def test_what_a_folder_holds(exported):
     """Dynamic axes by their names, no path of the machine that wrote it, and which files of sentence-transformers."""
+    import onnx
+
     for design, family in CASES:
         folder, made = exported(design, family)
         graph = onnx.load(folder / graphs.GRAPH).graph
