@@ -15,7 +15,9 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from .remote import RemotePath, to_path
 
 _LONGEST = 255  # bytes of a name, on every file system in use
 _STALE = 86_400  # seconds after which an unfinished file is nobody's
@@ -37,7 +39,7 @@ def confined(folder: str | Path, name: Any, source: str | Path | None = None) ->
     Raises:
         ValueError: any other name.
     """
-    folder = Path(folder)
+    folder = to_path(folder)
     if fault := _fault(name) or _leads_out(folder, folder / name):
         shown = repr(name) if len(repr(name)) <= 80 else f"{repr(name)[:76]}…"
         raise ValueError(
@@ -104,7 +106,11 @@ def replacing(path: str | Path, aside: str | Path | None = None) -> Iterator[Pat
     Raises:
         IsADirectoryError: `path` is a folder. FileNotFoundError: it is a link to nothing.
     """
-    path = Path(path)
+    path = to_path(path)
+    if isinstance(path, RemotePath):
+        with _moved(path, aside) as new:  # type: ignore[arg-type]
+            yield new  # type: ignore[misc]
+        return
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file to write")
     check_link(path)
@@ -112,10 +118,8 @@ def replacing(path: str | Path, aside: str | Path | None = None) -> Iterator[Pat
     place = Path(aside or path.parent)
     place.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stem = f".{path.stem[:40]}."
-    _sweep(place, stem)
-    # Host and process: several may write the same file at once, and the last to finish wins.
-    new = place / f"{stem}{socket.gethostname()[:40]}.{os.getpid()}.{next(_COUNT)}.new{path.suffix}"
+    _sweep(place, path)
+    new = place / _unfinished(path)
     try:
         yield new
         flush(new)
@@ -125,6 +129,27 @@ def replacing(path: str | Path, aside: str | Path | None = None) -> Iterator[Pat
         flush(path.parent)
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _moved(path: RemotePath, aside: RemotePath | None) -> Iterator[RemotePath]:
+    """`replacing` in as few requests as it takes."""
+    new = (aside or path.parent) / _unfinished(path)
+    try:
+        yield new
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def _unfinished(path: Path | RemotePath) -> str:
+    # Host and process: several may write the same file at once, and the last to finish wins.
+    return f"{_stem(path)}{socket.gethostname()[:40]}.{os.getpid()}.{next(_COUNT)}.new{path.suffix}"
+
+
+def _stem(path: Path | RemotePath) -> str:
+    return f".{path.stem[:40]}."
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -177,6 +202,14 @@ def check_room(folder: Path, need: int, what: str) -> None:
         raise OSError(f"{folder} needs {need / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there: {what}")
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder with all that is in it, as far as it can be deleted."""
+    if isinstance(path, RemotePath):
+        path.rmtree()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def check_folder_name(folder: Path) -> None:
     """Raises NotADirectoryError, FileNotFoundError where a folder to write to is a file, or a link to nothing."""
     check_link(folder)
@@ -185,9 +218,9 @@ def check_folder_name(folder: Path) -> None:
         raise NotADirectoryError(f"{place} is a file; expected a folder to write to")
 
 
-def _sweep(place: Path, stem: str) -> None:
+def _sweep(place: Path, path: Path) -> None:
     """Delete what kills left of the same file long ago."""
-    for old in place.glob(f"{glob.escape(stem)}*.new*"):
+    for old in place.glob(f"{glob.escape(_stem(path))}*.new*"):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > _STALE:
                 old.unlink()
@@ -205,7 +238,7 @@ def read_json(
         FileNotFoundError: no such file. ValueError: not UTF-8, no JSON, or another kind; it names the file and ends
         with `advice`.
     """
-    path = Path(path)
+    path = to_path(path)
     content = parse_json(path.read_bytes(), str(path), advice)
     if not isinstance(content, kind):
         expected = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
@@ -236,5 +269,25 @@ def json_fault(error: Exception) -> str:
 
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
+    with to_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Hashed:
+    """A binary file to write to that counts its bytes and hashes them: what was written need not be read again."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._hash, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        self.bytes += len(data)
+        self._file.write(data)
+        return len(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)

@@ -11,7 +11,7 @@ SOURCES = {"mlpool": ROOT / "mlpool", "mlpool_kernels": ROOT / "kernels/mlpool_k
 # From the ground up; what stands in one line is one floor.
 FLOORS = [
     ("mlpool_kernels",),
-    ("mlpool.version", "mlpool.files", "mlpool.options", "mlpool.quantized", "mlpool.show"),
+    ("mlpool.version", "mlpool.files", "mlpool.options", "mlpool.quantized", "mlpool.remote", "mlpool.show"),
     ("mlpool.schema",),
     ("mlpool.pooling",),
     ("mlpool.trunk",),

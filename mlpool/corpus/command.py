@@ -6,10 +6,12 @@ import argparse
 import inspect
 import signal
 import sys
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 from ..options import add_device, add_max_seq_length, check_place, rank_and_world
+from ..remote import to_path
+from .cluster import connected
 from .embedding_folder import EmbeddingFolder
 from .encode import SHARD_SIZE, encode_files, own_device
 from .shards import DTYPES, FORMATS
@@ -21,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Encode the texts of files into a folder of embeddings. An interrupted run goes on where it was."
     )
-    add("inputs", nargs="+", metavar="FILE", help=f"{ACCEPTED}; glob patterns too")
-    add("-o", "--output", required=True, metavar="DIR", help="folder to write to")
+    add("inputs", nargs="+", metavar="FILE", help=f"{ACCEPTED}; glob patterns and URIs too")
+    add("-o", "--output", required=True, metavar="DIR", help="folder to write to, or its URI (s3://bucket/folder)")
     add("-m", "--model", required=True, help="folder or Hub name")
     add("--design", help="of a base model without a saved pooler; default: what the folder says")
     add("--text-column", help="default: text, else the only string column")
@@ -42,21 +44,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-empty", action="store_true", help="encode empty texts as empty strings; default: an error")
     add("--verify", action="store_true", help="compare what is there with its digests; make damaged shards anew")
     add("--overwrite", action="store_true", help="replace another run in the folder")
+    cluster = parser.add_argument_group("on a Ray cluster")
+    cluster.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS",
+        help="HOST:PORT, ray://HOST:PORT, auto or local; without one RAY_ADDRESS, else one on this machine",
+    )  # fmt: skip
+    cluster.add_argument("--actors", type=int, metavar="N", help="at a time; default: as many as there is room for")
+    cluster.add_argument("--cores", type=int, default=1, metavar="N", help="an actor; default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int | None:
     options = {name: value for name, value in vars(args).items() if name in _OPTIONS}
     _check_before_loading(args)
+    with nullcontext() if args.ray is None else connected(args.ray):
+        return _encode(args, options)
+
+
+def _encode(args: argparse.Namespace, options: dict[str, Any]) -> int | None:
     from ..embedder.loading import open_model  # imports for seconds
 
-    model = open_model(
-        args.model, args.design, own_device(args.device, rank_and_world()[1]), max_seq_length=args.max_seq_length
-    )  # fmt: skip
+    # For a cluster on the CPU: its nodes have other devices, if any.
+    device = own_device(args.device, rank_and_world()[1]) if args.ray is None else "cpu"
+    model = open_model(args.model, args.design, device, max_seq_length=args.max_seq_length)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends first
     try:
         manifest = encode_files(model, args.inputs, args.output, **options)
     except KeyboardInterrupt:
-        done = len(EmbeddingFolder(Path(args.output)).shards())
+        done = len(EmbeddingFolder(to_path(args.output)).shards())
         print(f"mlpool: interrupted; {done} shards are complete, the same command goes on from there", file=sys.stderr)
         return 130
     finally:
@@ -75,7 +89,7 @@ def _check_before_loading(args: argparse.Namespace) -> None:
     """A mistyped name shows at once, not after minutes of loading a model."""
     check_place(args.model)
     find_columns(find_files(args.inputs), args.text_column, args.id_column)
-    EmbeddingFolder(Path(args.output)).plan()
+    EmbeddingFolder(to_path(args.output)).plan()
 
 
 def _describe(output: str, totals: dict[str, Any]) -> str:

@@ -13,18 +13,18 @@ which is compared when it is read. One run at a time writes to a folder, its pro
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from ..files import check_link, confined, read_json, replacing, sha256, write_json
+from ..files import Hashed, check_link, confined, read_json, remove_folder, replacing
+from ..remote import to_path
+from .hold import HOLDER, held, holds
 from .shards import (
     ADVICE,
     MEND,
@@ -46,8 +46,7 @@ if TYPE_CHECKING:
 
 MANIFEST, PROGRESS, RUN = "manifest.json", "progress", "run.json"
 VERSION = 1  # of the manifest
-_HOLDER = "holder.json"
-_PATIENCE = 1.0  # seconds before a folder counts as held
+_AT_ONCE = 16  # requests
 _RECORD_FILE = re.compile(r"shard-\d{5,}\.json")
 
 
@@ -59,6 +58,7 @@ class EmbeddingFolder:
 
     def __init__(self, path: Path):
         self.path, self.progress = path, path / PROGRESS
+        self.token: str | None = None  # of the hold; processes of other machines, which get a copy, write under it, too
 
     def plan(self) -> dict[str, Any] | None:
         """How the embeddings in this folder were made, or None for a folder that is empty or does not exist.
@@ -91,67 +91,29 @@ class EmbeddingFolder:
 
     @contextmanager
     def held(self, rank: int = 0) -> Iterator[None]:
-        """The folder for one run, until the block ends: its first process holds it, the others only look who does. The
-        system lets go of what a killed process held.
-
-        Raises:
-            BlockingIOError: another run writes to it; the message says which process, where, and since when.
-        """
-        from filelock import FileLock, Timeout
-
+        """The folder for one run, until the block ends; see `hold.held`."""
         confined(self.path, PROGRESS)  # no link that leads elsewhere
         self.progress.mkdir(parents=True, exist_ok=True)
-        job = _job()
-        if rank and self._holder().get("job") == job:
-            yield
-            return
-        # Not at once: other ranks look at it, too, each for a moment.
-        lock = FileLock(self.progress / ".lock", timeout=_PATIENCE)
+        mine = False
         try:
-            lock.acquire()
-        except Timeout:
-            who = self._holder()
-            if not rank or who.get("job") != job:
-                by = f"process {who.get('pid')} on {who.get('host')} since {who.get('since')}" if who else "another run"
-                raise BlockingIOError(
-                    f"{self.path} is being written by {by}; wait for it, stop it, or name another folder"
-                ) from None
-            yield
-            return
-        if rank:
-            lock.release()
-            yield
-            return
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        try:
-            write_json(
-                self.progress / _HOLDER,
-                {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "since": since},
-            )
-            yield
+            with held(self.path, self.progress, rank) as self.token:
+                mine = self.token is not None
+                yield
         finally:
-            (self.progress / _HOLDER).unlink(missing_ok=True)
-            lock.release()
-            if (self.path / MANIFEST).is_file() and not (self.progress / RUN).is_file():
-                shutil.rmtree(self.progress, ignore_errors=True)  # the lock itself was left
-
-    def _holder(self) -> dict[str, Any]:
-        """Who wrote down that it holds the folder; of use only while the lock is taken."""
-        try:
-            return read_json(self.progress / _HOLDER)
-        except (FileNotFoundError, ValueError):
-            return {}
+            self.token = None
+            if mine and (self.path / MANIFEST).is_file() and not (self.progress / RUN).is_file():
+                remove_folder(self.progress)  # the lock itself was left
 
     def start(self, plan: dict[str, Any]) -> None:
         self.progress.mkdir(parents=True, exist_ok=True)
-        self._write_json(self.progress / RUN, plan)
+        self._write_json(f"{PROGRESS}/{RUN}", plan)
 
     def clear(self) -> None:
         """Delete what an earlier run wrote, and nothing else."""
         self.plan()  # raises when the folder is not ours
         (self.path / MANIFEST).unlink(missing_ok=True)
         for entry in self.progress.glob("*.json"):  # the lock stays
-            if entry.name != _HOLDER:
+            if entry.name != HOLDER:
                 entry.unlink()
         for entry in self.path.iterdir() if self.path.is_dir() else ():
             if SHARD_FILE.fullmatch(entry.name):
@@ -160,20 +122,27 @@ class EmbeddingFolder:
     def shards(self, verify: bool = False) -> dict[int, Shard]:
         """The complete ones by index; with `verify` those alone whose content is what was written."""
         # Records first: whoever finishes last deletes them when the manifest is there.
-        found = {}
+        records: list[Path] = []
+        with suppress(FileNotFoundError):  # not begun, or deleted just now: then the manifest has them all
+            records = [file for file in self.progress.iterdir() if _RECORD_FILE.fullmatch(file.name)]
+        # A store answers slowly, and many at once; to verify is to read all, which is not done for many at once.
+        with ThreadPoolExecutor(1 if verify else _AT_ONCE) as threads:
+            read = zip(records, threads.map(self._record, records), strict=True)
+            found = {int(file.stem.removeprefix("shard-")): shard for file, shard in read if shard}
+            if (self.path / MANIFEST).is_file():
+                entries = read_json(self.path / MANIFEST, dict, ADVICE).get("shards")
+                for entry in entries if isinstance(entries, list) else ():
+                    shard = read_record(entry, self.path, self.path / MANIFEST)
+                    found.setdefault(index_of(shard.file), shard)
+            whole = threads.map(self._is_whole, found, found.values(), repeat(verify))
+            return {index: shard for (index, shard), good in zip(found.items(), whole, strict=True) if good}
+
+    def _record(self, file: Path) -> Shard | None:
+        """None where it is of no use, and the shard is made again, or was deleted just now."""
         try:
-            for file in list(self.progress.iterdir()):
-                if _RECORD_FILE.fullmatch(file.name):
-                    with suppress(ValueError):  # of no use: the shard is made again
-                        found[int(file.stem.removeprefix("shard-"))] = read_record(read_json(file), self.path, file)
-        except FileNotFoundError:
-            pass  # not begun, or deleted just now: then the manifest has them all
-        if (self.path / MANIFEST).is_file():
-            entries = read_json(self.path / MANIFEST, dict, ADVICE).get("shards")
-            for entry in entries if isinstance(entries, list) else ():
-                shard = read_record(entry, self.path, self.path / MANIFEST)
-                found.setdefault(index_of(shard.file), shard)
-        return {index: shard for index, shard in found.items() if self._is_whole(index, shard, verify)}
+            return read_record(read_json(file), self.path, file)
+        except (FileNotFoundError, ValueError):
+            return None
 
     def _is_whole(self, index: int, shard: Shard, verify: bool) -> bool:
         try:
@@ -188,23 +157,28 @@ class EmbeddingFolder:
             return False
 
     def write_shard(self, index: int, format: str, rows: int, blocks: Blocks, keep_ids: bool) -> dict[str, Any]:
-        """Write the blocks to one file of `rows` rows; it counts once `record` is called. What a `Shard` says of it."""
+        """Write the blocks to one file of `rows` rows; it counts once `record` is called. What a `Shard` says of it.
+
+        Raises:
+            BlockingIOError: the folder is another run's meanwhile.
+        """
         file = f"shard-{index:05d}.{format}"
         ids_file = f"shard-{index:05d}.ids.json" if keep_ids and format == "npy" else None
         ids: list[Any] = []
-        with self._replacing(self.path / file) as stream:
-            (write_npy if format == "npy" else write_parquet)(stream, rows, blocks, ids)
+        with self._replacing(file) as written:
+            (write_npy if format == "npy" else write_parquet)(written, rows, blocks, ids)  # type: ignore[arg-type]
+            if self.token and not holds(self.progress, self.token):
+                raise BlockingIOError(f"{self.path} is no longer this run's: it has ended, or another one has taken it")
+        about: dict[str, Any] = {"file": file, "ids": ids_file, "sha256": written.sha256, "bytes": written.bytes}
         if ids_file:
-            with self._replacing(self.path / ids_file) as stream:
-                stream.write(json.dumps(ids, ensure_ascii=False).encode())
-        return {
-            "file": file, "ids": ids_file, "sha256": sha256(self.path / file),
-            "ids_sha256": ids_file and sha256(self.path / ids_file),
-            "bytes": sum((self.path / name).stat().st_size for name in (file, ids_file) if name),
-        }  # fmt: skip
+            with self._replacing(ids_file) as written:
+                written.write(json.dumps(ids, ensure_ascii=False).encode())
+            about["ids_sha256"] = written.sha256
+            about["bytes"] += written.bytes
+        return about
 
     def record(self, index: int, shard: Shard) -> None:
-        self._write_json(self.progress / f"shard-{index:05d}.json", asdict(shard))
+        self._write_json(f"{PROGRESS}/shard-{index:05d}.json", asdict(shard))
 
     def finish(self, count: int, manifest: Callable[[list[Shard]], dict[str, Any]]) -> dict[str, Any] | None:
         """If all `count` shards are there, write the manifest, drop the progress and return it; else None.
@@ -215,31 +189,24 @@ class EmbeddingFolder:
         if len(shards) < count:
             return None
         content = manifest([shards[index] for index in range(count)])
-        self._write_json(self.path / MANIFEST, content)
-        shutil.rmtree(self.progress, ignore_errors=True)
+        self._write_json(MANIFEST, content)
+        remove_folder(self.progress)
         return content
 
     @contextmanager
-    def _replacing(self, path: Path) -> Iterator[IO[bytes]]:
+    def _replacing(self, name: str) -> Iterator[Hashed]:
         """A file that takes its name when it is complete, unless another process has finished the folder meanwhile and
         dropped progress/, where it is written."""
         try:
-            place = confined(self.path, path.relative_to(self.path).as_posix())
-            with replacing(place, self.progress) as new, new.open("wb") as stream:
-                yield stream
+            with replacing(confined(self.path, name), self.progress) as new, new.open("wb") as stream:
+                yield Hashed(stream)
         except FileNotFoundError:
             if not (self.path / MANIFEST).is_file():
                 raise
 
-    def _write_json(self, path: Path, content: dict[str, Any]) -> None:
-        with self._replacing(path) as stream:
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        with self._replacing(name) as stream:
             stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _job() -> str:
-    """What the processes of one torchrun share, and those of another do not."""
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")
-    return " ".join(os.environ.get(name, "") for name in names)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -263,7 +230,7 @@ def load_embeddings(
     """
     import numpy as np
 
-    folder = Path(folder)
+    folder = to_path(folder)
     shards = _complete_shards(folder, verify)
     arrays = [read_shard(folder, shard, ids=False)[0] for shard in shards]
     return np.concatenate(arrays) if concatenate else arrays
@@ -274,7 +241,7 @@ def load_ids(folder: str | Path, verify: bool = True) -> list[str] | list[int] |
 
     `verify` and errors are those of `load_embeddings`; of .npy only the files with ids are looked at.
     """
-    folder = Path(folder)
+    folder = to_path(folder)
     shards = _complete_shards(folder, verify, ids=True)
     ids: list[Any] = []
     for shard in shards:

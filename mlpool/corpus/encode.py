@@ -2,36 +2,36 @@
 
     mlpool encode --model path corpus-*.jsonl -o embeddings
     torchrun --nproc-per-node 8 -m mlpool.cli encode --model path corpus-*.jsonl -o embeddings
+    mlpool encode --model path s3://bucket/corpus-*.parquet -o s3://bucket/embeddings --ray
 
-Shard i holds the rows from i · shard_size on, and is encoded by rank i mod WORLD_SIZE from these rows alone: what it
-holds depends neither on the number of processes nor on interruptions. The ranks meet only in the folder.
+Shard i holds the rows from i · shard_size on, and is encoded from these rows alone, by rank i mod WORLD_SIZE or by any
+actor of a Ray cluster (cluster.py): what it holds depends neither on the number of processes nor on interruptions. The
+ranks meet only in the folder.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..options import rank_and_world
+from ..remote import to_path
 from ..show import progress, some
 from ..version import versions
+from . import cluster
 from .embedding_folder import VERSION, EmbeddingFolder
+from .job import Job
 from .shards import DTYPES, FORMATS, Shard
-from .text_files import Row, TextFile, check_files, find_columns, find_files, read_ranges
+from .text_files import Reader, TextFile, check_files, find_columns, find_files
 
 if TYPE_CHECKING:
-    import numpy as np
     from sentence_transformers import SentenceTransformer
 
 SHARD_SIZE = 100_000
-# What is in memory and sorted by length at once: batches at the edges of 32,768 texts lose about a percent to padding.
-BLOCK_ROWS, BLOCK_CHARACTERS = 32_768, 2**25
 PACKAGES = ("mlpool", "torch", "transformers", "sentence-transformers", "numpy", "pyarrow")
 
 
@@ -43,6 +43,7 @@ def encode_files(
     normalize: bool = False, truncate_dim: int | None = None,
     token_budget: int | None = None, batch_size: int | None = None, device: str | None = None,
     allow_empty: bool = False, overwrite: bool = False, verify: bool = False, progress: bool = True,
+    ray: str | None = None, actors: int | None = None, cores: int = 1,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Encode every text of `inputs` into the folder `output`, whose files `embedding_folder` describes.
 
@@ -52,7 +53,8 @@ def encode_files(
 
     Args:
         model: any SentenceTransformer; `mlpool.load` gives ours.
-        inputs: .txt (a line is a text), .jsonl, .csv, .parquet; .gz but for Parquet; several, and glob patterns.
+        inputs: .txt (a line is a text), .jsonl, .csv, .parquet; .gz but for Parquet; several, and glob patterns. They
+            and `output` are paths, URIs (s3://bucket/texts-*.parquet) or `RemotePath` of any pyarrow filesystem.
         text_column: of .jsonl, .csv and .parquet; by default `text`, else the only string column.
         id_column: strings or integers that are kept beside the embeddings.
         prompt_name: a prompt stored in the model; prompt: one in words. By default the model's own.
@@ -66,19 +68,29 @@ def encode_files(
         allow_empty: encode empty texts, and white space, as empty strings instead of raising.
         overwrite: delete what an earlier run left in `output`.
         verify: compare the shards that are there with what was written, and make damaged ones anew.
+        ray: the address of a Ray cluster that makes the shards, "auto" or "local"; "" takes RAY_ADDRESS, else a cluster
+            that runs on this machine, else starts one. The model goes there from the memory of this machine; inputs
+            and output must be where every node sees them. The same shards as without, and a run may go on either way.
+        actors: at most so many on the cluster, each with the model and a GPU, or on clusters without any with `cores`
+            cores; by default as many as there is room for.
 
     Returns: the manifest; None when other processes still have shards to make.
 
     Raises:
         FileNotFoundError: a missing input. ValueError: faults in the inputs (`text_files`), an unknown option, a
             folder of something else or of another run (what differs), embeddings that are not finite. BlockingIOError:
-            another run writes to `output` (who).
+            another run writes to `output` (who). ConnectionError: no Ray cluster at the address. RuntimeError: actors
+            die again and again (of what).
     """
     rank, world = rank_and_world()
-    _check_options(model, format, dtype, shard_size, truncate_dim, token_budget, batch_size)
-    paths = find_files(inputs)
+    _check_options(model, format, dtype, shard_size, truncate_dim, token_budget, batch_size, actors, cores)
+    paths, place = find_files(inputs), to_path(output)
+    if ray is not None:
+        if world > 1:
+            raise ValueError(f"WORLD_SIZE is {world}, and ray spreads the work itself: start one process, no torchrun")
+        paths, place = [path.absolute() for path in paths], place.absolute()  # an actor works in another folder
     columns = find_columns(paths, text_column, id_column)
-    folder = EmbeddingFolder(Path(output))
+    folder = EmbeddingFolder(place)
     if overwrite and world > 1:
         raise ValueError(f"overwrite would delete under the hands of {world} processes; delete {folder.path} yourself")
     plan: dict[str, Any] = {
@@ -91,35 +103,41 @@ def encode_files(
     }  # fmt: skip
     files = _resume(folder, plan, paths) if not overwrite else None
     new = files is None
-    if files is None:
-        if overwrite:
-            folder.plan()  # raises when the folder is not ours
-        with _bar(progress and rank == 0, "check", None) as bar:
-            files = check_files(paths, columns, allow_empty, bar.update)
-        plan["inputs"] = [{**file._asdict(), "path": str(file.path)} for file in files]
-    call = {"prompt": plan["prompt"], "truncate_dim": truncate_dim, "normalize_embeddings": normalize,
-            "device": own_device(device, world), "convert_to_numpy": True, "show_progress_bar": False,
-            "token_budget": token_budget, "batch_size": batch_size}  # fmt: skip
-    encoder = _Encoder(model, {name: value for name, value in call.items() if value is not None}, dtype, truncate_dim)
-    total = sum(file.rows for file in files)
-    starts = range(0, total, shard_size)
-    with folder.held(rank):
-        if overwrite:
-            folder.clear()
-        if new:
-            folder.start(plan)
-        done = folder.shards(verify)
-        todo = [i for i in range(rank, len(starts), world) if i not in done]
-        ranges = [(starts[i], min(starts[i] + shard_size, total)) for i in todo]
-        rows = read_ranges(files, columns, ranges)
-        size = sum(stop - start for start, stop in ranges)
-        with _bar(progress and rank == 0, "encode" if world == 1 else f"encode, 1 of {world}", size) as bar:
-            for index, (start, stop) in zip(todo, ranges, strict=True):
-                encoder.begin()
-                blocks = encoder.blocks(islice(rows, stop - start), start, bar)
-                written = folder.write_shard(index, format, stop - start, blocks, columns.id is not None)
-                folder.record(index, Shard(first_row=start, rows=stop - start, **written, **encoder.summary()))
-        return folder.finish(len(starts), lambda shards: {**plan, **_summary(shards)})
+    with nullcontext() if ray is None else cluster.connected(ray):
+        if files is None:
+            if overwrite:
+                folder.plan()  # raises when the folder is not ours
+            with _bar(progress and rank == 0, "check", None) as bar:
+                elsewhere = ray is not None and len(paths) > 1
+                how = {"each": cluster.each(bar.update)} if elsewhere else {"count": bar.update}
+                files = check_files(paths, columns, allow_empty, **how)
+            plan["inputs"] = [{**file._asdict(), "path": str(file.path)} for file in files]
+        call = {"prompt": plan["prompt"], "truncate_dim": truncate_dim, "normalize_embeddings": normalize,
+                "device": own_device(device, world), "convert_to_numpy": True, "show_progress_bar": False,
+                "token_budget": token_budget, "batch_size": batch_size}  # fmt: skip
+        call = {name: value for name, value in call.items() if value is not None}
+        job = Job(folder, files, columns, call, format, dtype, truncate_dim, shard_size)
+        with folder.held(rank):
+            if overwrite:
+                folder.clear()
+            if new:
+                folder.start(plan)
+            done = folder.shards(verify)
+            todo = [i for i in range(rank, job.shards, world) if i not in done]
+            size = sum(stop - start for start, stop in map(job.range, todo))
+            with _bar(progress and rank == 0, "encode" if world == 1 else f"encode, 1 of {world}", size) as bar:
+                if ray is not None:
+                    cluster.make(job, model, todo, bar, actors, cores)
+                else:
+                    for _ in job.make(model, todo, bar, Reader(files, columns)):
+                        pass
+            manifest = folder.finish(job.shards, lambda shards: {**plan, **_summary(shards)})
+        if ray is not None and manifest is None:
+            raise FileNotFoundError(
+                f"shards that the cluster made are not in {folder.path}; do all nodes see the same folder there? Give "
+                "a URI, or a folder that they share"
+            )
+        return manifest
 
 
 # --- the plan: what must be the same when a run goes on --------------------------------------------------------------
@@ -141,14 +159,18 @@ def own_device(device: str | None, world: int) -> str | None:
 
 def _check_options(
     model: SentenceTransformer, format: str, dtype: str, shard_size: int, truncate_dim: int | None,
-    token_budget: int | None, batch_size: int | None,
+    token_budget: int | None, batch_size: int | None, actors: int | None, cores: int,
 ) -> None:  # fmt: skip
     from ..pooling.base import check_choice, check_positive  # imports torch, for which a command's help does not wait
 
     check_choice("format", format, FORMATS)
     check_choice("dtype", dtype, DTYPES)
-    sizes = {"truncate_dim": truncate_dim, "token_budget": token_budget, "batch_size": batch_size}
-    check_positive(shard_size=shard_size, **{name: size for name, size in sizes.items() if size is not None})
+    sizes = {
+        "truncate_dim": truncate_dim, "token_budget": token_budget, "batch_size": batch_size, "actors": actors,
+    }  # fmt: skip
+    check_positive(
+        shard_size=shard_size, cores=cores, **{name: size for name, size in sizes.items() if size is not None}
+    )
     if token_budget is not None and "token_budget" not in inspect.signature(model.encode).parameters:
         raise ValueError(f"{type(model).__name__}.encode takes no token_budget; give batch_size (--batch-size)")
 
@@ -206,92 +228,6 @@ def _resume(folder: EmbeddingFolder, plan: dict[str, Any], paths: list[Path]) ->
         )
     plan["inputs"] = old["inputs"]
     return [file._replace(path=path) for file, path in zip(files, paths, strict=True)]
-
-
-# --- encoding ------------------------------------------------------------------------------------------------------
-
-
-class _Encoder:
-    """Encodes blocks of rows and keeps the figures of a shard."""
-
-    def __init__(self, model: SentenceTransformer, call: dict[str, Any], dtype: str, truncate_dim: int | None):
-        self.model, self.call, self.dtype, self.truncate_dim = model, call, dtype, truncate_dim
-        self.counter: Any = next(model.children(), None)  # ours counts the texts that it cuts
-
-    def begin(self) -> None:
-        self.began, self.dimension, self.normalised = time.perf_counter(), 0, True
-        if hasattr(self.counter, "reset_truncated"):
-            self.counter.reset_truncated()
-
-    def summary(self) -> dict[str, Any]:
-        cut = getattr(self.counter, "truncated", None)
-        return {
-            "dimension": self.dimension,
-            "normalised": self.normalised,
-            "seconds": round(time.perf_counter() - self.began, 3),
-            "truncated": getattr(cut, "count", None),
-            "longest": getattr(cut, "longest", None),
-        }
-
-    def blocks(self, rows: Iterator[Row], first_row: int, bar: Any) -> Iterator[tuple[np.ndarray, list[Any]]]:
-        for block in _blocks(rows):
-            with _counting(self.model, bar, len(block)):
-                embeddings = self._encode(block)
-            yield embeddings, [first_row + i if r.id is None else r.id for i, r in enumerate(block)]
-            first_row += len(block)
-
-    def _encode(self, block: list[Row]) -> np.ndarray:
-        import numpy as np
-
-        texts = ["" if row.text.isspace() else row.text for row in block]
-        embeddings = np.asarray(self.model.encode(texts, **self.call))
-        if embeddings.ndim != 2 or len(embeddings) != len(block):
-            raise ValueError(f"encode gave {list(embeddings.shape)} for {len(block)} texts, expected one row a text")
-        if self.truncate_dim and embeddings.shape[1] != self.truncate_dim:
-            raise ValueError(f"truncate_dim is {self.truncate_dim}, the model's embeddings have {embeddings.shape[1]}")
-        with np.errstate(over="ignore"):  # beyond float16: infinity, which is an error just below
-            result = embeddings.astype(self.dtype, copy=False)
-        finite = np.isfinite(result).all(axis=1)
-        if not finite.all():
-            row = block[int(np.argmin(finite))]
-            why = "too large for float16" if np.isfinite(embeddings).all() else "NaN or infinity"
-            raise ValueError(
-                f"{row.path}:{row.line}: its embedding is {why}, and {int((~finite).sum())} of {len(block)} in this "
-                "block; try dtype float32, or load the model in float32 or bfloat16"
-            )
-        self.dimension = result.shape[1]
-        lengths = np.linalg.norm(result.astype("float32", copy=False), axis=1)
-        self.normalised &= bool(np.abs(lengths - 1).max() < 1e-2)
-        return np.ascontiguousarray(result)
-
-
-def _blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    block: list[Row] = []
-    characters = 0
-    for row in rows:
-        block.append(row)
-        characters += len(row.text)
-        if len(block) == BLOCK_ROWS or characters >= BLOCK_CHARACTERS:
-            yield block
-            block, characters = [], 0
-    if block:
-        yield block
-
-
-@contextmanager
-def _counting(model: SentenceTransformer, bar: Any, texts: int) -> Iterator[None]:
-    """Move the bar with every batch of the model, and at the end to exactly `texts` further."""
-    target = bar.n + texts
-
-    def advance(module: Any, args: Any, output: Any) -> None:
-        bar.update(min(len(output["sentence_embedding"]), target - bar.n))
-
-    hook = model.register_forward_hook(advance)
-    try:
-        yield
-    finally:
-        hook.remove()
-    bar.update(target - bar.n)
 
 
 def _bar(show: bool, name: str, total: int | None) -> Any:

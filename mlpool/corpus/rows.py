@@ -12,13 +12,15 @@ import json
 import re
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..files import json_fault
 from ..options import near
+from ..remote import RemotePath
 from ..show import plain
 
 KINDS = (".txt", ".jsonl", ".csv", ".ndjson", ".json", ".tsv", ".parquet")
@@ -51,7 +53,7 @@ def kind_of(path: Path) -> str:
     return kind if kind in KINDS and not (packed and kind == ".parquet") else ""
 
 
-def read_rows(path: Path, columns: Sequence[str] | None = None, ranges: Sequence[Range] | None = None) -> Rows:
+def read_rows(path: Path, columns: Sequence[str] | None = None, ranges: Iterable[Range] | None = None) -> Rows:
     """The rows of a file, each with its number: the line it begins on, in Parquet the row; from 1.
 
     A line of .txt is {"text": line}, blank ones too; blank lines of the others are no rows. Fields of CSV are strings.
@@ -60,14 +62,15 @@ def read_rows(path: Path, columns: Sequence[str] | None = None, ranges: Sequence
 
     Args:
         columns: of Parquet read these alone.
-        ranges: ascending and disjoint; what is left out is not parsed, and of Parquet not even read.
+        ranges: ascending and disjoint; what is left out is not parsed, and of Parquet not even read. Of others a range
+            is asked for when the one before it is done.
 
     Raises:
         ValueError: a damaged file, UTF-16, a broken header or array.
     """
     kind = kind_of(path)
     if kind == ".parquet":
-        yield from _parquet(path, columns, ranges)
+        yield from _parquet(path, columns, None if ranges is None else list(ranges))
     elif kind in _DELIMITERS:
         yield from _csv(path, _DELIMITERS[kind], ranges)
     elif kind == ".json" and next((line.lstrip() for line in lines(path) if line.strip()), "").startswith("["):
@@ -120,10 +123,12 @@ def not_unicode(text: str) -> int | None:
 
 def beside(path: Path) -> str:
     """What lies beside a path that does not exist, as a hint."""
+    if isinstance(path, RemotePath):
+        return ""  # a store may hold millions beside it
     return near(path) if path.parent.is_dir() else f" (nor a folder {path.parent})"
 
 
-def _select(rows: Rows, ranges: Sequence[Range] | None) -> Rows:
+def _select(rows: Rows, ranges: Iterable[Range] | None) -> Rows:
     if ranges is None:
         yield from rows
         return
@@ -138,9 +143,9 @@ def _select(rows: Rows, ranges: Sequence[Range] | None) -> Rows:
 
 def lines(path: Path) -> Iterator[str]:
     """Lines with their ends, without byte-order mark. Only \\n ends one: str.splitlines also cuts at form feeds."""
-    opened = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # noqa: SIM115
     number = 0
-    with opened as file:
+    packed = path.suffix.lower() == ".gz"
+    with path.open("rb") as raw, gzip.open(raw) if packed else nullcontext(raw) as file:  # type: ignore[attr-defined]
         try:
             for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
@@ -194,7 +199,7 @@ def _json_array(path: Path) -> Rows:
         raise broken(skip(position + 1), "text after the array's ']'")
 
 
-def _csv(path: Path, delimiter: str, ranges: Sequence[Range] | None) -> Rows:
+def _csv(path: Path, delimiter: str, ranges: Iterable[Range] | None) -> Rows:
     records = _csv_records(path, delimiter)
     _, header = next(records, (1, []))
     for line, fields in _select(records, ranges):
@@ -242,9 +247,16 @@ def open_parquet(path: Path) -> Any:
     """pyarrow's ParquetFile; ValueError where it is none."""
     parquet = import_parquet()
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(**arrow_source(path))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a readable Parquet file, is it cut short? ({error})") from error
+
+
+def arrow_source(path: Path) -> dict[str, Any]:
+    """A path as the arguments by which pyarrow opens it."""
+    if isinstance(path, RemotePath):
+        return {"source": path.key, "filesystem": path.filesystem}
+    return {"source": path}
 
 
 def import_parquet() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..files import confined, read_json, sha256
-from .rows import import_parquet
+from ..remote import RemotePath
+from .rows import arrow_source, import_parquet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,14 +74,12 @@ def write_parquet(stream: IO[bytes], rows: int, blocks: Blocks, ids: list[Any]) 
 
 def read_shard(folder: Path, shard: Shard, ids: bool = True) -> tuple[np.ndarray, list[Any] | None]:
     """The array [rows, D] and the ids, where asked for, of a shard; ValueError where they are not as they should be."""
-    import numpy as np
-
     path = folder / shard.file
     try:
         if shard.file.endswith(".npy"):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = _load_npy(path)
         else:
-            column = import_parquet().read_table(path, columns=["embedding"])["embedding"]
+            column = _read_column(path, "embedding")
             array = column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; {MEND}") from None
@@ -88,6 +88,19 @@ def read_shard(folder: Path, shard: Shard, ids: bool = True) -> tuple[np.ndarray
     if array.shape != (shard.rows, shard.dimension):
         raise ValueError(f"{path} is {list(array.shape)}, expected {[shard.rows, shard.dimension]}; {MEND}")
     return array, read_ids(folder, shard) if ids and (shard.ids or shard.file.endswith(".parquet")) else None
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    """Memory-mapped, or in memory where the file is not local."""
+    import numpy as np
+
+    if isinstance(path, RemotePath):
+        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _read_column(path: Path, name: str) -> Any:
+    return import_parquet().read_table(**arrow_source(path), columns=[name])[name]
 
 
 def read_ids(folder: Path, shard: Shard) -> list[Any]:
@@ -99,7 +112,7 @@ def read_ids(folder: Path, shard: Shard) -> list[Any]:
         ids = read_json(path, list, MEND)
     else:
         try:
-            ids = import_parquet().read_table(path, columns=["id"])["id"].to_pylist()
+            ids = _read_column(path, "id").to_pylist()
         except Exception as error:
             raise ValueError(f"{path} cannot be read, is it cut short? ({error}); {MEND}") from error
     if len(ids) != shard.rows or not all(isinstance(i, str | int) and not isinstance(i, bool) for i in ids):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import glob
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..remote import RemotePath, to_path
 from .rows import TEXT, Range, beside, column_types, columns_of, kind_of, not_unicode, read_rows
 
 ACCEPTED = ".txt, .jsonl, .csv (also .ndjson, .json, .tsv; each also as .gz) and .parquet"
@@ -40,19 +44,19 @@ class TextFile(NamedTuple):
 
 
 def find_files(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Files and glob patterns to files, in the order given; a pattern's files are sorted by name.
+    """Files, URIs and glob patterns to files, in the order given; a pattern's files are sorted by name.
 
     Raises:
         FileNotFoundError: no such file (the nearest names there), or a pattern that fits none.
         ValueError: a folder, a file twice, a kind of file that is not read.
     """
     paths: list[Path] = []
-    for name in [inputs] if isinstance(inputs, str | Path) else inputs:
-        path = Path(name)
+    for name in [inputs] if isinstance(inputs, str | Path | RemotePath) else inputs:
+        path = to_path(name)
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name its files, say '{path / '*.jsonl'}'")
-        if not path.exists() and glob.has_magic(str(name)):
-            matches = sorted(Path(match) for match in glob.glob(str(name), recursive=True))
+        if not path.exists() and glob.has_magic(str(path)):
+            matches = _matches(path)
             if not matches:
                 raise FileNotFoundError(f"no file fits the pattern {str(name)!r}")
             paths += [match for match in matches if match.is_file()]
@@ -68,6 +72,12 @@ def find_files(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
         if path in paths[:i]:
             raise ValueError(f"{path} is named twice; its texts would be encoded twice")
     return paths
+
+
+def _matches(pattern: Path) -> list[Path]:
+    if isinstance(pattern, RemotePath):
+        return pattern.matches()
+    return sorted(Path(match) for match in glob.glob(str(pattern), recursive=True))
 
 
 # --- which columns -------------------------------------------------------------------------------------------------
@@ -118,72 +128,131 @@ def _listed(found: Iterable[str]) -> str:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
+class Checked(NamedTuple):
+    """What reading a file once has found."""
+
+    file: TextFile
+    empties: int
+    first_empty: list[str]  # file and line of the first `NAMED_ROWS`
+    id_type: type | None
+
+
 def check_files(
-    paths: Sequence[Path], columns: Columns, allow_empty: bool = False, count: Callable[[int], Any] | None = None
-) -> list[TextFile]:
+    paths: Sequence[Path], columns: Columns, allow_empty: bool = False, count: Callable[[int], Any] | None = None,
+    each: Callable[..., Iterable[Checked]] = map,
+) -> list[TextFile]:  # fmt: skip
     """Read everything once: rows are counted and faults are found before hours of encoding, not after.
 
     Args:
         allow_empty: empty texts and texts of white space are legal.
         count: is called with the number of rows read since the last call.
+        each: calls a function with every path and gives the results in their order, as `map` does; or elsewhere.
 
     Raises:
         ValueError: what `read_file` raises; empty texts (how many, and the first by file and line); ids of mixed types;
             no row at all.
     """
-    files: list[TextFile] = []
-    empty: list[str] = []
-    empties, id_type = 0, None
-    for path in paths:
-        stat, rows = path.stat(), 0
-        for rows, row in enumerate(read_file(path, columns), 1):
-            if not allow_empty and (not row.text or row.text.isspace()):
-                empties += 1
-                empty += [f"{row.path}:{row.line}"] if len(empty) < NAMED_ROWS else []
-            id_type = id_type or type(row.id)
-            if columns.id and row.id is None:
-                raise ValueError(f"{row.path}:{row.line}: expected a string or an integer as id, got null")
-            if type(row.id) is not id_type:
-                raise ValueError(f"{row.path}:{row.line}: id {row.id!r} is no {id_type.__name__} as the first id is")
-            if count and rows % 10_000 == 0:
-                count(10_000)
-        if count:
-            count(rows % 10_000)
-        files.append(TextFile(path, stat.st_size, stat.st_mtime_ns, rows))
-    if empties:
+    checked: list[Checked] = []
+    for found in each(partial(check_file, columns=columns, allow_empty=allow_empty, count=count), paths):
+        known = next((other for other in checked if other.id_type), found)
+        if found.id_type and known.id_type and found.id_type is not known.id_type:
+            raise ValueError(
+                f"{found.file.path}: its ids are {found.id_type.__name__}, and those of {known.file.path} are "
+                f"{known.id_type.__name__}; give all as strings"
+            )
+        checked.append(found)
+    if empties := sum(found.empties for found in checked):
+        empty = [place for found in checked for place in found.first_empty][:NAMED_ROWS]
         more = ", …" if empties > len(empty) else ""
         raise ValueError(
             f"empty texts, {empties} in all: {', '.join(empty)}{more}. Take them out, or encode them as empty strings "
             "(--allow-empty)"
         )
+    files = [found.file for found in checked]
     if not any(file.rows for file in files):
         raise ValueError(f"nothing to encode: no row in {', '.join(str(path) for path in paths)}")
     return files
 
 
+def check_file(
+    path: Path, columns: Columns, allow_empty: bool = False, count: Callable[[int], Any] | None = None
+) -> Checked:
+    """What `check_files` does with each."""
+    stat, rows, empties, id_type = path.stat(), 0, 0, None
+    empty: list[str] = []
+    for rows, row in enumerate(read_file(path, columns), 1):
+        if not allow_empty and (not row.text or row.text.isspace()):
+            empties += 1
+            empty += [f"{row.path}:{row.line}"] if len(empty) < NAMED_ROWS else []
+        id_type = id_type or type(row.id)
+        if columns.id and row.id is None:
+            raise ValueError(f"{row.path}:{row.line}: expected a string or an integer as id, got null")
+        if type(row.id) is not id_type:
+            raise ValueError(f"{row.path}:{row.line}: id {row.id!r} is no {id_type.__name__} as the first id is")
+        if count and rows % 10_000 == 0:
+            count(10_000)
+    if count:
+        count(rows % 10_000)
+    return Checked(TextFile(path, stat.st_size, stat.st_mtime_ns, rows), empties, empty, id_type)
+
+
 def read_ranges(files: Sequence[TextFile], columns: Columns, ranges: Sequence[Range]) -> Iterator[Row]:
-    """The rows in `ranges` (ascending, disjoint), counted through all files; each file is read once, others not at all.
-
-    Raises:
-        ValueError: what `read_file` raises, and a file that has changed since it was checked.
-    """
-    start = 0
-    for file in files:
-        stop = start + file.rows
-        local = [(max(a, start) - start, min(b, stop) - start) for a, b in ranges if a < stop and b > start]
-        if local:
-            stat, expected, rows = file.path.stat(), sum(b - a for a, b in local), 0
-            if (stat.st_size, stat.st_mtime_ns) != (file.bytes, file.modified):
-                raise ValueError(f"{file.path} has changed since it was checked (size or time)")
-            for row in read_file(file.path, columns, local):
-                rows += 1
-                yield row
-            if rows != expected:
-                raise ValueError(f"{file.path} changed while it was read: {file.rows} rows before, fewer now")
-        start = stop
+    """The rows in `ranges`, counted through all files; see `Reader`."""
+    reader = Reader(files, columns)
+    for start, stop in ranges:
+        yield from reader.rows(start, stop)
 
 
-def read_file(path: Path, columns: Columns, ranges: Sequence[Range] | None = None) -> Iterator[Row]:
+class Reader:
+    """Rows by their numbers, counted through all files. While what is asked for ascends, a file of lines is read once,
+    and what lies between is passed over; a file without any of it is not opened."""
+
+    def __init__(self, files: Sequence[TextFile], columns: Columns) -> None:
+        self._files, self._columns = files, columns
+        self._file: TextFile | None = None  # that is open
+        self._stream: Iterator[Row] = iter(())
+        self._wanted: deque[Range] = deque()  # of it, and what its stream reads next
+        self._position = 0
+
+    def rows(self, start: int, stop: int) -> Iterator[Row]:
+        """Rows [start, stop); all of them are to be taken before others are asked for.
+
+        Raises:
+            ValueError: what `read_file` raises, and a file that has changed since it was checked.
+        """
+        first = 0
+        for file in self._files:
+            behind = first + file.rows
+            if start < behind and stop > first:
+                yield from self._read(file, max(start, first) - first, min(stop, behind) - first)
+            first = behind
+
+    def _read(self, file: TextFile, start: int, stop: int) -> Iterator[Row]:
+        if file is not self._file or start < self._position or kind_of(file.path) == ".parquet":
+            self._open(file)
+        self._wanted.append((start, stop))
+        rows = 0
+        for row in islice(self._stream, stop - start):
+            rows += 1
+            yield row
+        if rows != stop - start:
+            raise ValueError(f"{file.path} changed while it was read: {file.rows} rows before, fewer now")
+        self._position = stop
+
+    def _open(self, file: TextFile) -> None:
+        stat = file.path.stat()
+        if (stat.st_size, stat.st_mtime_ns) != (file.bytes, file.modified):
+            raise ValueError(f"{file.path} has changed since it was checked (size or time)")
+        self._file, self._wanted = file, deque()
+        self._stream = read_file(file.path, self._columns, _as_asked(self._wanted))
+
+
+def _as_asked(ranges: deque[Range]) -> Iterator[Range]:
+    while ranges:
+        yield ranges.popleft()
+
+
+def read_file(path: Path, columns: Columns, ranges: Iterable[Range] | None = None) -> Iterator[Row]:
     """The rows of one file, or those in `ranges`. Blank lines are texts in .txt, and nothing in the others.
 
     Raises:

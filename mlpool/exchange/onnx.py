@@ -86,7 +86,12 @@ def export_onnx(embedder: Embedder, path: str | Path) -> float:
             backbone.model.config.save_pretrained(stage)
             write_modules(embedder, stage)
         _write_graph(embedder, stage, masked, plain)
-        error = _verify(embedder, stage, masked)
+        try:
+            error = _verify(embedder, stage, masked)
+        except Exception as failure:
+            if type(failure).__module__.startswith("onnxruntime"):
+                raise RuntimeError(f"not exported: onnxruntime cannot run {_family(backbone)}: {failure}") from failure
+            raise
         write_text(stage / "README.md", _readme(embedder, path.resolve().name, masked, plain))
     return error
 
@@ -145,10 +150,9 @@ def _write_graph(embedder: Embedder, folder: Path, masked: bool, plain: bool) ->
                 dynamic_shapes={name: {0: "batch", 1: "length"} for name in inputs},
             )  # fmt: skip
     except Exception as error:
-        model: Any = embedder[0].model
         raise RuntimeError(
-            f"{model.config.model_type} ({type(model).__name__}) cannot be written as ONNX: {_cause(error)}; one file "
-            'of torch.export may hold it (format="torch", --to torch)'
+            f"{_family(embedder[0])} cannot be written as ONNX: {_cause(error)}; one file of torch.export may hold it "
+            '(format="torch", --to torch)'
         ) from error
     finally:
         chatty.setLevel(level)
@@ -158,6 +162,10 @@ def _write_graph(embedder: Embedder, folder: Path, masked: bool, plain: bool) ->
     check_room(folder, size, "the weights of the ONNX graph; choose another place, or --dtype float16")
     (folder / GRAPH).parent.mkdir()
     program.save(folder / GRAPH, external_data=size > _INLINE)
+
+
+def _family(backbone: Any) -> str:
+    return f"{backbone.model.config.model_type} ({type(backbone.model).__name__})"
 
 
 def _cause(error: BaseException) -> str:
@@ -193,12 +201,7 @@ def _verify(embedder: Embedder, folder: Path, masked: bool) -> float:
     backbone: Any = embedder[0]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     compare_tokens(backbone, lambda probes: [tokenizer.encode(probe).ids for probe in probes])
-    try:
-        session = onnxruntime.InferenceSession(str(folder / GRAPH), providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise RuntimeError(
-            f"not exported: onnxruntime cannot run {backbone.model.config.model_type}: {error}"
-        ) from error
+    session = onnxruntime.InferenceSession(str(folder / GRAPH), providers=["CPUExecutionProvider"])
 
     def embed(texts: Sequence[str], prompt: str) -> Tensor:
         rows = tokenizer.encode_batch([prompt + text for text in texts])
@@ -251,9 +254,11 @@ def _readme(embedder: Embedder, name: str, masked: bool, plain: bool) -> str:
     )  # fmt: skip
     code = f"{inspect.getsource(token_mask)}\n\n{lines}" if masked else lines
     prompts = ", ".join(f"{key} ({text!r})" for key, text in embedder.prompts.items() if text) or "none"
-    more = '\nOr, by sentence-transformers: `SentenceTransformer(folder, backend="onnx")`.\n' if plain else ""
+    limit = "" if embedder.max_seq_length is None else f" Texts are cut at {embedder.max_seq_length} tokens."
+    more = (
+        '\nSentence-transformers with optimum-onnx: `SentenceTransformer(folder, backend="onnx")`.\n' if plain else ""
+    )
     return (
-        f"# {name}\n\nA text-embedding model for ONNX Runtime: {embedder[0].design}, exported by mlpool. Texts of at "
-        f"most {embedder.max_seq_length} tokens; prompts: {prompts}.\n\n    pip install onnxruntime tokenizers\n\n"
-        f"```python\n{code}```\n{more}"
+        f"# {name}\n\nA text-embedding model for ONNX Runtime: {embedder[0].design}, exported by mlpool.{limit} "
+        f"Prompts: {prompts}.\n\n    pip install onnxruntime tokenizers\n\n```python\n{code}```\n{more}"
     )

@@ -3,53 +3,23 @@
 import argparse
 import csv
 import gzip
-import hashlib
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
+from fake import DIMENSION, Fake, embedding_of, embeddings_of  # noqa: E402, F401
 
 from mlpool.corpus import command  # noqa: E402
 from mlpool.corpus.embedding_folder import load_embeddings  # noqa: E402
 from mlpool.corpus.encode import encode_files  # noqa: E402
 
-DIMENSION = 8
 # What line and record readers stumble over: separators that are no line ends, quotes, commas, a non-ASCII first line.
 TRICKY = ["ünïcode first", "form\x0cfeed", "line\u2028separator", "next\x85line", 'a "quoted", comma', " spaces ", "🙂"]
-
-
-def embedding_of(text: str) -> np.ndarray:
-    """The fake model's embedding, from the text alone."""
-    numbers = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.int32).astype(np.float64)
-    return (numbers / np.linalg.norm(numbers)).astype(np.float32)
-
-
-def embeddings_of(texts: list[str]) -> np.ndarray:
-    return np.stack([embedding_of(text) for text in texts])
-
-
-class Fake(torch.nn.Module):
-    """A model whose embedding of a text depends on the text alone; counts and delays."""
-
-    def __init__(self, delay: float = 0.0, seed: int = 0) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.full((4,), float(seed)))
-        self.prompts = {"query": "Q: "}
-        self._delay = delay
-        self._calls: list[int] = []
-
-    def encode(self, texts, prompt=None, truncate_dim=None, normalize_embeddings=False, **_):
-        self._calls.append(len(texts))
-        time.sleep(self._delay * len(texts))
-        result = embeddings_of([(prompt or "") + text for text in texts])[:, :truncate_dim]
-        return result / np.linalg.norm(result, axis=1, keepdims=True) if normalize_embeddings else result
 
 
 def some_texts(count: int) -> list[str]:

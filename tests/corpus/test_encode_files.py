@@ -1,6 +1,5 @@
 """Files to a folder of embeddings: the right rows in the right order; another run is refused."""
 
-import importlib
 import json
 import os
 
@@ -23,11 +22,8 @@ from many_texts import (  # noqa: E402
     write_lines,
 )
 
-from mlpool.corpus import command  # noqa: E402
+from mlpool.corpus import command, job  # noqa: E402
 from mlpool.corpus.embedding_folder import load_embeddings, load_ids  # noqa: E402
-
-encoding = importlib.import_module("mlpool.corpus.encode")
-
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
@@ -71,8 +67,8 @@ def test_blocks_bound_the_memory(tmp_path, monkeypatch):
     texts = some_texts(60)
     path = write_jsonl(tmp_path / "in.jsonl", texts)
     for rows, characters in ((7, 10**6), (10**6, 50)):
-        monkeypatch.setattr(encoding, "BLOCK_ROWS", rows)
-        monkeypatch.setattr(encoding, "BLOCK_CHARACTERS", characters)
+        monkeypatch.setattr(job, "BLOCK_ROWS", rows)
+        monkeypatch.setattr(job, "BLOCK_CHARACTERS", characters)
         model = Fake()
         encode(path, tmp_path / f"out{rows}", model, shard_size=30)
         assert max(model._calls) <= min(rows, characters // 2)
@@ -98,11 +94,11 @@ def test_the_bar_moves_with_every_batch():
             seen.append(rows)
 
     model, bar, seen = Model(), Bar(), []
-    with encoding._counting(model, bar, 10):
+    with job._counting(model, bar, 10):
         for rows in (4, 4, 4):
             model(rows)
     assert seen == [4, 4, 2, 0]
-    with encoding._counting(model, bar, 3):  # a model that does not call itself, say in other processes
+    with job._counting(model, bar, 3):  # a model that does not call itself, say in other processes
         pass
     assert (bar.n, len(model._forward_hooks)) == (18, 0)
 

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from docs_blocks import ROOT, blocks
@@ -118,6 +117,8 @@ def test_graph_is_the_embedder(case, exported):
 
 def test_what_a_folder_holds(exported):
     """Dynamic axes by their names, no path of the machine that wrote it, and which files of sentence-transformers."""
+    import onnx
+
     for design, family in CASES:
         folder, made = exported(design, family)
         graph = onnx.load(folder / graphs.GRAPH).graph
@@ -138,7 +139,8 @@ def test_weights_of_two_gigabytes_are_beside_the_graph(tmp_path, monkeypatch):
     made = small("qwen2", "eos-causal", tmp_path / "base")
     export.export(made, tmp_path / "out", "onnx")
     weights = sum(p.numel() * 4 for p in made.parameters())
-    assert (tmp_path / "out/onnx/model.onnx.data").stat().st_size >= weights > 10_000
+    beside = (tmp_path / "out/onnx/model.onnx.data").stat().st_size
+    assert beside > 0.9 * weights > 10_000  # norms stay in the graph
     assert np.abs(run(documented(tmp_path / "out", TEXTS, "query")) - made.encode_query(TEXTS)).max() < 1e-5
 
 
@@ -226,8 +228,8 @@ def test_family_that_onnx_cannot_hold(tmp_path):
 
 def test_folder_that_differs_is_not_left_behind(tmp_path, monkeypatch):
     class Flipped(graphs._Graph):
-        def forward(self, *inputs):
-            embedding, states = super().forward(*inputs)
+        def forward(self, input_ids, attention_mask):
+            embedding, states = super().forward(input_ids, attention_mask)
             return embedding.flip(1), states
 
     with monkeypatch.context() as patch:

@@ -1,0 +1,183 @@
+"""Files of any pyarrow filesystem (S3, GCS, Azure, HDFS, fsspec's), with what of pathlib's paths a corpus needs.
+
+What reads and writes a corpus takes both kinds of path alike. Nothing is flushed or locked here: an object store shows
+an object when it is complete, and a file elsewhere takes its name by a move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+_BUFFER = 8 << 20  # bytes a request: a store answers many small ones slowly
+_URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+
+
+class Stat(NamedTuple):
+    """Of `os.stat_result` what tells that a file is still the same one."""
+
+    st_size: int
+    st_mtime_ns: int  # 0 where the filesystem keeps no times
+
+
+@dataclass(frozen=True, order=True)
+class RemotePath:
+    """A file or folder of a pyarrow filesystem: `RemotePath(filesystem, "bucket/texts.jsonl")`.
+
+    Its methods are those of `pathlib.Path`; `str` shows it as a URI, without the credentials that one may hold.
+    """
+
+    filesystem: Any = field(compare=False, repr=False)
+    key: str  # the path inside the filesystem
+
+    def __str__(self) -> str:
+        return f"{self.filesystem.type_name.removeprefix('py::fsspec+')}://{self.key}"
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(self.filesystem, f"{self.key.rstrip('/')}/{name}" if self.key else name)
+
+    @property
+    def parent(self) -> RemotePath:
+        return RemotePath(self.filesystem, str(PurePosixPath(self.key).parent))
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.key).name
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.key).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.key).suffix
+
+    @property
+    def suffixes(self) -> list[str]:
+        return PurePosixPath(self.key).suffixes
+
+    # --- what is there ------------------------------------------------------------------------------------------------
+
+    def _info(self) -> Any:
+        return self.filesystem.get_file_info(self.key)
+
+    def exists(self) -> bool:
+        return self._info().type.name != "NotFound"
+
+    def is_file(self) -> bool:
+        return self._info().is_file
+
+    def is_dir(self) -> bool:
+        return self._info().type.name == "Directory"
+
+    def is_symlink(self) -> bool:
+        return False
+
+    def absolute(self) -> RemotePath:
+        return self
+
+    def resolve(self) -> RemotePath:
+        return self
+
+    def is_relative_to(self, folder: RemotePath) -> bool:
+        return PurePosixPath(self.key).is_relative_to(folder.key)
+
+    def stat(self) -> Stat:
+        info = self._info()
+        if info.type.name == "NotFound":
+            raise FileNotFoundError(f"{self} does not exist")
+        return Stat(info.size or 0, info.mtime_ns or 0)
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        yield from self._listed(recursive=False)
+
+    def glob(self, pattern: str) -> Iterator[RemotePath]:
+        """Files of this folder whose names fit."""
+        return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+    def matches(self) -> list[RemotePath]:
+        """The files that this path fits as a pattern of * (inside a name) and ** (across folders), sorted."""
+        parts = self.key.split("/")
+        first = next((i for i, part in enumerate(parts) if "*" in part), len(parts))
+        spelled = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*"}
+        fits = re.compile(re.sub(r"\*\*/|\*\*|\*|[^*]+", lambda m: spelled.get(m[0]) or re.escape(m[0]), self.key))
+        root = RemotePath(self.filesystem, "/".join(parts[:first]))
+        return sorted(path for path in root._listed(len(parts) > first + 1, files=True) if fits.fullmatch(path.key))
+
+    def _listed(self, recursive: bool, files: bool = False) -> Iterator[RemotePath]:
+        from pyarrow.fs import FileSelector
+
+        for info in self.filesystem.get_file_info(FileSelector(self.key, allow_not_found=True, recursive=recursive)):
+            if info.is_file or not files:
+                yield RemotePath(self.filesystem, info.path)
+
+    # --- reading and writing ------------------------------------------------------------------------------------------
+
+    def open(self, mode: str = "rb") -> Any:
+        """A binary file, "rb" or "wb"."""
+        if mode == "rb":
+            return io.BufferedReader(self.filesystem.open_input_file(self.key), _BUFFER)
+        return self.filesystem.open_output_stream(self.key)
+
+    def read_bytes(self) -> bytes:
+        with self.filesystem.open_input_file(self.key) as file:
+            return file.read()
+
+    def write_bytes(self, data: bytes) -> None:
+        with self.filesystem.open_output_stream(self.key) as file:
+            file.write(data)
+
+    def replace(self, target: RemotePath) -> None:
+        self.filesystem.move(self.key, target.key)
+
+    def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
+        self.filesystem.create_dir(self.key, recursive=True)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext():
+            self.filesystem.delete_file(self.key)
+
+    def rmtree(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_dir(self.key)
+
+
+def to_path(name: Any) -> Path:
+    """A local path, or a `RemotePath`, which stands for one wherever a corpus is read or written.
+
+    Args:
+        name: a path, or a URI: s3://bucket/key, gs://, abfs://, hdfs://, file:///path, fsspec+NAME:// and so on; with
+            what else pyarrow reads from it (region, endpoint, user).
+
+    Raises:
+        ValueError: a URI of which pyarrow makes no filesystem. ModuleNotFoundError: it is not installed.
+    """
+    if isinstance(name, RemotePath):
+        return name  # type: ignore[return-value]
+    if not isinstance(name, str) or not _URI.match(name):
+        return Path(name)
+    if name.startswith("file://"):
+        return Path(name.removeprefix("file://"))
+    try:
+        from pyarrow.fs import FileSystem
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{_shown(name)} needs pyarrow: pip install pyarrow") from error
+    try:
+        filesystem, key = FileSystem.from_uri(name)
+    except (ValueError, OSError, NotImplementedError, ImportError) as error:
+        raise ValueError(
+            f"{_shown(name)} names no filesystem that pyarrow reaches here ({error}); expected a path, or a URI such "
+            "as s3://bucket/folder"
+        ) from None
+    return RemotePath(filesystem, key)  # type: ignore[return-value]
+
+
+def _shown(uri: str) -> str:
+    """A URI without user, password and what stands behind the question mark."""
+    return re.sub(r"(?<=://)[^/@]*@", "", uri.partition("?")[0])
