@@ -25,7 +25,7 @@ made = [sys.executable, "../../examples/python_docs.py", "-o", "runs/data"]
 print(subprocess.run(made, capture_output=True, text=True, check=True).stdout)
 functions = [json.loads(line) for line in Path("runs/data/functions.jsonl").read_text().splitlines()]
 for function in functions[::450]:
-    print(f"{function['name']:<32}{function['head'][:80]}")
+    print(f"{function['name']:<40} {function['head'][:80]}")
 
 # %% [markdown]
 # ## Embed
@@ -50,7 +50,7 @@ def search(question: str, count: int = 3) -> list[str]:
     best = np.argsort(-scores)[:count]
     print(question)
     for i in best:
-        print(f"   {scores[i]:.2f}  {functions[i]['name']:<32}{functions[i]['head'][:66]}")
+        print(f"   {scores[i]:.2f}  {functions[i]['name']:<32} {functions[i]['head'][:66]}")
     return [functions[i]["name"] for i in best]
 
 
