@@ -189,7 +189,7 @@ class DesignPooler(Pooler):
     def __init__(self, pool: Pool, model: nn.Module, skip_tokens: int, head_dtype: torch.dtype) -> None:
         super().__init__()
         self.pool, self.skip_tokens = pool, skip_tokens
-        self._tapped = (model,)  # in a tuple: it is no part of the pooler
+        self._tapped: tuple[Any] = (model,)  # in a tuple: it is no part of the pooler
         normalize = PoolerNormalize() if pool.normalize else None
         self.head = EmbeddingPoolerHead(head_dtype=head_dtype, activation=normalize)  # cuts to `dimensions`, too
 
