@@ -5,6 +5,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .version import __version__
 
@@ -41,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("mlpool").setLevel(logging.INFO)
     try:
-        place, _, name = module.partition(":")
-        found = importlib.import_module(place)
-        target = getattr(found, name) if name else found
+        target = _find(module)
         own = argparse.ArgumentParser(prog=f"mlpool {command}", description=summary[0].upper() + summary[1:] + ".")
         target.add_arguments(own)
         return int(target.run(own.parse_args(given[1:])) or 0)
@@ -61,6 +60,12 @@ def _lacks(error: Exception, command: str, extra: str) -> str:
     if package in ("", "mlpool", "mlpool_kernels") or "install" in str(error):
         return ""
     return f"; mlpool {command} needs more than torch: pip install 'mlpool[{extra}]'"
+
+
+def _find(place: str) -> Any:
+    module, _, name = place.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ NUMBER = re.compile(
 )
 # What looks like one and is none: versions, papers, code.
 OTHER = re.compile(
-    r"(?:Python|torch|[Tt]riton|(?:sentence-)?transformers|mlpool) [\d.]+|\d{4}\.\d{5}|`[^`]*`|\$[^$]*\$", re.DOTALL
+    r"(?:Python|torch|vLLM|[Tt]riton|(?:sentence-)?transformers|mlpool) [\d.]+|\d{4}\.\d{5}|`[^`]*`|\$[^$]*\$",
+    re.DOTALL,
 )
 PRINTS = r"make \w|mlpool (?:study|layers|mine|fit|eval|compare) |python (?:benchmarks|examples)/\w|pytest tests/\w"
 COMMAND = re.compile(rf"(?:^ {{4,}}|`)[^`\n]*?\b(?:{PRINTS})", re.MULTILINE)
@@ -25,8 +26,12 @@ MARKS = re.compile(r"<!-- (results \S+|attention-matrix|census-\S+) -->\n.*?<!--
 # Sections whose numbers nobody measures, and why.
 KNOWN = {
     "doctor.md, `mlpool init`": "follows from the formula beside it",
+    "encoding.md, Elsewhere: S3, GCS, Azure, HDFS": "constants of corpus/hold.py",
     "kernels.md, Kernels and the cost model": "sizes that follow from the shapes",
     "memory.md, Quantised bases": "a bound of the self-test, _MOST_NOISE in attention/probe.py",
+    "scale.md, Beside the GPUs": "its table names tests/cluster/measure.py; the last line was timed by hand",
+    "scale.md, GPUs": "computed there from one row of measured.md, by the formulas beside the numbers",
+    "scale.md, What breaks first": "computed from the numbers above, by the formulas beside them",
     "pools.md, The mathematics": "the bound that the section on limits has numbers of",
 }
 

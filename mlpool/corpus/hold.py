@@ -78,11 +78,14 @@ def _acquired(lock: Any, notes: Path) -> bool:
 
     if not lock:
         return not _holder(notes) or _silent(notes) > _DEAD
-    try:
-        lock.acquire()
-    except Timeout:
-        return False
-    return True
+    while True:
+        try:
+            lock.acquire()
+            return True
+        except Timeout:
+            return False
+        except FileNotFoundError:  # a run that ended just now took its notes with it
+            notes.mkdir(parents=True, exist_ok=True)
 
 
 def _silent(notes: Path) -> float:

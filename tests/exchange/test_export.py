@@ -415,7 +415,7 @@ def test_program_that_differs_is_not_left_behind(programs, tmp_path, monkeypatch
         (other, "not exported: the embeddings of the file differ by"),
         (foreign, r"still calls mlpool\.gather\.default"),
     ):
-        monkeypatch.setattr("mlpool.exchange.program._trace", lambda embedder, program=program: program)
+        monkeypatch.setattr("mlpool.exchange.program.trace", lambda *_, program=program: program)
         with pytest.raises(RuntimeError, match=match):
             export_program(made["last-layer-causal"], tmp_path / "out.pt2")
     assert not list(tmp_path.iterdir())
