@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -19,6 +20,8 @@ from .correlation import Correlations
 from .profiles import PoolProfile, reader_of
 from .scores import LayerScores, Pairs, Scorer
 from .states import FEWEST, poolings_of, windows
+
+logger = logging.getLogger("mlpool")
 
 # --- the API ----------------------------------------------------------------------------------------------------------
 
@@ -71,6 +74,21 @@ def analyse(
         alike.texts, poolings, correlation, scorer.scores() if sets else None,
         None if reader is None else reader.profile(), [*notes, *alike.notes(), *scorer.notes()], seconds,
     )  # fmt: skip
+
+
+def layer_scores(
+    model: SentenceTransformer, pairs: Pairs | Mapping[str, Pairs], *, token_pooling: str = "all", **options: Any
+) -> LayerScores:
+    """The score of every layer alone. Arguments and errors: see `analyse`."""
+    sets = checked(pairs)
+    if not sets:
+        raise ValueError("no pairs: a layer's score needs pairs of texts with gold scores")
+    scorer = Scorer(poolings_of(token_pooling), sets)
+    _pass(model, scorer.groups, scorer.poolings, [scorer], options)
+    found = scorer.scores()
+    for note in scorer.notes():
+        logger.warning("%s", note)
+    return found
 
 
 def _pass(

@@ -16,7 +16,7 @@ from made import tiny_model  # noqa: E402
 import mlpool  # noqa: E402
 from mlpool.analysis.correlation import hsic, pearson_sum  # noqa: E402
 from mlpool.analysis.inputs import load_model  # noqa: E402
-from mlpool.analysis.layers import Pairs, analyse  # noqa: E402
+from mlpool.analysis.layers import Pairs, analyse, layer_scores  # noqa: E402
 from mlpool.analysis.profiles import pool_profile  # noqa: E402
 
 pytest_plugins = ["evaluation_fixtures"]
@@ -177,6 +177,8 @@ def test_one_text_over_and_over(decoder, caplog):
     assert not report.scores.values["mean"].any()
     assert not report.scores.own.any()
     assert any("the model's embedding: every pair has the same cosine" in note for note in report.notes)
+    layer_scores(embedder, Pairs(["bank"] * 5, ["loan"] * 5, [1, 2, 3, 4, 5]), progress=False)
+    assert "every pair has the same cosine" in caplog.text
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -200,6 +202,8 @@ def test_scores_by_layer(decoder):
     curve = np.mean(report.scores.values["mean"], 0)
     assert report.scores.best("mean") == curve.argmax()
     assert report.texts == 94
+    alone = layer_scores(embedder, sets, window=16, progress=False)
+    np.testing.assert_allclose(alone.values["mean"], report.scores.values["mean"], atol=1e-6)
 
 
 def test_a_pool_that_is_trained_is_the_line(decoder):
