@@ -61,7 +61,7 @@ def candidates(kernel: str, device: torch.device) -> list[tiles.Tile]:
 
 def trial(job: Job, tile: tiles.Tile, clock: Clock | None) -> Row:
     """One candidate: its error, and where that is within bounds and there is a clock its time."""
-    tiles._overrides = lambda: {job.kernel: tile}  # what MLPOOL_TILES sets
+    named, tiles._overrides = tiles._overrides, lambda: {job.kernel: tile}  # what MLPOOL_TILES sets
     row: Row = {"kernel": job.kernel, "sizes": job.sizes, "tile": shown(tile), "green": True}
     try:
         pairs = zip(job.run(), job.reference(), strict=True)
@@ -75,6 +75,8 @@ def trial(job: Job, tile: tiles.Tile, clock: Clock | None) -> Row:
         row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         # Out of shared memory, registers or memory: no candidate on this device. Anything else is a fault.
         row["green"] = type(error).__name__ in ("OutOfResources", "OutOfMemoryError")
+    finally:
+        tiles._overrides = named
     return row
 
 

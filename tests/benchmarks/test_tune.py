@@ -16,13 +16,14 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def tune(monkeypatch):
-    """The module, as when it is run: its folder is on the path, and no tile stays chosen after it."""
+    """The module, as when it is run: its folder is on the path; after a trial no tile stays chosen."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import tune
 
     monkeypatch.setattr(tune, "REPEATS", 2)
-    monkeypatch.setattr(tiles, "_overrides", tiles._overrides)
-    return tune
+    before = tiles._overrides
+    yield tune
+    assert tiles._overrides is before
 
 
 class OutOfResources(Exception):
