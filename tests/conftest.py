@@ -1,6 +1,7 @@
 """Shared by all tests: which device and backend, random pools and batches, and parity with the paper's equations."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,12 @@ class Target(NamedTuple):
     device: str
     backend: str
 
+
+# tqdm's lock is one of all processes: a child that is killed while it holds it would hold it for good.
+with suppress(ImportError):
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
 
 TORCH, INTERPRETER, GPU = Target("cpu", "torch"), Target("cpu", "triton"), Target("cuda", "triton")
 TARGETS = [pytest.param(TORCH, id="torch"), pytest.param(GPU, id="gpu", marks=pytest.mark.gpu)]
