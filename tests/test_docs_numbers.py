@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
-from docs_blocks import FENCE, INDENTED, PAGES, ROOT
+from docs_blocks import FENCE, INDENTED, PAGES, ROOT, site
 
 # A score, a ratio, a time, a size: what somebody measured or computed.
 NUMBER = re.compile(
@@ -50,12 +49,7 @@ def unproved(text: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def results():
-    spec = importlib.util.spec_from_file_location("docs_results", ROOT / "docs/site/results.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return site("results")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

@@ -43,6 +43,7 @@ EXTRAS = {
     "examples/openai_search.py": "clients",
     "tests": "dev",
     "tests/exchange/test_onnx.py": "dev,onnx",
+    "tests/served/test_vllm.py": "dev,vllm",
 }
 # Packages that are not called as what installs them.
 DISTRIBUTIONS = {

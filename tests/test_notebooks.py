@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from typing import Any
 
 import pytest
 import yaml
-from docs_blocks import ROOT
+from docs_blocks import ROOT, site
 
 FOLDER = ROOT / "docs/notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -18,12 +17,7 @@ NAMES = [path.name for path in NOTEBOOKS]
 
 @pytest.fixture(scope="module")
 def notebooks() -> Any:
-    spec = importlib.util.spec_from_file_location("docs_notebooks", ROOT / "docs/site/notebooks.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return site("notebooks")
 
 
 def test_every_script_has_its_notebook_and_its_place():

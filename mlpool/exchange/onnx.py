@@ -134,9 +134,8 @@ class _EmbeddingAlone(_Graph):
 def _write_graph(embedder: Embedder, folder: Path, masked: bool, plain: bool) -> None:
     inputs = _INPUTS[: 3 if masked else 2]
     traced = trace(embedder, _Graph if plain else _EmbeddingAlone, inputs)
-    chatty = logging.getLogger(
-        "torch.onnx._internal.exporter._registration"
-    )  # of torchvision, which nothing here needs
+    # It misses torchvision, which nothing here needs.
+    chatty = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = chatty.level
     chatty.setLevel(logging.ERROR)
     try:

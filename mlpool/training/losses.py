@@ -127,7 +127,7 @@ class InfoNCE(nn.Module):
             teacher.check_width(getattr(model, "get_embedding_dimension", lambda: None)())
         self.matryoshka_dims, self.matryoshka_weights = _read_matryoshka(matryoshka_dims, matryoshka_weights)
         self.counts = TokenCounts()
-        self.finite: Tensor | None = None  # of the last batch [columns, B], whether a text's embedding is
+        self.embeddings: Tensor | None = None  # of the last batch [columns, B, D], to say which text is at fault
         self._looked = false_negatives == "none"
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
@@ -146,7 +146,7 @@ class InfoNCE(nn.Module):
             raise ValueError("in_batch_negatives=False needs hard negatives, but there are two columns only")
         keys = None if self.false_negatives == "none" else text_keys(columns)
         embeddings = self._embed(columns).unflatten(0, (len(columns), batch))
-        self.finite = embeddings.detach().isfinite().all(-1)
+        self.embeddings = embeddings.detach()
         return self._loss(embeddings, keys, labels)
 
     # --- embedding -----------------------------------------------------------------------------------------------

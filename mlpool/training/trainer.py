@@ -153,8 +153,11 @@ def _first_wrong(model: nn.Module) -> str:
 
 def _wrong_texts(loss: Any) -> str:
     """Which texts of the last batch have embeddings that are not finite."""
-    finite: torch.Tensor | None = getattr(loss, "finite", None)
-    if finite is None or finite.all() or not finite.any():
+    embeddings: torch.Tensor | None = getattr(loss, "embeddings", None)
+    if embeddings is None:
+        return ""
+    finite = embeddings.isfinite().all(-1)
+    if finite.all() or not finite.any():
         return ""
     places = (~finite).nonzero().tolist()
     rows = some([f"row {row} of column {column}" for column, row in places], 5)

@@ -4,8 +4,6 @@ import importlib.util
 import socket
 
 import pytest
-
-pytest.importorskip("sentence_transformers")
 from many_texts import encode, some_texts, write_jsonl
 
 from mlpool.corpus import cluster

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 pa = pytest.importorskip("pyarrow")
-pytest.importorskip("sentence_transformers")
 from many_texts import Fake, data_of, embeddings_of, encode, some_texts, write_csv, write_jsonl, write_parquet  # noqa: E402
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem  # noqa: E402
 

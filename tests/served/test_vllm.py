@@ -26,13 +26,12 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
 }  # fmt: skip
-vllm = pytest.importorskip("vllm")
+import tiny
+import vllm
 
-import tiny  # noqa: E402
-
-from mlpool.embedder import DESIGNS, load  # noqa: E402
-from mlpool.exchange.export import export_vllm  # noqa: E402
-from mlpool.exchange.vllm import FAMILIES, SECTION  # noqa: E402
+from mlpool.embedder import DESIGNS, load
+from mlpool.exchange.export import export_vllm
+from mlpool.exchange.vllm import FAMILIES, SECTION
 
 # Its attention on a CPU has heads of 32 at least.
 SIZES = {**tiny.GATED, "hidden_size": 64, "intermediate_size": 96}

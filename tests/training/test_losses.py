@@ -3,103 +3,17 @@
 import copy
 import importlib
 import itertools
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from loss_models import PAD, VARIANTS, Table, TinyLlama, assert_same, column, random_texts, run
 
-from mlpool import MultiLayerPool
-from mlpool.training import losses, memory
+from mlpool.training import losses
 from mlpool.training.losses import InfoNCE
 from mlpool.training.mini_batches import text_keys
 
 transformers = pytest.importorskip("transformers")
-
-PAD = 1
-
-
-class Table(nn.Module):
-    """The mean of token vectors through tanh: an encoder small enough to check everything by hand."""
-
-    def __init__(self, dtype=torch.float64, width: int = 6):
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Parameter(torch.randn(50, width, dtype=dtype))
-        self.calls: list[dict] = []
-
-    def forward(self, features):
-        self.calls.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in features.items()})
-        mask = features["attention_mask"][..., None].to(self.table)
-        embedding = torch.tanh((self.table[features["input_ids"]] * mask).sum(1) / mask.sum(1))
-        features["attention_mask"][:] = 0  # as sentence-transformers' Pooling does with prompts
-        return {**features, "sentence_embedding": embedding}
-
-
-class TinyLlama(nn.Module):
-    """Two random Llama layers with dropout and a trainable pool over both, as a SentenceTransformer would call them."""
-
-    def __init__(self, checkpointing: bool = False):
-        super().__init__()
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, attention_dropout=0.2,
-        )  # fmt: skip
-        self.model = transformers.LlamaModel(config)
-        self.pool = MultiLayerPool(32, 2, num_latents=4, num_heads=2, head_dim=8, residual=False)
-        if checkpointing:
-            self.model.gradient_checkpointing_enable()
-
-    def forward(self, features):
-        mask = features["attention_mask"]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        out = self.model(
-            input_ids=features["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False,
-            output_hidden_states=True,
-        )  # fmt: skip
-        return {**features, "sentence_embedding": self.pool(out.hidden_states, mask)}
-
-
-def column(texts: list[list[int]], side: str = "right") -> dict[str, torch.Tensor]:
-    width = max(map(len, texts))
-    ids, mask = torch.full((len(texts), width), PAD), torch.zeros(len(texts), width, dtype=torch.long)
-    for i, text in enumerate(texts):
-        part = slice(len(text)) if side == "right" else slice(width - len(text), width)
-        ids[i, part], mask[i, part] = torch.tensor(text), 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def random_texts(columns: int = 3, batch: int = 6, longest: int = 12, seed: int = 0) -> list[list[list[int]]]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int, size: int) -> list[int]:
-        return torch.randint(low, high, (size,), generator=generator).tolist()
-
-    return [[draw(2, 50, draw(1, longest + 1, 1)[0]) for _ in range(batch)] for _ in range(columns)]
-
-
-def run(loss: InfoNCE, columns, seed: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients; the same random numbers for every call."""
-    torch.manual_seed(seed)
-    loss.zero_grad()
-    value = loss([dict(c) for c in columns], None)
-    value.backward()
-    return value.detach(), {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
-
-
-def assert_same(got, want, tolerance: float = 1e-5) -> None:
-    """Losses to an absolute, gradients to a relative tolerance in norm, and of the same parameters."""
-    assert abs(float(got[0]) - float(want[0])) <= tolerance, (got[0], want[0])
-    assert got[1].keys() == want[1].keys()
-    assert got[1]
-    everything = math.sqrt(sum(g.norm().item() ** 2 for g in want[1].values()))
-    assert everything > 1e-3
-    wrong = math.sqrt(sum((got[1][n] - g).norm().item() ** 2 for n, g in want[1].items()))
-    assert wrong <= tolerance * everything, wrong / everything
-
-
 # --- the formula -------------------------------------------------------------------------------------------------
 
 
@@ -305,13 +219,6 @@ def test_sentence_transformers(minilm, kind, options):
 
 
 # --- cached = plain ----------------------------------------------------------------------------------------------
-
-VARIANTS = {
-    "hard negatives": {},
-    "matryoshka": {"matryoshka_dims": [32, 8], "matryoshka_weights": [1.0, 0.3]},
-    "masks": {"false_negatives": "margin", "margin": 0.0},
-    "symmetric": {"symmetric": True},
-}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -519,117 +426,6 @@ def test_inputs_are_left_as_they_were():
     assert all(v.equal(b[k]) for c, b in zip(columns, before, strict=True) for k, v in c.items())
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", ["hard negatives", "masks"])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_what_fits_is_kept_and_the_rest_embedded_twice(share, variant, monkeypatch):
-    """The same numbers as both extremes, with dropout on; nothing runs twice where everything fits."""
-    columns, model, runs = [column(t) for t in random_texts()], TinyLlama().train(), []
-    model.register_forward_pre_hook(lambda *_: runs.append(1))  # the second forward stops at the last tensor needed
-    results, counts = {}, {}
-    needed: list[int] = []
-
-    def free(_) -> int:
-        return int((share * sum(needed) + needed[0] + gradients) / memory.SHARE) + 1
-
-    gradients = sum(p.nbytes for p in model.parameters())
-    how_many = memory.how_many
-
-    def judge(first, tokens, *rest):
-        needed[:] = [first * n // tokens[0] + 1 for n in tokens[1:]]
-        needed.insert(0, first)
-        return how_many(first, tokens, *rest)
-
-    monkeypatch.setattr(memory, "free_bytes", free)
-    monkeypatch.setattr(losses, "how_many", judge)
-    for cached in ("auto", True, False):
-        runs.clear()
-        results[cached] = run(InfoNCE(model, cached=cached, mini_batch_tokens=24, **VARIANTS[variant]), columns)
-        counts[cached] = len(runs)
-    assert_same(results["auto"], results[True], 1e-6)
-    assert_same(results["auto"], results[False], 1e-6)
-    assert counts[True] == 2 * counts[False]
-    if share == 1:
-        assert counts["auto"] == counts[False]
-    elif share == 0:
-        assert counts["auto"] == counts[True] - 1
-    else:
-        assert counts[False] < counts["auto"] < counts[True] - 1
-
-
-def test_what_a_token_costs_is_what_autograd_keeps():
-    """Against the profiler's record of what is alive behind a forward."""
-    model, features = TinyLlama().train(), column([[2 + i % 48 for i in range(60)]] * 8)
-    with memory.saved_bytes(model) as saved:
-        value = model(features)["sentence_embedding"].sum()
-    count = saved()
-    del value
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        value = model(features)["sentence_embedding"].sum()
-    alive = sum(e.nbytes() for e in profiler.kineto_results.events() if e.name() == "[memory]")
-    assert value.requires_grad
-    assert 0.8 * alive < count < 1.2 * alive
-
-
-def test_how_many_mini_batches_fit(monkeypatch):
-    """A fifth is left, gradients that are still to come, and one mini-batch more."""
-    model = nn.Linear(10, 10, bias=False)
-    monkeypatch.setattr(memory, "free_bytes", lambda _: 10_000)
-    device = torch.device("cpu")
-    assert memory.how_many(1000, [100] * 20, model, device) == 1 + (8000 - 400 - 1000) // 1000
-    model.weight.grad = torch.zeros(10, 10)
-    assert memory.how_many(1000, [100, 50, 50, 50], model, device) == 4
-    assert memory.how_many(7000, [100, 50, 10], model, device) == 1
-    assert memory.how_many(9000, [100, 1], model, device) == 1
-
-
-def test_free_memory_is_the_system_s_within_the_container(monkeypatch, tmp_path):
-    device = torch.device("cpu")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    whole = memory.free_bytes(device)
-    assert 1 << 20 < whole < 1 << 50
-    (tmp_path / "memory.current").write_text("3000000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(device) > 1 << 20
-    (tmp_path / "memory.max").write_text("4000000\n")
-    assert memory.free_bytes(device) == 1_000_000
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory.free_bytes(device) == 250_000
-
-
-def peak(run) -> int:
-    """Most bytes alive at once during `run` beyond those alive before, from the profiler's record."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        run()
-    alive = most = 0
-    for event in profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive)
-    return most
-
-
-def test_memory_falls_with_mini_batch_tokens():
-    model = TinyLlama().train()
-    texts = [[[2 + (i + j + c) % 48 for j in range(64)] for i in range(32)] for c in range(2)]
-    columns = [column(t) for t in texts]
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-
-    def step(cached=True, **options):
-        loss = InfoNCE(model, cached=cached, **options)
-        return peak(lambda: loss(columns, None).backward())
-
-    step(mini_batch_tokens=512)
-    plain = step(cached=False, mini_batch_tokens=512)
-    peaks = [step(mini_batch_tokens=64 * 64 // n) for n in (1, 2, 4, 8, 16)]
-    print(f"plain {plain / 1e6:.1f} MB, cached in 1, 2, 4, 8, 16 mini-batches {[f'{p / 1e6:.1f}' for p in peaks]}")
-    assert peaks == sorted(peaks, reverse=True)
-    assert 3 * peaks[3] <= min(plain, peaks[0])
-
-
 # --- the trainer -------------------------------------------------------------------------------------------------
 
 
@@ -657,55 +453,3 @@ def test_trainer(minilm, tmp_path):
     assert '"mini_batch_tokens": 40' in card
     assert "2101.06983" in card
     assert "2205.13147" in card
-
-
-# --- bad options -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": 0}, "temperature must be above 0"),
-        ({"temperature": math.nan}, "temperature must be above 0"),
-        ({"temperature": -1.0}, "got -1.0"),
-        ({"mini_batch_tokens": 0}, "mini_batch_tokens must be an integer of at least 1, got 0"),
-        ({"mini_batch_tokens": None}, "cached=auto needs mini_batch_tokens"),
-        ({"cached": "always"}, r"cached must be one of \('auto', True, False\), got 'always'"),
-        ({"false_negatives": "all"}, r"must be one of \('none', 'duplicates', 'margin'\), got 'all'"),
-        ({"margin": 0.1}, "need false_negatives='margin', got 'none'"),
-        ({"factor": 0.9, "false_negatives": "duplicates"}, "need false_negatives='margin', got 'duplicates'"),
-        ({"factor": 0.0, "false_negatives": "margin"}, "factor must be above 0"),
-        ({"in_batch_negatives": False, "symmetric": True}, "in_batch_negatives=False"),
-        ({"in_batch_negatives": False, "gather_across_devices": True}, "in_batch_negatives=False"),
-        ({"matryoshka_dims": []}, "at least one"),
-        ({"matryoshka_dims": [4, 4]}, "different sizes"),
-        ({"matryoshka_dims": [4, 0]}, r"matryoshka_dims\[1\] must be an integer of at least 1, got 0"),
-        ({"matryoshka_dims": [4, 2], "matryoshka_weights": [1.0]}, "must be 2 numbers"),
-        ({"matryoshka_dims": [4, 2], "matryoshka_weights": [1.0, -1.0]}, "none below 0"),
-        ({"matryoshka_weights": [1.0]}, "needs matryoshka_dims"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        InfoNCE(Table(), **options)
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        (lambda c: c[:1], {}, r"an anchor and a positive column, got 1 column\(s\)"),
-        (lambda c: c[:2], {"in_batch_negatives": False}, "needs hard negatives, but there are two columns only"),
-        (lambda c: [c[0], column([[3]])], {}, r"the same number of texts, got \[1, 6\]"),
-        (lambda c: [{"input_ids": c[0]["input_ids"]}, c[1]], {}, "column 0 has no attention_mask"),
-        (lambda c: [{**c[0], "pixels": torch.ones(7)}, {**c[1], "pixels": torch.ones(7)}], {}, "'pixels' is"),
-        (lambda c: c, {"matryoshka_dims": [7]}, "matryoshka_dims has 7, but the embeddings have 6 numbers"),
-        (
-            lambda c: [{"inputs_embeds": torch.ones(6, 12, 2), "attention_mask": torch.ones(6, 12)}] * 2,
-            {"false_negatives": "duplicates"}, "compares input_ids, but the features are",
-        ),
-    ],
-)  # fmt: skip
-def test_bad_batches(change, options, message):
-    columns = change([column(t) for t in random_texts()])
-    with pytest.raises(ValueError, match=message):
-        InfoNCE(Table(), **options)(columns, None)

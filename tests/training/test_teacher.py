@@ -13,7 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("datasets")
 
 import tiny
-from test_losses import Table, TinyLlama, assert_same, column, random_texts
+from loss_models import Table, TinyLlama, assert_same, column, random_texts
 
 from mlpool.corpus.negatives import Choice
 from mlpool.training import teacher as module
