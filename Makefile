@@ -2,7 +2,7 @@
 # make test    environment, install, lint, types and the whole CPU suite
 # make test-floor, make test-cuda-dry   the suite with the lowest versions; every launch of a card, without one
 # make test-kernels  the kernels alone, as a wheel and as Hugging Face's `kernels` loads them (kernels/README.md)
-# make test-ray  mlpool encode --ray, on two nodes on this machine; Ray is in an environment of its own
+# make test-ray  mlpool encode --ray, on two nodes on this machine, and in a bucket; Ray is in an environment of its own
 # make test-vllm  exported embedders in vLLM, on its CPU build (docs/serving.md)
 # make test-onnx  ONNX folders and the client examples, in an environment with onnxruntime, openai, langchain and lancedb
 # make study   a small study of designs on a tiny decoder, with its report (under 15 minutes on two CPU cores)
@@ -100,14 +100,15 @@ test-kernels: .venv-kernels/.done kernels-hub kernels-wheel
 		$(WHEELHOUSE)/mlpool_kernels-*.whl
 	MLPOOL_KERNELS_HUB=build/kernels-hub OMP_NUM_THREADS=1 .venv-kernels/bin/python -m pytest -q kernels/tests
 
-# `encode --ray`: Ray beside what the suite was run with, whose environment this one reads; two nodes on this machine.
+# `encode --ray`: Ray, and moto, a server of S3's API, beside what the suite was run with, whose environment this one reads;
+# two nodes on this machine.
 .PHONY: test-ray
 PACKAGES = bin/python -c "import site; print(site.getsitepackages()[0])"
 
 .venv-ray/.done: $(VENV)/.dev constraints.txt
 	$(PYTHON) -m venv .venv-ray
 	echo "import site; site.addsitedir('$$($(VENV)/$(PACKAGES))')" > $$(.venv-ray/$(PACKAGES))/suite.pth
-	.venv-ray/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt ray
+	.venv-ray/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt ray 'moto[server]'
 	touch $@
 
 test-ray: .venv-ray/.done

@@ -10,12 +10,14 @@ import contextlib
 import fnmatch
 import io
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 _BUFFER = 8 << 20  # bytes a request: a store answers many small ones slowly
+_COPIED = 5 << 30  # bytes that S3 copies at most in one request, and a move is a copy there
 _URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
@@ -65,7 +67,24 @@ class RemotePath:
     # --- what is there ------------------------------------------------------------------------------------------------
 
     def _info(self) -> Any:
-        return self.filesystem.get_file_info(self.key)
+        return self._look(self.key)
+
+    def _look(self, what: Any) -> Any:
+        """`get_file_info`: whatever is done to a path begins with it, so here it shows whether the store answers."""
+        try:
+            return self.filesystem.get_file_info(what)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise OSError(
+                f"{self} cannot be looked at ({_first_line(error)}); see that credentials, region and endpoint are "
+                "those of this store: in the environment, or in the URI"
+            ) from error
+
+    def missing_bucket(self) -> RemotePath | None:
+        """The bucket, where this path is in one of S3 that does not exist: all in it looks as if it were only empty."""
+        bucket = RemotePath(self.filesystem, self.key.partition("/")[0])
+        return bucket if self.filesystem.type_name == "s3" and not bucket.exists() else None
 
     def exists(self) -> bool:
         return self._info().type.name != "NotFound"
@@ -94,6 +113,17 @@ class RemotePath:
             raise FileNotFoundError(f"{self} does not exist")
         return Stat(info.size or 0, info.mtime_ns or 0)
 
+    def need_bucket(self) -> None:
+        """Make the bucket of a path in S3, where it is missing and the URI allows it; FileNotFoundError where not."""
+        if bucket := self.missing_bucket():
+            try:
+                bucket.mkdir()
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"there is no bucket {bucket}, and it cannot be made ({_first_line(error)}); make it, or put "
+                    "?allow_bucket_creation=true behind the URI"
+                ) from error
+
     def iterdir(self) -> Iterator[RemotePath]:
         yield from self._listed(recursive=False)
 
@@ -113,7 +143,7 @@ class RemotePath:
     def _listed(self, recursive: bool, files: bool = False) -> Iterator[RemotePath]:
         from pyarrow.fs import FileSelector
 
-        for info in self.filesystem.get_file_info(FileSelector(self.key, allow_not_found=True, recursive=recursive)):
+        for info in self._look(FileSelector(self.key, allow_not_found=True, recursive=recursive)):
             if info.is_file or not files:
                 yield RemotePath(self.filesystem, info.path)
 
@@ -134,7 +164,14 @@ class RemotePath:
             file.write(data)
 
     def replace(self, target: RemotePath) -> None:
-        self.filesystem.move(self.key, target.key)
+        try:
+            self.filesystem.move(self.key, target.key)
+        except OSError:
+            if self.stat().st_size <= _COPIED:
+                raise
+            with self.open() as old, target.open("wb") as new:
+                shutil.copyfileobj(old, new, _BUFFER)
+            self.unlink()
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         self.filesystem.create_dir(self.key, recursive=True)
@@ -167,17 +204,25 @@ def to_path(name: Any) -> Path:
     try:
         from pyarrow.fs import FileSystem
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{_shown(name)} needs pyarrow: pip install pyarrow") from error
+        raise ModuleNotFoundError(f"{shown(name)} needs pyarrow: pip install pyarrow") from error
     try:
         filesystem, key = FileSystem.from_uri(name)
+        why = "" if key else "no bucket"
     except (ValueError, OSError, NotImplementedError, ImportError) as error:
+        why = _first_line(error).replace(name, shown(name))
+    if why:
         raise ValueError(
-            f"{_shown(name)} names no filesystem that pyarrow reaches here ({error}); expected a path, or a URI such "
-            "as s3://bucket/folder"
-        ) from None
+            f"{shown(name)} names no filesystem that pyarrow reaches here ({why}); expected a path, or a URI such as "
+            "s3://bucket/folder"
+        )
     return RemotePath(filesystem, key)  # type: ignore[return-value]
 
 
-def _shown(uri: str) -> str:
-    """A URI without user, password and what stands behind the question mark."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri.partition("?")[0])
+def shown(name: Any) -> str:
+    """A path as it is; a URI without user, password and what stands behind the question mark."""
+    name = str(name)
+    return re.sub(r"(?<=://)[^@]*:[^@]*@", "", name.partition("?")[0]) if _URI.match(name) else name
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

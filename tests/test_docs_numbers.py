@@ -25,7 +25,6 @@ MARKS = re.compile(r"<!-- (results \S+|attention-matrix|census-\S+) -->\n.*?<!--
 # Sections whose numbers nobody measures, and why.
 KNOWN = {
     "doctor.md, `mlpool init`": "follows from the formula beside it",
-    "encoding.md, Elsewhere: S3, GCS, Azure, HDFS": "constants of corpus/hold.py",
     "kernels.md, Kernels and the cost model": "sizes that follow from the shapes",
     "memory.md, Quantised bases": "a bound of the self-test, _MOST_NOISE in attention/probe.py",
     "scale.md, Beside the GPUs": "its table names tests/cluster/measure.py; the last line was timed by hand",

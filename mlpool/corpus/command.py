@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from ..options import add_device, add_max_seq_length, check_place, rank_and_world
-from ..remote import to_path
+from ..remote import shown, to_path
 from .cluster import connected
 from .embedding_folder import EmbeddingFolder
 from .encode import SHARD_SIZE, encode_files, own_device
@@ -95,7 +95,7 @@ def _check_before_loading(args: argparse.Namespace) -> None:
 def _describe(output: str, totals: dict[str, Any]) -> str:
     speed = totals["rows"] / max(totals["seconds"], 1e-9)
     lines = [
-        f"{output}: {totals['rows']:,} texts in {totals['shards']:,} shards, dimension {totals['dimension']}, "
+        f"{shown(output)}: {totals['rows']:,} texts in {totals['shards']:,} shards, dimension {totals['dimension']}, "
         f"{totals['bytes'] / 1e6:,.1f} MB, {speed:,.0f} texts/s a process"
     ]
     if totals["truncated"]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import Hashed, check_link, confined, read_json, remove_folder, replacing
-from ..remote import to_path
+from ..remote import RemotePath, to_path
 from .hold import HOLDER, held, holds
 from .shards import (
     ADVICE,
@@ -68,6 +68,8 @@ class EmbeddingFolder:
         """
         check_link(self.path)
         if not self.path.exists():
+            if isinstance(self.path, RemotePath):
+                self.path.need_bucket()  # now, not after minutes of loading and checking
             return None
         if not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; expected a folder to write to")

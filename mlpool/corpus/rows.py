@@ -123,8 +123,8 @@ def not_unicode(text: str) -> int | None:
 
 def beside(path: Path) -> str:
     """What lies beside a path that does not exist, as a hint."""
-    if isinstance(path, RemotePath):
-        return ""  # a store may hold millions beside it
+    if isinstance(path, RemotePath):  # a store may hold millions beside it
+        return f" (nor a bucket {bucket})" if (bucket := path.missing_bucket()) else ""
     return near(path) if path.parent.is_dir() else f" (nor a folder {path.parent})"
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..remote import RemotePath, to_path
+from ..remote import RemotePath, shown, to_path
 from .rows import TEXT, Range, beside, column_types, columns_of, kind_of, not_unicode, read_rows
 
 ACCEPTED = ".txt, .jsonl, .csv (also .ndjson, .json, .tsv; each also as .gz) and .parquet"
@@ -58,7 +58,8 @@ def find_files(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
         if not path.exists() and glob.has_magic(str(path)):
             matches = _matches(path)
             if not matches:
-                raise FileNotFoundError(f"no file fits the pattern {str(name)!r}")
+                hint = beside(path) if isinstance(path, RemotePath) else ""
+                raise FileNotFoundError(f"no file fits the pattern {shown(name)!r}{hint}")
             paths += [match for match in matches if match.is_file()]
         elif not path.is_file():
             raise FileNotFoundError(f"{path} does not exist{beside(path)}")

@@ -40,15 +40,15 @@ class Nodes:
     def remove(self, node) -> None:
         self.cluster.remove_node(node, allow_graceful=False)
 
-    def actors(self, node=None) -> list[int]:
-        """The processes of makers, of those nodes that this object started."""
+    def actors(self, node=None, at: str = "") -> list[int]:
+        """The processes of makers, of those nodes that this object started; of those alone that are at a method."""
         nodes = [node] if node else self.nodes
         raylets = {node.all_processes["raylet"][0].process.pid for node in nodes}
-        found = []
+        found, title = [], f"ray::Maker.{at}".rstrip(".").encode()
         for place in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError, IndexError):
                 parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent in raylets and (place / "cmdline").read_bytes().startswith(b"ray::Maker"):
+                if parent in raylets and (place / "cmdline").read_bytes().startswith(title):
                     found.append(int(place.name))
         return found
 
@@ -58,15 +58,17 @@ def complete(out: Path) -> int:
 
 
 class Disturbance(threading.Thread):
-    """Calls `disturb` as soon as so many shards are complete, one number after the other; `count` says how often."""
+    """Calls `steps` one after the other, the last one again and again, each as soon as so many shards are complete and
+    until it says that it is done; `count` says how many are."""
 
-    def __init__(self, out: Path, numbers: list[int], disturb) -> None:
+    def __init__(self, out: Path, numbers: list[int], *steps) -> None:
         super().__init__(daemon=True)
-        self.out, self.numbers, self.disturb, self.count, self.over = out, numbers, disturb, 0, False
+        self.out, self.numbers, self.steps, self.count, self.over = out, numbers, steps, 0, False
 
     def run(self) -> None:
         for number in self.numbers:
-            while not self.over and (complete(self.out) < number or not self.disturb()):
+            step = self.steps[min(self.count, len(self.steps) - 1)]
+            while not self.over and (complete(self.out) < number or not step()):
                 time.sleep(0.01)
             self.count += not self.over
 

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from faulty import Broken, Dies, Slow
 from many_texts import Fake, data_of, embeddings_of, parsed, some_texts, write_jsonl, write_parquet
-from nodes import Disturbance, Nodes, complete
+from nodes import Disturbance, complete
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from mlpool.corpus import cluster as crew
@@ -38,13 +38,6 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 """
-
-
-@pytest.fixture(scope="module")
-def nodes():
-    made = Nodes()
-    yield made
-    made.cluster.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +90,9 @@ def interrupt(now: bool) -> None:
         raise KeyboardInterrupt
 
 
-def test_a_node_is_lost(nodes, tmp_path):
-    """For good; its shards go to the other node. Files elsewhere, checked by all nodes."""
+def test_a_node_is_lost_and_another_joins(nodes, tmp_path, monkeypatch):
+    """For good; its shards go to the other node, and to one that was not there before. Files elsewhere, checked by all
+    nodes."""
     texts = some_texts(400)
     write_jsonl(tmp_path / "a.jsonl", texts[:250], key=[f"d{i}" for i in range(250)])
     write_parquet(tmp_path / "b.parquet", texts[250:], key=[f"d{i}" for i in range(250, 400)])
@@ -112,10 +106,19 @@ def test_a_node_is_lost(nodes, tmp_path):
         nodes.remove(lost)
         return True
 
-    with Disturbance(tmp_path / "out", [3], lose) as losses:
+    # Of the process that starts a node, which only its main thread may set.
+    monkeypatch.setattr("ray._private.utils.set_sigterm_handler", lambda handler: None)
+
+    def join() -> bool:
+        nodes.nodes.append(nodes.add())
+        return True
+
+    def works() -> bool:
+        return bool(nodes.actors(nodes.nodes[-1], "make"))
+
+    with Disturbance(tmp_path / "out", [3] * 3, lose, join, works) as steps:
         encode(nodes, store / "*", store / "out", Fake(delay=0.05), **options)
-    nodes.nodes.append(nodes.add())  # for the tests that follow
-    assert losses.count == 1
+    assert steps.count == 3
     assert np.array_equal(load_embeddings(store / "out", concatenate=True), embeddings_of(texts))
     assert load_ids(store / "out") == [f"d{i}" for i in range(400)]
     assert {entry.name for entry in (tmp_path / "out").iterdir()} == {*data_of(tmp_path / "out"), "manifest.json"}
