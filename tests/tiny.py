@@ -109,6 +109,12 @@ def embedder(design: str = "multi-layer-bidirectional", family: str = "qwen2", *
     return made
 
 
+def passages() -> list[str]:
+    """Texts of one word to 233, for a real base: those of this file."""
+    words = Path(__file__).read_text(encoding="utf8").split()
+    return [" ".join(words[i : i + n]) for i, n in enumerate((1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233))]
+
+
 def shake(module: torch.nn.Module, scale: float = 0.3, only: str = "") -> torch.nn.Module:
     """Move every parameter (whose name holds `only`) off its start."""
     generator = torch.Generator().manual_seed(1)

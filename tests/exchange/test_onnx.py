@@ -1,5 +1,10 @@
 """ONNX folders: run by onnxruntime and tokenizers alone, and by the ONNX backend of sentence-transformers, in the last
-versions that can be installed with it. In the environment of `make test-onnx`."""
+versions that can be installed with it. In the environment of `make test-onnx`. Two designs on a real base, and what
+they take, by hand:
+
+    export OMP_NUM_THREADS=1 MLPOOL_ONNX_BASE=bases/smollm2
+    .venv-onnx/bin/python -m pytest -s tests/exchange/test_onnx.py -k real
+"""
 
 import copy
 import functools
@@ -8,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +21,14 @@ import pytest
 import torch
 from docs_blocks import ROOT, blocks
 from test_export import PROMPTS, batches
-from tiny import EOS, GATED, PAD, SMALL, TEXTS, D, embedder, shake, tokenizer, transformers
+from tiny import EOS, GATED, PAD, SMALL, TEXTS, D, embedder, passages, shake, tokenizer, transformers
 
 from mlpool import cli
 from mlpool.embedder import DESIGNS, add_lora, load
 from mlpool.exchange import export
 from mlpool.exchange import onnx as graphs
 
+BASE = os.environ.get("MLPOOL_ONNX_BASE")
 LIMIT = 40
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {
@@ -113,6 +120,45 @@ def test_graph_is_the_embedder(case, exported):
     texts = [*TEXTS, LONG]
     assert np.abs(run(documented(folder, texts, "document")) - made.encode(texts)).max() < 1e-5
     assert np.abs(run(documented(folder, texts, "query")) - made.encode_query(texts)).max() < 1e-5
+
+
+@pytest.mark.skipif(not BASE, reason="takes minutes: MLPOOL_ONNX_BASE=FOLDER")
+@pytest.mark.parametrize("design", ["multi-layer-causal", "mean-bidirectional"])
+def test_a_real_base(design, tmp_path):
+    """Sizes, differences, and seconds of one core, which others that compute there do not change."""
+    import onnxruntime
+    from tokenizers import Tokenizer
+
+    made = load(BASE, design, device="cpu", model_kwargs={"dtype": "float32"})
+    shake(made[1], 0.02)
+    start = time.process_time()
+    export.export(made, tmp_path / "out", "onnx")
+    seconds = time.process_time() - start
+    size = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(tmp_path / "out" / graphs.GRAPH, options, providers=["CPUExecutionProvider"])
+    tokens = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+
+    def served(texts: list[str]) -> np.ndarray:  # neighbours in length, as `encode` does it
+        found = []
+        for i in range(0, len(texts), 4):
+            rows = tokens.encode_batch(texts[i : i + 4])
+            feed = {"input_ids": [row.ids for row in rows], "attention_mask": [row.attention_mask for row in rows]}
+            found += session.run(["sentence_embedding"], feed)
+        return np.concatenate(found)
+
+    def timed(encode) -> tuple[np.ndarray, float]:
+        encode(passages()[:4])
+        start = time.process_time()
+        found = encode(passages())
+        return found, len(passages()) / (time.process_time() - start)
+
+    (ours, before), (theirs, speed) = timed(made.encode), timed(served)
+    error = np.abs(ours - theirs).max()
+    print(f"\n{design}: {seconds:.0f} s, {size / 1e6:.0f} MB, largest difference {error:.1e}")
+    print(f"{speed:.2f} texts/s, of encode {before:.2f}")
+    assert error < 1e-4  # a text of two words is far from float64 in float32, whoever computes it
 
 
 def test_what_a_folder_holds(exported):
