@@ -14,6 +14,7 @@ COMMANDS = {
     "doctor": ("mlpool.doctor", "say what works here, what is missing and how to get it", "st"),
     "init": ("mlpool.training.init", "write a config for a base and a data file that it has looked at", "train"),
     "encode": ("mlpool.corpus.command", "embed a file of texts, in shards, resumable", "st"),
+    "calibrate": ("mlpool.corpus.calibrate_command", "make an embedder of a language model without training", "st"),
     "mine": ("mlpool.training.mine_command", "find hard negatives for training pairs, resumable", "train"),
     "train": ("mlpool.training.command", "fine-tune an embedder from a YAML config", "train"),
     "fit": ("mlpool.fitting.command", "train pools alone on kept states of a frozen base", "train"),

@@ -43,6 +43,7 @@ def place(tmp_path: Path, page: Path) -> Path:
     texts = [sentence(generator) + f" {i}" for i in range(16)]
     write_jsonl(tmp_path / "pairs.jsonl", [{"query": text, "positive": text.upper()} for text in texts])
     write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
     return tmp_path
 
 

@@ -11,6 +11,7 @@ Parameters come as a mapping with the names of `mlpool.MultiLayerPool`:
     query_weight, key_weight, value_weight [I,D]   output_weight [D,I]               Wq, Wk, Wv, Wo
     ff_norm_weight/bias [D]           LN3          ff_in_weight [2F,D], ff_in_bias [2F]   W1, b1
     ff_out_weight [D,F], ff_out_bias [D]  W2, b2   gate [D], mix_weights [L]         of a residual form
+    whitening [D,D]                   W of a pool that whitens
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def multi_layer_pool(
     """Multi-Layers Trainable Pooling (designs 3 and 5): L tensors [B, T, D] -> unit embedding [B, D].
 
     With a `gate` among the parameters the gated residual: e ∝ x_L + gate ⊙ pooled. With `mix_weights` the rows are
-    brought to length √D first, and e ∝ Σ_l w_l x_l + pooled - mean(Z).
+    brought to length √D first, and e ∝ v = Σ_l w_l x_l + pooled - mean(Z); with `whitening`, W v.
     """
     x0 = rows(gather(hidden_states, attention_mask, token_pooling), parameters)
     pooled, _ = cross_attention(x0, parameters, num_heads)
@@ -139,4 +140,6 @@ def _finish(pooled: Tensor, x0: Tensor, parameters: Mapping[str, Tensor]) -> Ten
         pooled = x0[:, -1] + parameters["gate"] * pooled
     if "mix_weights" in parameters:
         pooled = torch.einsum("l,bld->bd", parameters["mix_weights"], x0) + pooled - parameters["latents"].mean(0)
+    if "whitening" in parameters:
+        pooled = pooled @ parameters["whitening"].T
     return F.normalize(pooled, dim=-1)

@@ -122,7 +122,8 @@ def build_pool(
             arguments of the pool's class, e.g. {"num_latents": 32, "residual": False}.
         layers: the layers to read, for designs that read all; increasing indices, negatives counted from the end.
         untuned: whether the backbone is a language model as it was pretrained. Its last layer predicts tokens, so that
-            a default pool of the layers' means starts at their even mix; all others at exactly EOS or mean pooling.
+            a pool of the layers' means starts, unless told where, at their even mix and whitens it; all others start at
+            exactly EOS or mean pooling.
 
     Raises:
         ValueError: a pooler or layers that the design has no use for, unknown or wrong arguments.
@@ -147,8 +148,8 @@ def build_pool(
         if layers is not None:
             sizes["layers"] = list(layers)
     mixes = issubclass(design.pool, MultiLayerPool) and pooler != "paper" and sizes.get("residual", "mix") == "mix"
-    if untuned and mixes and design.token_pooling != "last":
-        sizes.setdefault("start", "all")
+    if untuned and mixes and design.token_pooling != "last" and "start" not in sizes:
+        sizes = {"whiten": True, **sizes, "start": "all"}
     make = design.pool.paper if pooler == "paper" else design.pool  # type: ignore[attr-defined]
     try:
         return make(*arguments, token_pooling=design.token_pooling, **sizes)

@@ -19,6 +19,7 @@ from ..pooling.base import StatesTooLarge, broken_weights
 from ..quantized import unpacked_layers
 from ..show import progress
 from .adapters import has_adapter
+from .calibration import calibrate
 from .folder import staged, write_manifest
 from .saved import as_ours, out_of_memory, verify_saved
 from .texts import TokenIds, check_texts
@@ -172,6 +173,26 @@ class Embedder(SentenceTransformer):
             return self(batch_to_device(features, device))["sentence_embedding"]
         except StatesTooLarge as error:
             raise StatesTooLarge(part[error.row], error.largest) from None
+
+    def calibrate(
+        self, texts: Sequence[str], prompt_name: str | None = None, show_progress_bar: bool | None = None
+    ) -> None:
+        """Whiten this embedder by texts such as it will embed, without labels or training; see `pooling/whitening.py`.
+
+            embedder = mlpool.load(decoder, design="multi-layer-causal-mean")
+            embedder.calibrate(texts)  # some thousands: 4 times D suffice
+
+        `mlpool train` and `fit` do so by themselves, with their own texts.
+
+        Args:
+            prompt_name: of the prompt before them, as of `encode`.
+
+        Raises:
+            ValueError: fewer than 2 texts, or a pool that does not whiten or is not at its start.
+        """
+        name = prompt_name or self.default_prompt_name
+        prompt = (self.prompts[name] if name else "") or ""
+        calibrate(self, [(prompt, text) for text in texts], show_progress_bar)
 
     # --- save ---------------------------------------------------------------------------------------------------------
 

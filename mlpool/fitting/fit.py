@@ -37,7 +37,7 @@ from .states import ROOM, KeptStates, Text, disk_need, missing, plan_of, take_st
 from .trials import DevSet, Trial, try_pool
 
 RESULTS, TRIALS, TRIAL = "fit.json", "trials", "trial.json"
-_RULE = 2  # how a trial is trained; what was trained by another rule is another trial
+_RULE = 3  # how a trial is trained; what was trained by another rule is another trial
 
 
 class Found:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from torch import Tensor, nn
 
+from ..embedder.calibration import ENOUGH
 from ..pooling.base import Pool
 from ..training.losses import InfoNCE
 from ..training.steps import Rows
@@ -64,6 +65,19 @@ class PoolOnStates(nn.Module):
     def embed(self, rows: NDArray[np.int64]) -> Tensor:
         return self.pool(layer_states=self._states.rows(rows).to(self._device))  # type: ignore[no-any-return]
 
+    @torch.inference_mode()
+    def embed_all(self, rows: NDArray[np.int64]) -> Tensor:
+        """[n, D] float32, some at once."""
+        parts = np.array_split(rows, max(1, len(rows) // _AT_ONCE))
+        return torch.cat([self.embed(part).float() for part in parts])
+
+    def calibrate(self, rows: NDArray[np.int64]) -> None:
+        """Set the whitening of the pool by some of the rows."""
+        some = np.random.default_rng(0).permutation(rows)[: ENOUGH * self._states.shape[2]]
+        with self.pool.unnormalized():
+            embeddings = self.embed_all(some)
+        self.pool.calibrate(embeddings)
+
 
 def try_pool(
     pool: Pool, states: KeptStates, pairs: NDArray[np.int64], dev: Sequence[DevSet], test: Sequence[DevSet],
@@ -80,6 +94,8 @@ def try_pool(
         ValueError: not one batch of different texts can be made.
     """
     model = PoolOnStates(pool.to(device), states, device)
+    if pool.uncalibrated:
+        model.eval().calibrate(np.unique(pairs))
     start = dev_score(model.eval(), dev)
     loss = InfoNCE(model, **{"cached": False, "mini_batch_tokens": None, **config.loss})
     optimizer = torch.optim.AdamW(pool.parameter_groups(rate), weight_decay=config.weight_decay)
@@ -135,8 +151,7 @@ def dev_score(model: PoolOnStates, sets: Sequence[DevSet]) -> float:
     found = []
     for first, second, scores in sets:
         rows, inverse = np.unique(np.concatenate([first, second]), return_inverse=True)
-        parts = np.array_split(rows, max(1, len(rows) // _AT_ONCE))
-        unit = F.normalize(torch.cat([model.embed(part).float() for part in parts]), dim=-1)[torch.from_numpy(inverse)]
+        unit = F.normalize(model.embed_all(rows), dim=-1)[torch.from_numpy(inverse)]
         cosines = (unit[: len(first)] * unit[len(first) :]).sum(1).cpu().numpy()
         found.append(float(spearmanr(cosines, scores).statistic) if np.ptp(cosines) > 1e-6 else 0.0)
     return mean(found)

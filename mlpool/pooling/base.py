@@ -3,7 +3,8 @@
 import difflib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -178,6 +179,15 @@ class Pool(nn.Module):
     learning_rates: Mapping[str, float] = {}
     normalize: bool
 
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether `calibrate` is to set this pool by some texts' embeddings before it is used or trained."""
+        return False
+
+    def calibrate(self, embeddings: Tensor) -> None:
+        """Of pools that have such a start; ValueError of others."""
+        raise ValueError(f"this {type(self).__name__} has nothing to calibrate; a MultiLayerPool with whiten=True has")
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that rebuild this pool."""
         names = inspect.signature(type(self).__init__).parameters
@@ -246,6 +256,15 @@ class Pool(nn.Module):
             raise ValueError(f"{directory / CONFIG_NAME} does not give a {kind}: {error}") from error
         load_checked(pool, state, str(directory / WEIGHTS_NAME))
         return pool
+
+    @contextmanager
+    def unnormalized(self) -> Iterator[None]:
+        """Embeddings are meanwhile as they are before unit length."""
+        normalize, self.normalize = self.normalize, False
+        try:
+            yield
+        finally:
+            self.normalize = normalize
 
     def _finish(self, embedding: Tensor) -> Tensor:
         return unit(embedding, getattr(self, "backend", "auto")) if self.normalize else embedding

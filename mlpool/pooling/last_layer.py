@@ -50,7 +50,7 @@ class LastLayerPool(TrainablePool):
         check_choice("token_pooling", token_pooling, ("last", "mean"))  # its keys are the tokens themselves
         super().__init__(
             hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, "last", normalize,
-            backend, choices, None, device, dtype,
+            backend, choices, None, False, device, dtype,
         )  # fmt: skip
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from mlpool_kernels.gather import one_launch
@@ -37,11 +37,13 @@ class MultiLayerPool(TrainablePool):
         choices: overrides of the cost model, e.g. {"memory": "recompute"}; see `mlpool_kernels.plan`.
         skip_tokens: first tokens of each text to leave out of a mean of hidden states; see `mlpool.gather`.
         start: of the mix: the "last" layer read alone, "all" evenly, or one weight for each layer read.
+        whiten: a matrix over the embedding before unit length, the identity until `calibrate`; see `whitening.py`.
         device, dtype: of the parameters.
 
     Source: "Pooling And Attention" (arXiv 2409.02727), section 3.3.
     """
 
+    older: ClassVar = {"whiten": False}
     reads_all_layers = True
 
     def __init__(
@@ -60,6 +62,7 @@ class MultiLayerPool(TrainablePool):
         choices: Mapping[str, str] | None = None,
         skip_tokens: int = 0,
         start: str | Sequence[float] = "last",
+        whiten: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,9 +71,9 @@ class MultiLayerPool(TrainablePool):
         selected = select_layers(layers, num_layers)
         super().__init__(
             hidden_size, num_latents, num_heads, head_dim, ff_mult, token_pooling, residual, start, normalize,
-            backend, choices, num_layers if selected is None else len(selected), device, dtype,
+            backend, choices, num_layers if selected is None else len(selected), whiten, device, dtype,
         )  # fmt: skip
-        self.num_layers, self.layers, self.skip_tokens = num_layers, selected, skip_tokens
+        self.num_layers, self.layers, self.skip_tokens, self.whiten = num_layers, selected, skip_tokens, whiten
 
     @classmethod
     def paper(cls, hidden_size: int, num_layers: int, token_pooling: str = "last", **options: Any) -> Self:

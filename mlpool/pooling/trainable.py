@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from mlpool_kernels import Plan, Sizes, Weights, choose, cross_attend, embed, fold_queries, fold_values
 from mlpool_kernels.plan import default_rates
 from mlpool_kernels.rows import mix_rows
@@ -17,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import checkpoints, report
 from .base import TOKEN_POOLINGS, Pool, check_choice, check_flags, check_positive, running_dtype
 from .mix import fill_start, start_weights, unit_rows
+from .whitening import whitening
 
 # The sizes of the paper's released module.
 PAPER = {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "ff_mult": 4, "residual": False}
@@ -24,6 +26,7 @@ PAPER = {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "ff_mult": 4, "r
 # Of residual="mix". From the last layer of an embedder that is good already it has less to find, and more to lose.
 LEARNING_RATES = {"": 1e-3, "mix_weights": 3e-2}
 LEARNING_RATES_FROM_LAST = {"": 3e-4, "mix_weights": 3e-3}
+LEARNING_RATES_WHITENED = {"": 1e-3, "mix_weights": 3e-2, "whitening": 1e-4}
 
 _optimizer_steps = 0
 
@@ -56,7 +59,7 @@ class TrainablePool(Pool):
     def __init__(
         self, hidden_size: int, num_latents: int, num_heads: int, head_dim: int, ff_mult: int, token_pooling: str,
         residual: bool | str, start: str | Sequence[float], normalize: bool, backend: str,
-        choices: Mapping[str, str] | None, num_keys: int | None, device: torch.device | str | None,
+        choices: Mapping[str, str] | None, num_keys: int | None, whiten: bool, device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -65,9 +68,9 @@ class TrainablePool(Pool):
         )
         check_choice("token_pooling", token_pooling, TOKEN_POOLINGS)
         check_choice("backend", backend, BACKENDS)
-        check_flags(normalize=normalize)
+        check_flags(normalize=normalize, whiten=whiten)
         count = num_keys or 1
-        _check_residual(residual, start, count)
+        _check_residual(residual, start, count, whiten)
         if choices is not None and not isinstance(choices, Mapping):
             raise ValueError(f'choices must be a dict such as {{"keys": "absorbed"}}, got {choices!r}')
         Plan().override(dict(choices or {}))
@@ -78,6 +81,8 @@ class TrainablePool(Pool):
         self.choices, self.folded = dict(choices or {}), False
         if residual == "mix":
             self.learning_rates = LEARNING_RATES_FROM_LAST if start == "last" else LEARNING_RATES
+        if whiten:
+            self.learning_rates = LEARNING_RATES_WHITENED
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -95,6 +100,7 @@ class TrainablePool(Pool):
         # Vectors, not scalars: FSDP2 cannot shard a tensor without dimensions.
         self.gate = new(d) if residual is True else None
         self.mix_weights = new(count) if residual == "mix" else None
+        self.whitening = new(d, d) if whiten else None
         self._cache: tuple[Any, tuple[Any, ...]] | None = None
         self._ask_device()
         self.reset_parameters()
@@ -128,6 +134,42 @@ class TrainablePool(Pool):
                 for last in (self.output_weight, self.ff_out_weight, self.ff_out_bias):
                     last.zero_()
                 fill_start(self.mix_weights, self.start)
+            if self.whitening is not None:
+                nn.init.eye_(self.whitening)
+
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether this pool whitens and is at its start: the identity, and a branch that gives nothing."""
+        matrix = self.whitening
+        if matrix is None or not torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)):
+            return False
+        ends = (self.output_weight, self.ff_out_weight, self.ff_out_bias)
+        return not any(end is not None and end.any() for end in ends)
+
+    @torch.no_grad()
+    def calibrate(self, embeddings: Tensor) -> None:
+        """Set `whitening`, and mix and bias before it, so that embeddings such as these come out whitened.
+
+        What goes into `whitening` is of mean 0 and length √D then, to which the branch is added at its own scale:
+        learning rates mean the same whatever the backbone.
+
+        Args:
+            embeddings: [N, D] of this pool as it starts, not brought to unit length; a few times D texts suffice.
+
+        Raises:
+            ValueError: no whitening, a pool not at its start, a wrong shape, embeddings that are all alike.
+        """
+        if self.whitening is None:
+            return super().calibrate(embeddings)
+        if not self.uncalibrated:
+            raise ValueError("this pool was calibrated or trained before; only the start of a new one is calibrated")
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.hidden_size:
+            raise ValueError(f"embeddings must be [N, {self.hidden_size}], got {list(embeddings.shape)}")
+        matrix, mean, scale = whitening(embeddings.to(self.whitening.device))
+        assert self.mix_weights is not None
+        self.mix_weights.mul_(scale)
+        self.ff_out_bias.copy_(-scale * mean)
+        self.whitening.copy_(matrix)
 
     # --- weights folded once per update --------------------------------------------------------------------------
 
@@ -300,7 +342,10 @@ class TrainablePool(Pool):
             # Less what the latents alone would give, all texts the same; rounded as in the pool.
             bias = bias.to(y_mean.dtype) - self.latents.to(self._compute_dtype()).mean(0, dtype=y_mean.dtype)
         dtype = torch.promote_types(dtype, self._compute_dtype())
-        return embed(product, bias, y_mean, base, self.gate, self.normalize, dtype, self.backend)
+        if self.whitening is None:
+            return embed(product, bias, y_mean, base, self.gate, self.normalize, dtype, self.backend)
+        plain = embed(product, bias, y_mean, base, self.gate, False, dtype, self.backend)
+        return self._finish(F.linear(plain, self.whitening.to(dtype)))
 
     def _plan_keys(self, tokens: int | None) -> int:
         raise NotImplementedError
@@ -359,12 +404,14 @@ class _ZeroGradients(torch.autograd.Function):
         return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
-def _check_residual(residual: bool | str, start: str | Sequence[float], count: int) -> None:
+def _check_residual(residual: bool | str, start: str | Sequence[float], count: int, whiten: bool) -> None:
     if residual not in (True, False, "mix") or isinstance(residual, int) != isinstance(residual, bool):
         raise ValueError(f'residual must be "mix", True or False, got {residual!r}')
     start_weights(start, count)
     if residual != "mix" and start != "last":
         raise ValueError(f'start={start!r} is for residual="mix"; residual={residual!r} has no mix to start from')
+    if residual != "mix" and whiten:
+        raise ValueError(f'whiten=True is for residual="mix"; residual={residual!r} has no mix to whiten')
 
 
 def _require_plain(pool: nn.Module) -> None:

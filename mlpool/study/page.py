@@ -230,7 +230,7 @@ def _read(found: Found) -> Table | None:
         ["layer", *read],
         caption="Share of each layer in what the trained pool adds up, its weight times the length of what it "
         "carries; blue is more than an even share, orange less. Last, how near the embedding is to that of plain "
-        "pooling, which a residual pool starts from: 1 where the pool changes nothing. "
+        "pooling of the last layer: 1 where the pool changes nothing of it. "
         f"Over {texts} texts, mean over heads and seeds.",
     )
     for layer in layers:  # a row each: a page is as long as it likes, and only so wide

@@ -111,7 +111,7 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     steps: dict[str, Any] = {}
     if run.kind == "untrained":
-        embedder = untrained(run.train)
+        embedder = untrained(run.train, calibrated=True)
     else:
         place = folder / "train"
         resumed = any(place.glob("checkpoint-*"))
@@ -138,12 +138,17 @@ def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def untrained(train: dict[str, Any]) -> Any:
-    """The embedder at step 0, as a training would begin with it."""
+def untrained(train: dict[str, Any], calibrated: bool = False) -> Any:
+    """The embedder at step 0, as a training would begin with it; `calibrated`: its pool by the training's texts."""
     from ..training.config import read_config
-    from ..training.train import begin
+    from ..training.mixture import load_mixture
+    from ..training.train import begin, calibrate_start
 
-    return begin(read_config({**train, "output_dir": "unused"}))
+    config = read_config({**train, "output_dir": "unused"})
+    embedder = begin(config)
+    if calibrated:
+        calibrate_start(embedder, load_mixture(config.data))
+    return embedder
 
 
 def count_parameters(embedder: Any) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """The pairs of a training, of one source or of several, each with its own columns, prompts and weight."""
 
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -114,6 +116,16 @@ class Mixture:
                     f"({', '.join(other.pairs.column_names)}) have different columns, and a batch that mixes them "
                     "needs the same; say num_negatives as the poorer one has them, or data.batches: one source"
                 )
+
+    def texts(self, most: int, stored: Mapping[str, str | None]) -> list[tuple[str, str]]:
+        """About so many texts of an epoch, each with its prompt, from every source and column; the same each time."""
+        found: list[tuple[str, str]] = []
+        for often, source in zip(self.passes, self.sources, strict=True):
+            wanted = math.ceil(most * often * len(source.pairs) / self.size / len(source.columns))
+            rows = random.Random(self.seed).sample(range(len(source.pairs)), min(wanted, len(source.pairs)))
+            drawn, prompts = source.pairs.select(rows), source.column_prompts(stored)
+            found += [(prompts.get(name, ""), text) for name in source.columns for text in drawn[name]]
+        return list(dict.fromkeys(found))
 
     # --- batches of one source --------------------------------------------------------------------------------------
 

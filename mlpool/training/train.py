@@ -19,6 +19,7 @@ from transformers.utils import is_torch_xla_available
 from ..corpus.rows import BadRow
 from ..corpus.sources import open_source
 from ..embedder import Embedder, add_lora, load
+from ..embedder.calibration import ENOUGH, calibrate
 from ..embedder.folder import recover
 from ..files import check_folder_name, read_json, write_text
 from ..pooling.base import log_once
@@ -114,6 +115,8 @@ def train(
             next(iter(trainer.get_train_dataloader()))
             trainer.create_optimizer()
             return embedder
+        if checkpoint is None:
+            calibrate_start(embedder, mixture)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(output))
         trainer.save_state()  # the last file: see `_finished`
@@ -130,6 +133,12 @@ def begin(config: TrainConfig) -> Embedder:
         add_lora(embedder, **config.lora)
     prepare(embedder)
     return embedder
+
+
+def calibrate_start(embedder: Embedder, mixture: Mixture) -> None:
+    """Where the pool whitens and is at its start: by texts of the training."""
+    if embedder.pooler.pool.uncalibrated:
+        calibrate(embedder, mixture.texts(ENOUGH * embedder.backbone.hidden_size, embedder.prompts))
 
 
 class _Begun(TrainerCallback):

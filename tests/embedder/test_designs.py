@@ -125,7 +125,9 @@ def test_where_the_default_starts():
         (tiny.base(), 5, "all"), (tiny.base(), 3, "last"), (tiny.base("bert"), 5, "last"),
         (tiny.base(), "layer-weights-bidirectional", "all"),
     ):  # fmt: skip
-        assert load(base, design)[1].pool.start == start
+        pool = load(base, design)[1].pool
+        assert pool.start == start
+        assert pool.uncalibrated == (design == 5 and start == "all")
     one, other = load(tiny.base(), 5), load(tiny.base(), "layer-weights-bidirectional")
     assert abs(one.encode(TEXTS) - other.encode(TEXTS)).max() < 1e-6
     gated = load(tiny.base(), 5, {"residual": True})

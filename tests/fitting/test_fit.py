@@ -247,9 +247,12 @@ def test_training_on_states_is_training_on_texts(whole, data):
     torch.manual_seed(0)
     model[1].pool = other = _build(model, chosen)
     model[0].requires_grad_(False)
+    model.calibrate([texts[row][1] for row in np.unique(table)])
+    model.train()
     loss = InfoNCE(model)
-    groups = [{"params": [p], "lr": 0.3 if name == "mix_weights" else 1e-2} for name, p in other.named_parameters()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)  # the pool's own proportion
+    proportion = {"mix_weights": 0.3, "whitening": 1e-3}  # the pool's own
+    groups = [{"params": [p], "lr": proportion.get(name, 1e-2)} for name, p in other.named_parameters()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 1.0, 0.5][min(step, 2)])
     made = batches(table, 8, 0)
     for _ in range(3):

@@ -146,11 +146,12 @@ def test_plan_of_released_sizes(kind, batch):
 
 # Select, attend, mix, norm, feed-forward, embed, and the values and W2 by the library; in training queries and keys are
 # folded anew, and of the 24 in the backward 14 are products of matrices.
-COUNTS = {"last": (8, 12, 24), "mean": (9, 13, 24)}
+# Whitened: the matrix, and unit length behind it.
+COUNTS = {"last": (8, 12, 24), "mean": (9, 13, 24), "mean, whitened": (11, 15, 27)}
 
 
-@pytest.mark.parametrize("token_pooling", COUNTS)
-def test_launches_of_the_default_pool(token_pooling, monkeypatch):
+@pytest.mark.parametrize("kind", COUNTS)
+def test_launches_of_the_default_pool(kind, monkeypatch):
     """Ours and torch's together, in evaluation, in a training step's forward and in its backward: the host's time.
 
     Qwen2-0.5B, 64 texts. A new operation on this way, a mask, a cast, a copy, is to be seen here.
@@ -164,7 +165,8 @@ def test_launches_of_the_default_pool(token_pooling, monkeypatch):
 
     monkeypatch.setattr("mlpool.pooling.tokens.select_padded", select)
     with card(90, traced=False) as launches:
-        pool = MultiLayerPool(896, 24, token_pooling=token_pooling, device="cuda", dtype=torch.bfloat16)
+        options = {"token_pooling": kind.partition(",")[0], "whiten": "whitened" in kind}
+        pool = MultiLayerPool(896, 24, **options, device="cuda", dtype=torch.bfloat16)
         states = [torch.randn(64, 128, 896, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(24)]
         mask = torch.ones(64, 128, device="cuda", dtype=torch.int64)
         found = []
@@ -182,7 +184,7 @@ def test_launches_of_the_default_pool(token_pooling, monkeypatch):
         out = count(lambda: pool.train()(states, mask, includes_embedding=False))
         count(lambda: gradients(out, [*pool.parameters(), *states]))
     found[2].remove("ones_like")  # the gradient that it begins with
-    assert [len(names) for names in found] == list(COUNTS[token_pooling]), found
+    assert [len(names) for names in found] == list(COUNTS[kind]), found
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])

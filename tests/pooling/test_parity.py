@@ -106,6 +106,16 @@ def test_autocast(kind, token_pooling, residual, target):
     )
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_whitened(dtype, target):
+    backend = "auto" if dtype == torch.float64 else target.backend
+    pool = randomise(MultiLayerPool(48, 6, 16, 2, 8, token_pooling="mean", whiten=True, backend=backend))
+    states, mask = make_states(6, (24, 6, 48), target), make_mask(24, 6)
+    assert_close_to_equations(pool.to(target.device), states, mask, dtype)
+    if dtype == torch.float32:
+        assert_close_to_equations(pool, states, mask, dtype, autocast=torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_states_and_float32_parameters(dtype, target):
     """States as a backbone in low precision gives them: they are widened, not the parameters narrowed."""

@@ -16,14 +16,15 @@ SMALL = {
 WIDE = {"Llama-3.2-1B": (2048, 16, 1236), "OPT-1.3B": (2048, 24, 1316), "StableLM-2-1.6B": (2048, 24, 1644)}
 
 
-def share(hidden: int, layers: int, millions: int) -> float:
-    pool = MultiLayerPool(hidden, layers, device="meta")
+def share(hidden: int, layers: int, millions: int, whiten: bool = False) -> float:
+    pool = MultiLayerPool(hidden, layers, whiten=whiten, device="meta")
     return sum(p.numel() for p in pool.parameters()) / (millions * 1e6)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_default_pool_is_under_a_hundredth(name):
     assert 0.005 < share(*SMALL[name]) <= 0.01
+    assert share(*SMALL[name], whiten=True) < 0.011
 
 
 @pytest.mark.parametrize("name", WIDE)

@@ -12,6 +12,7 @@ from runs import config_of, losses
 
 import mlpool
 from mlpool.training.config import read_config
+from mlpool.training.mixture import load_mixture
 from mlpool.training.train import train, training_arguments
 from mlpool.training.trainer import EmbedderTrainer, last_checkpoint
 
@@ -33,6 +34,7 @@ def test_a_run_learns_and_leaves_a_folder_that_loads(whole_run):
 
 def test_the_pool_has_its_own_learning_rate_and_only_lora_trains(place, tmp_path):
     config = config_of(place, tmp_path / "out", pooler_learning_rate=0.0, max_steps=2, save_strategy="no")
+    config["pooler"] |= {"start": "all"}
     before = mlpool.load(config["model"], config["design"], config["pooler"]).state_dict()
     after = train(config).state_dict()
     assert any("lora_B" in name and bool(tensor.any()) for name, tensor in after.items())
@@ -46,7 +48,8 @@ def test_the_pool_has_its_own_learning_rate_and_only_lora_trains(place, tmp_path
 @pytest.mark.parametrize(
     ("pooler", "asked", "rates"),
     [
-        ({}, None, {"mix_weights": 3e-2, "output_weight": 1e-3}),
+        ({}, None, {"mix_weights": 3e-2, "output_weight": 1e-3, "whitening": 1e-4}),
+        ({"start": "all"}, None, {"mix_weights": 3e-2, "output_weight": 1e-3}),
         ({"start": "last"}, None, {"mix_weights": 3e-3, "output_weight": 3e-4}),
         ({}, 1e-4, {"mix_weights": 3e-3, "output_weight": 1e-4}),
         ({"residual": True}, None, {"gate": 3e-3, "output_weight": 3e-3}),
@@ -66,6 +69,18 @@ def test_the_learning_rates_that_a_pool_is_given(place, tmp_path, monkeypatch, p
     of = {name.rpartition(".")[2]: given[id(p)] for name, p in trainer.model.named_parameters() if id(p) in given}
     assert {name: of[name] for name in rates} == pytest.approx(rates)
     assert {given[id(p)] for n, p in trainer.model.named_parameters() if "lora_" in n} == {3e-3}
+
+
+def test_a_pool_that_whitens_is_calibrated_once_by_texts_of_the_training(place, tmp_path):
+    config = config_of(place, tmp_path / "out", pooler_learning_rate=0.0, max_steps=1, save_strategy="no")
+    pool = train(config).pooler.pool
+    by_hand = mlpool.load(config["model"], config["design"], config["pooler"])
+    by_hand.calibrate([text for _, text in load_mixture(config["data"]).texts(1000, {})])
+    for name in ("whitening", "ff_out_bias", "mix_weights"):
+        torch.testing.assert_close(getattr(pool, name), getattr(by_hand.pooler.pool, name), atol=1e-4, rtol=1e-3)
+    again = {**config, "model": str(tmp_path / "out"), "output_dir": str(tmp_path / "again"), "lora": None}
+    again = {name: value for name, value in again.items() if name not in ("design", "pooler", "lora")}
+    assert torch.equal(train(again).pooler.pool.whitening, pool.whitening)
 
 
 def test_prompts_are_read_in_training_as_in_encoding(place, tmp_path):
