@@ -144,7 +144,10 @@ def test_two_processes(name, tmp_path, engine):
     made = tiny.embedder("multi-layer-bidirectional", family, frame="bos")
     export_vllm(made, tmp_path / "out")
     llm = engine(tmp_path / "out", distributed_executor_backend="mp", **options)
-    assert same(made.encode(TEXTS), embed(llm, TEXTS))
+    try:
+        assert same(made.encode(TEXTS), embed(llm, TEXTS))
+    finally:
+        llm.llm_engine.engine_core.shutdown()  # else its processes live as long as this one
 
 
 OPTIONS = {
