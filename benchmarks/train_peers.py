@@ -83,7 +83,7 @@ LOW_FIRST, LOW_CURVE = 5e-2, 2e-1  # in half precision
 # default pool's most time over mean pooling's.
 WANTED = {"24": (1.0, 1.3, False), "pairs": (1.5, 2.0, True)}
 POOL = 1.05
-RATE = 5e-4
+RATE = 1e-4
 QUIET = 0.9  # of the threads' time the part that they got; of less the processor's time decides
 MOST_TOKENS, MOST_PAIRS = 256, 3000  # of a text, of a source
 BUDGET = ((0.0, 0, 0.0),) * 3  # of `Bench`, whose rounds are not used here

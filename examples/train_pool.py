@@ -21,8 +21,9 @@ SIZES = {"num_latents": 64, "num_heads": 8, "head_dim": 64, "ff_mult": 1}
 DEV = ("stsb/dev", "sickr/dev")
 TEST = ("stsb/test", "sts16/test", "sickr/test")
 CANDIDATES = [
-    {"name": "default, from all layers", "pooler": {**SIZES, "start": "all"}, "learning_rate": [1e-3, 2e-3]},
-    {"name": "default, from the last", "pooler": {**SIZES, "start": "last"}, "learning_rate": [3e-4, 1e-3]},
+    {"name": "default", "pooler": SIZES, "learning_rate": [1e-3, 5e-3]},
+    {"name": "not whitened, from all layers", "pooler": {**SIZES, "start": "all"}, "learning_rate": [1e-3, 2e-3]},
+    {"name": "not whitened, from the last", "pooler": {**SIZES, "start": "last"}, "learning_rate": [3e-4, 1e-3]},
     {"name": "released equations", "pooler": {**SIZES, "residual": False}, "learning_rate": [3e-4, 1e-3]},
     {"name": "gated residual", "pooler": {**SIZES, "residual": True}, "learning_rate": [1e-3]},
     {"name": "layer weights", "pool": "LayerWeightsPool", "pooler": {"start": "all"}, "learning_rate": [1e-2]},

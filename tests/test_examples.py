@@ -57,10 +57,10 @@ def test_pools_over_a_frozen_base(examples, data_dir, tmp_path, monkeypatch, cap
     train_pool.main()
     assert "released equations" in capsys.readouterr().out
     trials = json.loads((tmp_path / "best/fit.json").read_text())
-    assert len(trials) == 8
+    assert len(trials) == 10
     assert all(0.2 < trial[name] < 1 for trial in trials for name in ("start", "dev", "test"))
     starts = {trial["name"]: trial["start"] for trial in trials}
-    assert starts["default, from the last"] == starts["gated residual"]  # both start at mean pooling
+    assert starts["not whitened, from the last"] == starts["gated residual"]  # both start at mean pooling
     assert (tmp_path / "best/modules.json").is_file()
 
 
