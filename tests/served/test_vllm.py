@@ -128,7 +128,7 @@ def test_a_real_base(design, tmp_path, engine):
 
 
 # A pipeline is compiled, as by default, though not by Inductor, which takes long: in eager mode the CPU worker of a
-# later stage has no buffer for the states of the first, and ends in an AssertionError, whatever model it serves.
+# later stage has no buffer for the states of the first, and ends in vLLM's own AssertionError.
 PARALLEL = {
     "tensor": ("mistral", {"tensor_parallel_size": 2}),
     "pipeline": (
