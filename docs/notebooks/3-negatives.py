@@ -92,6 +92,9 @@ plt.show()
 
 # %%
 models = {"untrained": mlpool.load(base, design="multi-layer-causal-mean", depth=10, max_seq_length=32)}
+models["calibrated"] = mlpool.load(base, design="multi-layer-causal-mean", depth=10, max_seq_length=32)
+pairs = [json.loads(line) for line in Path("runs/data/pairs.jsonl").read_text().splitlines()]
+models["calibrated"].calibrate([text for pair in pairs for text in pair.values()])
 models |= {name: mlpool.load(f"runs/{name}") for name in runs}
 for name, model in models.items():
     evaluate_local(model, "runs/data", ["retrieval"], f"runs/scores/{name}", label=name)
@@ -105,7 +108,8 @@ def against(baseline: str, name: str):
     return comparison
 
 
-gain = against("untrained", "pairs alone")
+start = against("untrained", "calibrated")
+gain = against("calibrated", "pairs alone")
 effect = against("pairs alone", "with negatives")
 effect.save("runs/negatives")
 display(Image("runs/negatives/forest.png", width=760))

@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-m", "--model", required=True, help="a pretrained language model: folder or Hub name")
     add("-o", "--output", required=True, metavar="DIR", help="folder to write the embedder to")
     add("--design", default=DESIGN, help="default: %(default)s")
-    add("--text-column", help="default: text, else the only string column")
+    add(
+        "--text-column", nargs="+", default=[None], metavar="COLUMN",
+        help="several, say query positive, if both will be embedded; default: text, else the only string column",
+    )  # fmt: skip
     add("--texts", type=int, metavar="N", help=f"size of the sample; default: {ENOUGH} times the embeddings' dimension")
     add_max_seq_length(parser)
     add_device(parser, "a GPU if there is one")
@@ -35,12 +38,12 @@ def run(args: argparse.Namespace) -> None:
     if args.texts is not None and args.texts < 2:
         raise ValueError(f"--texts must be at least 2, got {args.texts}")
     files = find_files(args.inputs)
-    columns = find_columns(files, args.text_column)
+    columns = [find_columns(files, name) for name in args.text_column]
     from ..embedder import load  # imports for seconds
 
     embedder = load(args.model, args.design, max_seq_length=args.max_seq_length, device=args.device)
     wanted = args.texts or ENOUGH * embedder.backbone.hidden_size
-    texts = sample((row.text for path in files for row in read_file(path, columns)), wanted)
+    texts = sample((row.text for path in files for column in columns for row in read_file(path, column)), wanted)
     embedder.calibrate(texts, show_progress_bar=True)
     embedder.save(args.output)
     print(f"{args.output}: {args.design} on {args.model}, whitened by {len(texts):,} texts. Embed with mlpool encode")

@@ -1,5 +1,7 @@
 """Calibrating an embedder by texts alone: what it changes, and who does so by themselves."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
@@ -74,6 +76,17 @@ def test_the_command(tmp_path, capsys):
     assert main([*words, str(tmp_path / "out")]) == 2  # a saved embedder
     assert main([*words, str(tiny.base()), "--design", "eos-causal"]) == 2
     assert "no start to calibrate" in capsys.readouterr().err
+
+
+def test_several_columns(tmp_path, capsys):
+    rows = [{"query": f"{text}?", "positive": text} for text in TEXTS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    words = ["calibrate", str(tmp_path / "pairs.jsonl"), "--device", "cpu", "-o", str(tmp_path / "out"), "-m"]
+    words.append(str(tiny.base()))
+    assert main([*words, "--text-column", "query", "positive"]) == 0
+    assert f"whitened by {min(128, 2 * len(TEXTS))} texts" in capsys.readouterr().out
+    assert main(words) == 2
+    assert "2 other string columns" in capsys.readouterr().err
 
 
 def test_a_sample_is_even_and_the_same_each_time():
