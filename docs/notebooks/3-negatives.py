@@ -116,9 +116,9 @@ effect.save("runs/negatives")
 display(Image("runs/negatives/forest.png", width=760))
 
 # %% [markdown]
-# What makes an embedder of it is the calibration, before any step and without a label: all eight sets gain. What twelve
-# steps add to that, and what the mined negatives add to those, is within noise, and the intervals say how much that
-# leaves open. That is about twelve steps and these models: forty steps of 24 pairs do add ([designs](../designs.md)), and
+# What makes an embedder of it is the calibration, before any step and without a label: all eight sets gain. What the
+# twelve steps add to that, and what mined negatives add to those, is within noise, and the intervals say how much that
+# leaves open. That is about twelve steps and these models: forty steps of 24 pairs add ([designs](../designs.md)), and
 # whether mining helps on your data takes your data, more steps and several seeds (`--seed`, [mining](../mining.md)).
 
 # %% tags=["claims"]
