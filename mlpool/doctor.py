@@ -32,7 +32,7 @@ ABSENT = "is missing"
 # What each extra brings, and the commands that need it.
 EXTRAS = {
     "triton": "kernels on a GPU",
-    "st": "embedders: mlpool encode, export",
+    "st": "embedders: mlpool encode, calibrate, export",
     "train": "mlpool init, mine, train, fit, merge, import-released",
     "eval": "mlpool eval, compare, layers; with train: mlpool study",
     "flash": "packed attention with dropout or soft-capping on a GPU",

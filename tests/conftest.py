@@ -273,3 +273,13 @@ def use(pool, states: Sequence[Tensor], mask: Tensor, **options) -> Tensor:
     if isinstance(pool, MultiLayerPool):
         return pool(states, mask, includes_embedding=False, **options)
     return pool(states, mask, **options)
+
+
+@pytest.fixture(scope="session")
+def nodes():
+    """One Ray cluster for all its tests: it takes its time to start. Here, since other folders import this file by name."""
+    from nodes import Nodes
+
+    made = Nodes()
+    yield made
+    made.cluster.shutdown()

@@ -19,6 +19,7 @@ ABSENT = (
 MISSING = {
     "init": ["./none", "none.jsonl", "-o", "out.yaml"],
     "encode": ["none.txt", "-m", ".", "-o", "out"],
+    "calibrate": ["none.txt", "-m", ".", "-o", "out"],
     "mine": ["none.jsonl", "-m", ".", "-o", "out.jsonl"],
     "train": ["none.yaml"],
     "fit": ["none.yaml"],
@@ -114,6 +115,7 @@ def test_what_to_install_is_said(tmp_path):
     there = {
         "init": [".", "x.csv", "-o", "out.yaml"],
         "encode": ["x.txt", "-m", ".", "-o", "out"],
+        "calibrate": ["x.txt", "-m", ".", "-o", "out"],
         "mine": ["x.csv", "-m", ".", "-o", "out.jsonl"],
         "train": ["x.yaml"],
         "fit": ["x.yaml"],

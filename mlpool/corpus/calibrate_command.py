@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..embedder.calibration import ENOUGH
 from ..files import check_folder_name
 from ..options import add_device, add_max_seq_length, check_place
 from .text_files import ACCEPTED, find_columns, find_files, read_file
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-column", nargs="+", default=[None], metavar="COLUMN",
         help="several, say query positive, if both will be embedded; default: text, else the only string column",
     )  # fmt: skip
-    add("--texts", type=int, metavar="N", help=f"size of the sample; default: {ENOUGH} times the embeddings' dimension")
+    add("--texts", type=int, metavar="N", help="size of the sample; default: 4 times the embeddings' dimension")
     add_max_seq_length(parser)
     add_device(parser, "a GPU if there is one")
 
@@ -40,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
     files = find_files(args.inputs)
     columns = [find_columns(files, name) for name in args.text_column]
     from ..embedder import load  # imports for seconds
+    from ..embedder.calibration import ENOUGH
 
     embedder = load(args.model, args.design, max_seq_length=args.max_seq_length, device=args.device)
     wanted = args.texts or ENOUGH * embedder.backbone.hidden_size
