@@ -277,7 +277,7 @@ def use(pool, states: Sequence[Tensor], mask: Tensor, **options) -> Tensor:
 
 @pytest.fixture(scope="session")
 def nodes():
-    """One Ray cluster for all its tests: it takes its time to start. Here, since other folders import this file by name."""
+    """One Ray cluster for all its tests; here, since tests import this file by its name and there can be but one."""
     from nodes import Nodes
 
     made = Nodes()
