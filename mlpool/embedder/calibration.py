@@ -24,6 +24,8 @@ def calibrate(embedder: Any, texts: Sequence[tuple[str, str]], progress: bool | 
             "whiten=True has, until it is calibrated or trained. It is the default of multi-layer designs over means "
             'on a pretrained language model, elsewhere pooler={"whiten": True}'
         )
+    if len(texts) < 2:
+        raise ValueError(f"calibrating needs at least 2 texts, some thousand to be good, got {len(texts)}")
     rows = []
     with pool.unnormalized():
         for prompt in dict.fromkeys(prompt for prompt, _ in texts):

@@ -188,9 +188,13 @@ class Embedder(SentenceTransformer):
             prompt_name: of the prompt before them, as of `encode`.
 
         Raises:
-            ValueError: fewer than 2 texts, or a pool that does not whiten or is not at its start.
+            ValueError: fewer than 2 texts, an unknown prompt, a pool that does not whiten or was calibrated before.
         """
+        if isinstance(texts, str):
+            raise ValueError("texts must be a list of strings, got one string")
         name = prompt_name or self.default_prompt_name
+        if name and name not in self.prompts:
+            raise ValueError(f"there is no prompt {name!r}; stored are {', '.join(self.prompts) or 'none'}")
         prompt = (self.prompts[name] if name else "") or ""
         calibrate(self, [(prompt, text) for text in texts], show_progress_bar)
 

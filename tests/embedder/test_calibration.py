@@ -58,6 +58,20 @@ def test_pools_that_do_not_whiten_say_so_before_they_embed(base, design, pooler,
         embedder.calibrate(TEXTS)
 
 
+def test_texts_and_prompts_that_are_none():
+    embedder = load(tiny.base(), "multi-layer-causal-mean", tiny.SMALL)
+    for texts in ([], ["one"]):
+        with pytest.raises(ValueError, match=f"at least 2 texts.* got {len(texts)}"):
+            embedder.calibrate(texts)
+    with pytest.raises(ValueError, match="all alike"):
+        embedder.calibrate(["the same"] * 3)
+    with pytest.raises(ValueError, match="got one string"):
+        embedder.calibrate("a text")
+    with pytest.raises(ValueError, match="there is no prompt 'other'"):
+        embedder.calibrate(TEXTS, prompt_name="other")
+    assert embedder.pooler.pool.uncalibrated
+
+
 def test_what_was_calibrated_is_not_calibrated_again():
     embedder = load(tiny.base(), "multi-layer-causal-mean", tiny.SMALL)
     embedder.calibrate(TEXTS)
