@@ -275,6 +275,19 @@ def use(pool, states: Sequence[Tensor], mask: Tensor, **options) -> Tensor:
     return pool(states, mask, **options)
 
 
+def peak(run: Callable[[], object]) -> int:
+    """Most bytes alive at once during `run` beyond those alive before it, on the CPU."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        result = run()
+    del result
+    alive = most = 0
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            most = max(most, alive)
+    return most
+
+
 @pytest.fixture(scope="session")
 def nodes():
     """One Ray cluster for all its tests; here, since tests import this file by its name and there can be but one."""

@@ -180,7 +180,7 @@ class Embedder(SentenceTransformer):
         """Whiten this embedder by texts such as it will embed, without labels or training; see `pooling/whitening.py`.
 
             embedder = mlpool.load(decoder, design="multi-layer-causal-mean")
-            embedder.calibrate(texts)  # some thousands: 4 times D suffice
+            embedder.calibrate(texts)  # some thousands; training takes 4 times D
 
         `mlpool train` and `fit` do so by themselves, with their own texts.
 

@@ -154,7 +154,7 @@ class TrainablePool(Pool):
         learning rates mean the same whatever the backbone.
 
         Args:
-            embeddings: [N, D] of this pool as it starts, not brought to unit length; a few times D texts suffice.
+            embeddings: [N, D] of this pool as it starts, not brought to unit length.
 
         Raises:
             ValueError: no whitening, a pool not at its start, a wrong shape, embeddings that are all alike.

@@ -8,26 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import GPU, last, make_states, multi, use
+from conftest import GPU, last, make_states, multi, peak, use
 from mlpool_kernels import reference
 from torch import Tensor
 
 # The released proportions at a small scale: inner width 16·D, feed-forward 4·D, many latents.
 D, L, B, T = 64, 8, 64, 2
 SIZES = {"num_latents": 192, "num_heads": 2, "head_dim": 512, "ff_mult": 4}
-
-
-def peak(run: Callable[[], object]) -> int:
-    """Most bytes alive at once during `run` beyond those alive before it, on the CPU."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        result = run()
-    del result
-    alive = most = 0
-    for event in profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive)
-    return most
 
 
 def test_the_measure():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import peak
 from loss_models import VARIANTS, TinyLlama, assert_same, column, random_texts, run
 from torch import nn
 
@@ -84,18 +85,6 @@ def test_free_memory_is_the_system_s_within_the_container(monkeypatch, tmp_path)
     assert memory.free_bytes(device) == 1_000_000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.free_bytes(device) == 250_000
-
-
-def peak(run) -> int:
-    """Most bytes alive at once during `run` beyond those alive before, from the profiler's record."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        run()
-    alive = most = 0
-    for event in profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive)
-    return most
 
 
 def test_memory_falls_with_mini_batch_tokens():
