@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import glob
 import io
 import re
 import shutil
@@ -18,7 +19,16 @@ from typing import Any, NamedTuple
 
 _BUFFER = 8 << 20  # bytes a request: a store answers many small ones slowly
 _COPIED = 5 << 30  # bytes that S3 copies at most in one request, and a move is a copy there
+_MAGIC = re.compile(r"\*\*/|\*\*|\*|\?|\[!?[^/\]]+\]|[^*?[]+|\[")
 _URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+
+
+def _spelled(found: re.Match) -> str:
+    """A part of a pattern as a regular expression."""
+    part = found[0]
+    if part[0] == "[" != part:
+        return "[" + re.sub(r"([\\^])", r"\\\1", part[1:-1]).replace("!", "^", part[1] == "!") + "]"
+    return {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(part) or re.escape(part)
 
 
 class Stat(NamedTuple):
@@ -121,11 +131,10 @@ class RemotePath:
         return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def matches(self) -> list[RemotePath]:
-        """The files that this path fits as a pattern of * (inside a name) and ** (across folders), sorted."""
+        """The files that this path fits as a pattern of *, ?, [...] (in a name) and ** (across folders), sorted."""
         parts = self.key.split("/")
-        first = next((i for i, part in enumerate(parts) if "*" in part), len(parts))
-        spelled = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*"}
-        fits = re.compile(re.sub(r"\*\*/|\*\*|\*|[^*]+", lambda m: spelled.get(m[0]) or re.escape(m[0]), self.key))
+        first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+        fits = re.compile(_MAGIC.sub(_spelled, self.key))
         root = RemotePath(self.filesystem, "/".join(parts[:first]))
         return sorted(path for path in root._listed(len(parts) > first + 1, files=True) if fits.fullmatch(path.key))
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 from fake import Fake
@@ -21,6 +22,21 @@ class Dies(Fake):
 
     def encode(self, texts, **options):
         os._exit(1)
+
+
+class Waits(Fake):
+    """Stops before the text of a number for as long as a file is there, and no longer than two minutes."""
+
+    def __init__(self, number: int, gate: Path) -> None:
+        super().__init__()
+        self._number, self._gate = number, gate
+
+    def encode(self, texts, **options):
+        end = time.monotonic() + 120
+        last = int(texts[-1].split()[1]) if texts[-1].startswith("text ") else 0
+        while last >= self._number and self._gate.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        return super().encode(texts, **options)
 
 
 class Slow(Fake):

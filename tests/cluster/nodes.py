@@ -35,7 +35,9 @@ class Nodes:
         """A node whose processes import from `places`, and from where this one does."""
         # Ray's workers run at a low priority, and get nothing for minutes where others compute.
         env = {"PYTHONPATH": ":".join([*places, *filter(None, sys.path)]), "RAY_worker_niceness": "0"}
-        return self.cluster.add_node(env_vars=env, **SMALL, **dict(zip(PORTS, _free(), strict=True)))
+        # That a node is lost shows after five looks, of which Ray takes one in three seconds.
+        first = {} if self.cluster.head_node else {"_system_config": {"health_check_period_ms": 1000}}
+        return self.cluster.add_node(env_vars=env, **first, **SMALL, **dict(zip(PORTS, _free(), strict=True)))
 
     def remove(self, node) -> None:
         self.cluster.remove_node(node, allow_graceful=False)

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import tiny
-from faulty import Broken, Dies, Slow
+from faulty import Broken, Dies, Slow, Waits
 from many_texts import Fake, data_of, embeddings_of, parsed, some_texts, write_jsonl, write_parquet
 from nodes import Disturbance, complete
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
@@ -91,8 +91,8 @@ def interrupt(now: bool) -> None:
 
 
 def test_a_node_is_lost_and_another_joins(nodes, tmp_path, monkeypatch):
-    """For good; its shards go to the other node, and to one that was not there before. Files elsewhere, checked by all
-    nodes."""
+    """For good; its shards go to the other node, and to one that was not there before, for which the second half of the
+    texts waits. Files elsewhere, checked by all nodes."""
     texts = some_texts(400)
     write_jsonl(tmp_path / "a.jsonl", texts[:250], key=[f"d{i}" for i in range(250)])
     write_parquet(tmp_path / "b.parquet", texts[250:], key=[f"d{i}" for i in range(250, 400)])
@@ -113,11 +113,16 @@ def test_a_node_is_lost_and_another_joins(nodes, tmp_path, monkeypatch):
         nodes.nodes.append(nodes.add())
         return True
 
+    (gate := tmp_path / "gate").touch()
+
     def works() -> bool:
-        return bool(nodes.actors(nodes.nodes[-1], "make"))
+        if not nodes.actors(nodes.nodes[-1], "make"):
+            return False
+        gate.unlink()
+        return True
 
     with Disturbance(tmp_path / "out", [3] * 3, lose, join, works) as steps:
-        encode(nodes, store / "*", store / "out", Fake(delay=0.05), **options)
+        encode(nodes, store / "[ab].*", store / "out", Waits(200, gate), **options)
     assert steps.count == 3
     assert np.array_equal(load_embeddings(store / "out", concatenate=True), embeddings_of(texts))
     assert load_ids(store / "out") == [f"d{i}" for i in range(400)]

@@ -44,6 +44,9 @@ def test_patterns(store, tmp_path):
         (tmp_path / "store" / name).write_text("x\n")
     assert [path.key for path in find_files(store / "*.txt")] == ["a.txt", "b.txt"]
     assert [path.key for path in find_files(store / "**/*.txt")] == ["a.txt", "b.txt", "deep/er/c.txt"]
+    for pattern, names in {"[ac].txt": "a", "[!a].txt": "b", "?.txt": "ab", "[^a].txt": "a"}.items():
+        found = [path.key for path in (store / pattern).matches()]
+        assert found == [f"{name}.txt" for name in names], pattern
     assert [path.key for path in find_files([store / "deep/*/c.txt", store / "a.txt"])] == ["deep/er/c.txt", "a.txt"]
     with pytest.raises(FileNotFoundError, match=r"no file fits the pattern '.*/\*\.json'"):
         find_files(store / "*.json")
