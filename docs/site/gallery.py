@@ -34,7 +34,6 @@ DAYS = {
     "encode-nvidia-h200-full": "2026-11-27",
     "throughput-cpu-2cores": "2026-11-22",
     "throughput-nvidia-h200-full": "2026-11-27",
-    "train-peers-cpu-2cores-quick": "2026-11-27",
     "train-step-cpu-2cores-quick": "2026-11-22",
     "tune-nvidia-h200": "2026-11-27",
 }
@@ -209,7 +208,7 @@ SECTIONS = (
         "train-peers",
         "Fine-tuning beside sentence-transformers",
         "The same fine-tuning in both, with equal losses; behind a bar the speed over its plain loss.",
-        {"cpu": "python benchmarks/train_peers.py --base bases/smollm2 --quick"},
+        {"cpu": "python benchmarks/train_peers.py --base bases/smollm2"},
         [Plot(RATE, measured("texts_per_s", count, "ratio_plain")), EXTRA],
     ),
     Section(

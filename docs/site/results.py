@@ -97,7 +97,7 @@ def milliseconds(text: str) -> str:
 
 def mebibytes(text: str) -> str:
     value = float(text)
-    return f"{value / 1024:.3g} GiB" if value >= 1024 else f"{value:.3g} MiB"
+    return f"{value / 1024:.3g} GiB" if value >= 1000 else f"{value:.3g} MiB"
 
 
 def count(text: str) -> str:
@@ -163,20 +163,19 @@ def steps(device: str) -> str:
 
 
 def peers(device: str) -> str:
-    """Fine-tuning beside sentence-transformers: speed over its two losses and memory, lengths side by side."""
+    """Fine-tuning beside sentence-transformers: speed over its two losses, and memory."""
     rows = lines("train-peers", device)
     cases = list(dict.fromkeys(line["case"] for line in rows))
-    names = {"24": "24 tokens a text", "pairs": "real lengths"}
-    header = [""]
-    for case in cases:
-        length = case.rpartition(" ")[2]
-        header += [f"{names.get(length, length)}: over the plain loss", "over the cached", "extra memory"]
+    names = {"smollm2": "SmolLM2-135M", "qwen2-0.5b": "Qwen2-0.5B’s size", "24": "24 tokens", "pairs": "real lengths"}
+    header = ["over the plain loss / over the cached; memory"]
+    header += [", ".join(names.get(part, part) for part in case.split(" ")) for case in cases]
     body = []
     for provider in dict.fromkeys(line["provider"] for line in rows):
         found = [one for case in cases if (one := row(rows, case, provider))]
         if len(found) == len(cases):
-            cells = [(times(float(f["ratio_plain"])), times(float(f["ratio_cached"])), f["extra_mib"]) for f in found]
-            body.append([provider, *(cell for a, b, mib in cells for cell in (a, b, mebibytes(mib)))])
+            ratios = [f"{times(float(f['ratio_plain']))} / {times(float(f['ratio_cached']))}" for f in found]
+            cells = [f"{ratio}; {mebibytes(f['extra_mib'])}" for ratio, f in zip(ratios, found, strict=True)]
+            body.append([provider, *cells])
     return table(header, body)
 
 
