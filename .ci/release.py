@@ -94,8 +94,8 @@ def main() -> None:
     (place / "readme.py").write_text("\n".join(readme_blocks()))
     run(python, "readme.py", place=place)
     run(mlpool, "--version", place=place)
-    train = f"--model {MODEL} --data pairs.jsonl --lora true --output_dir again --max_steps 1 --save_steps 1"
-    run(mlpool, "train", ROOT / "configs/quick.yaml", *f"{train} --per_device_train_batch_size 8".split(), place=place)
+    run(mlpool, "init", MODEL, "pairs.jsonl", "-o", "train.yaml", place=place)
+    run(mlpool, "train", "train.yaml", *"--output_dir again --max_steps 1 --save_steps 1".split(), place=place)
     (place / "texts.txt").write_text("1 2 3\n4 5 6\n")
     run(mlpool, "encode", "texts.txt", "-o", "out", "--model", "my-embedder", place=place)
     print(f"{', '.join(w.name for w in wheels)}: installed, and README runs")
