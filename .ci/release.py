@@ -95,7 +95,7 @@ def main() -> None:
     run(python, "readme.py", place=place)
     run(mlpool, "--version", place=place)
     run(mlpool, "init", MODEL, "pairs.jsonl", "-o", "train.yaml", place=place)
-    run(mlpool, "train", "train.yaml", *"--output_dir again --max_steps 1 --save_steps 1".split(), place=place)
+    run(mlpool, "train", "train.yaml", "--output_dir", "again", "--max_steps", "1", "--save_steps", "1", place=place)
     (place / "texts.txt").write_text("1 2 3\n4 5 6\n")
     run(mlpool, "encode", "texts.txt", "-o", "out", "--model", "my-embedder", place=place)
     print(f"{', '.join(w.name for w in wheels)}: installed, and README runs")
