@@ -90,13 +90,13 @@ def main() -> None:
     place.mkdir()
     rows = [{"query": f"{i} {i + 1}", "positive": f"{i + 1} {i}"} for i in range(16)]
     (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "texts.txt").write_text("".join(f"{i} {i * i % 290} {290 - i}\n" for i in range(1, 290)))
     run(python, "-c", TINY.format(model=MODEL), place=place)
     (place / "readme.py").write_text("\n".join(readme_blocks()))
     run(python, "readme.py", place=place)
     run(mlpool, "--version", place=place)
     run(mlpool, "init", MODEL, "pairs.jsonl", "-o", "train.yaml", place=place)
     run(mlpool, "train", "train.yaml", "--output_dir", "again", "--max_steps", "1", "--save_steps", "1", place=place)
-    (place / "texts.txt").write_text("1 2 3\n4 5 6\n")
     run(mlpool, "encode", "texts.txt", "-o", "out", "--model", "my-embedder", place=place)
     print(f"{', '.join(w.name for w in wheels)}: installed, and README runs")
 
