@@ -342,7 +342,7 @@ def test_noise_that_would_hide_something_is_refused():
 @pytest.mark.gpu
 def test_nf4(tmp_path):
     """4 bits by bitsandbytes: the same way, on a card."""
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes beside the card: pip install bitsandbytes")
     embedder = load(tiny.base(dtype=torch.bfloat16), DESIGN, tiny.SMALL, quantization="nf4", device="cuda")
     tiny.shake(add_lora(embedder, dropout=0.0)[0].model, 0.05, only="lora_B")
     prepare(embedder)
