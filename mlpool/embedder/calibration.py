@@ -21,7 +21,7 @@ def calibrate(embedder: Any, texts: Sequence[tuple[str, str]], progress: bool | 
     if not pool.uncalibrated:
         raise ValueError(
             f"the pool of this {embedder.backbone.design} embedder has no start to calibrate: a MultiLayerPool with "
-            "whiten=True has, until it is calibrated or trained. It is the default of multi-layer designs over means "
+            "whiten=True has, until it is calibrated or trained. It is the default of multi-layer designs "
             'on a pretrained language model, elsewhere pooler={"whiten": True}'
         )
     if len(texts) < 2:

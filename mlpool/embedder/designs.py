@@ -122,7 +122,7 @@ def build_pool(
             arguments of the pool's class, e.g. {"num_latents": 32, "residual": False}.
         layers: the layers to read, for designs that read all; increasing indices, negatives counted from the end.
         untuned: whether the backbone is a language model as it was pretrained. Its last layer predicts tokens, so that
-            a pool of the layers' means starts, unless told where, at their even mix and whitens it; all others start at
+            a pool of all layers starts, unless told where, at their even mix and whitens it; all others start at
             exactly EOS or mean pooling.
 
     Raises:
@@ -148,7 +148,7 @@ def build_pool(
         if layers is not None:
             sizes["layers"] = list(layers)
     mixes = issubclass(design.pool, MultiLayerPool) and pooler != "paper" and sizes.get("residual", "mix") == "mix"
-    if untuned and mixes and design.token_pooling != "last" and "start" not in sizes:
+    if untuned and mixes and "start" not in sizes:
         sizes = {"whiten": True, **sizes, "start": "all"}
     make = design.pool.paper if pooler == "paper" else design.pool  # type: ignore[attr-defined]
     try:

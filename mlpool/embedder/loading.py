@@ -63,8 +63,8 @@ def load(
             an embedder saved.
         design: a name of DESIGNS or the paper's number, for a base model.
         pooler: "default", "paper" (the released sizes and equations) or a dict of the pool's arguments. The default of
-            design 5 starts at the even mix of all layers on a language model as it was pretrained, to be whitened by
-            `Embedder.calibrate` (training does so), and at exactly mean pooling on an encoder or a
+            multi-layer designs starts at the even mix of all layers on a language model as it was pretrained, to be
+            whitened by `Embedder.calibrate` (training does so), and at exactly EOS or mean pooling on an encoder or a
             sentence-transformers model; {"start": "last"} is the latter, whatever the base.
         layers: indices of the layers to read, increasing, for designs that read all.
         depth: how many layers to keep, from the bottom; those above are not computed, trained or saved. "auto": up to

@@ -114,20 +114,20 @@ def test_pooler_of_given_sizes():
     ],
 )
 def test_default_pooler_starts_at_plain_pooling(design, start):
-    last = {"pooler": {"start": "last"}} if design == "multi-layer-bidirectional" else {}
+    last = {"pooler": {"start": "last"}} if design.startswith("multi-layer") else {}
     one, other = load(tiny.base(), design, **last), load(tiny.base(), start)
     assert abs(one.encode(TEXTS) - other.encode(TEXTS)).max() < 1e-6
 
 
 def test_where_the_default_starts():
-    """At the even mix where means of a language model as it was pretrained are pooled, else at the last layer."""
+    """At the even mix where all layers of a language model as it was pretrained are pooled, else at the last layer."""
     for base, design, start in (
-        (tiny.base(), 5, "all"), (tiny.base(), 3, "last"), (tiny.base("bert"), 5, "last"),
+        (tiny.base(), 5, "all"), (tiny.base(), 3, "all"), (tiny.base("bert"), 5, "last"), (tiny.base(), 4, "last"),
         (tiny.base(), "layer-weights-bidirectional", "all"),
     ):  # fmt: skip
         pool = load(base, design)[1].pool
         assert pool.start == start
-        assert pool.uncalibrated == (design == 5 and start == "all")
+        assert pool.uncalibrated == (design in (3, 5) and start == "all")
     one, other = load(tiny.base(), 5), load(tiny.base(), "layer-weights-bidirectional")
     assert abs(one.encode(TEXTS) - other.encode(TEXTS)).max() < 1e-6
     gated = load(tiny.base(), 5, {"residual": True})

@@ -89,8 +89,10 @@ def assert_same(got, states, want, wide):
 
 
 @pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("layers", "hidden"), [(1, 7), (3, 300), (80, 16)])
+@pytest.mark.parametrize(
+    ("layers", "hidden", "dtype"),
+    [*((*size, dtype) for size in ((1, 7), (3, 300)) for dtype in DTYPES), (80, 16, torch.bfloat16)],
+)
 def test_gather(layers, hidden, how, dtype):
     """Values and gradients of padded states, and of the same texts packed."""
     batch, tokens = (2, 3) if layers == 80 else (3, 20)
