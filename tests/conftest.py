@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -296,3 +297,23 @@ def nodes():
     made = Nodes()
     yield made
     made.cluster.shutdown()
+
+
+def in_processes(work: Callable[..., None], count: int, folder: Path, *arguments: Any) -> None:
+    """work(rank, *arguments) in that many gloo processes, each with one thread; an error in any is raised here."""
+    torch.multiprocessing.start_processes(
+        _process, args=(count, f"file://{folder}/rendezvous", work, arguments), nprocs=count, start_method="fork"
+    )
+
+
+def _process(rank: int, count: int, rendezvous: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """What `work` wrapped is gone before its group is destroyed: a DDP that is the last to hold a group destroys it
+    with Python's lock in hand, for which a thread of gloo may be waiting."""
+    torch.set_num_threads(1)
+    # Processes that disagree on the number of collectives fail instead of waiting.
+    wait = timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count, timeout=wait)
+    try:
+        work(rank, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -3,11 +3,11 @@
 import copy
 import itertools
 from contextlib import nullcontext
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import in_processes
 from loss_models import TinyLlama, column, random_texts
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -174,22 +174,15 @@ def unequal(rank: int) -> None:
         InfoNCE(TinyLlama(), gather_across_devices=True)(columns, None)
 
 
-def work(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    # Processes that disagree on the number of collectives fail instead of waiting.
-    wait = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD, timeout=wait)
-    try:
-        for wrapper in WRAPPERS:
-            compare(rank, wrapper)
-            accumulate(rank, wrapper)
-            if wrapper != LOOKS:
-                dropout(rank, wrapper)
-                teach(rank, wrapper)
-        unequal(rank)
-    finally:
-        dist.destroy_process_group()
+def work(rank: int) -> None:
+    for wrapper in WRAPPERS:
+        compare(rank, wrapper)
+        accumulate(rank, wrapper)
+        if wrapper != LOOKS:
+            dropout(rank, wrapper)
+            teach(rank, wrapper)
+    unequal(rank)
 
 
 def test_two_processes(tmp_path):
-    torch.multiprocessing.start_processes(work, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD, start_method="fork")
+    in_processes(work, WORLD, tmp_path)

@@ -1,10 +1,8 @@
 """Documents that pass from process to process, in two and in four gloo processes, against one that holds them all."""
 
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
+from conftest import in_processes
 from mlpool_kernels import contrast
 
 from mlpool.training import processes
@@ -12,22 +10,16 @@ from mlpool.training import processes
 RINGS = [{"dims": [16]}, {"dims": [3, 16], "margin": 0.1}, {"dims": [5, 12], "factor": 0.8, "keys": True}]
 
 
-def ring(rank: int, world: int, path: str) -> None:
+def ring(rank: int, world: int) -> None:
     """Own rows against everyone's documents, block by block: losses and gradients of one process with all of them."""
-    torch.set_num_threads(1)
-    wait = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world, timeout=wait)
     seen = []
     block_forward = processes.block_forward
     processes.block_forward = lambda rows, others, *rest: seen.append(len(others)) or block_forward(rows, others, *rest)
-    try:
-        for options in RINGS:
-            compare_ring(rank, world, dict(options))
-            # As many blocks as processes, and never more documents than one has.
-            assert seen == [14] * world
-            seen.clear()
-    finally:
-        dist.destroy_process_group()
+    for options in RINGS:
+        compare_ring(rank, world, dict(options))
+        # As many blocks as processes, and never more documents than one has.
+        assert seen == [14] * world
+        seen.clear()
 
 
 def compare_ring(rank: int, world: int, options) -> None:
@@ -55,6 +47,4 @@ def compare_ring(rank: int, world: int, options) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_documents_in_a_ring(world, tmp_path):
-    torch.multiprocessing.start_processes(
-        ring, args=(world, str(tmp_path / "rendezvous")), nprocs=world, start_method="fork"
-    )
+    in_processes(ring, world, tmp_path, world)
