@@ -43,6 +43,9 @@ FUSED_HIDDEN, FUSED_LATENTS = 1536, 128
 # In torch every number of VO is written, copied for a head's product and read, which takes a CPU as long as so many
 # FLOP (early and late values measured against each other at eight sizes).
 MOVED_FLOPS = 200
+# Early values that a kernel mixes head by head are two launches, late ones ten or more, which take a small pool longer
+# than any FLOP: late ones are for what saves more than half of them.
+LATE_SHARE = 0.5
 # What a backward pass may keep alive before it computes again instead, as a share of the device's memory.
 SAVED_SHARE = 0.1
 
@@ -337,9 +340,11 @@ def _by_flops(s: Sizes, *, cached: bool, triton: bool, one: bool, mixes: bool) -
         per_text, once = flops
         return s.batch * per_text + (0 if cached else once)
 
-    def of_values(form: str) -> int:
-        moved = 0 if triton or form == "late" else s.keys * s.heads * s.hidden
-        return cost(value_flops(s, form)) + s.batch * MOVED_FLOPS * moved
+    def of_values(form: str) -> float:
+        flops = cost(value_flops(s, form))
+        if triton:
+            return flops / LATE_SHARE if form == "late" and mixes and s.keys <= ONE_LAUNCH_KEYS else flops
+        return flops + (0 if form == "late" else s.batch * MOVED_FLOPS * s.keys * s.heads * s.hidden)
 
     # Written out, as torch.compile traces no `min` with a key over symbolic sizes.
     keys, values = KEYS[0], VALUES[0]

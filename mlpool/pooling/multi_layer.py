@@ -50,7 +50,7 @@ class MultiLayerPool(TrainablePool):
         self,
         hidden_size: int,
         num_layers: int,
-        num_latents: int = 64,
+        num_latents: int = 16,
         num_heads: int = 8,
         head_dim: int = 64,
         ff_mult: int = 1,

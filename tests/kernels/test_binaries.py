@@ -115,6 +115,7 @@ def test_every_tile_compiles_without_spills(monkeypatch, name, tile, target):
 
 
 SIZES = {
+    "default": Sizes(torch.bfloat16, 24, 896, 16, 8),
     "float32": Sizes(torch.float32, 24, 896, 64, 8),
     "released": Sizes(torch.bfloat16, 32, 4096, 768, 32),
     "many layers": Sizes(torch.float16, 80, 1536, 100, 8),

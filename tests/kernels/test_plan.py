@@ -105,6 +105,16 @@ def test_predicted_seconds_are_those_of_the_rates():
         assert list(kept.values()) == pytest.approx([n * t for n, t in zip(passes, times.values(), strict=True)])
 
 
+def test_few_latents_do_not_pay_launches_for_fewer_flops():
+    """Late values are the fewest FLOP of 16 latents: taken where no kernel mixes, or where they save more than half."""
+    layers, tokens = Sizes(64, 24, 896, 16, 8, 64, 896), Sizes(8, 512, 4096, 16, 8, 64, 4096)
+    options = {"training": False, "cached": True, "itemsize": 2, "memory_bytes": 1 << 37}
+    assert cost_model.value_flops(layers, "late") < cost_model.value_flops(layers, "early")
+    assert choose(layers, triton=True, **options).values == "early"
+    assert choose(layers, triton=False, **options).values == "late"
+    assert choose(tokens, triton=True, **options).values == "late"
+
+
 def test_one_launch_takes_no_padding_mask():
     s, options = Sizes(4, 32, 896, 64, 8, 64, 896), {"training": False, "cached": True, "triton": True, "itemsize": 2}
     assert choose(s, memory_bytes=1 << 37, **options).launches == "one"
