@@ -17,6 +17,7 @@ from ..show import plain
 SAMPLED = 2000  # pairs whose tokens are counted
 MOST_TOKENS, LEAST_TOKENS = 16_384, 1024  # of a mini-batch; above, a GPU gains nothing more
 LARGEST_WHOLE = 1_000_000_000  # parameters that are trained whole where memory allows
+LITTLE_MORE = 1.25
 ENOUGH_STEPS = 200  # to teach a decoder to read in both directions
 
 
@@ -202,8 +203,9 @@ def pick_design(base: Base, steps: int) -> tuple[str, str]:
 
 
 def pick_length(base: Base, data: Data) -> tuple[int, str]:
-    """max_seq_length: what holds 95 % of each column, within what the base takes."""
-    wanted = 8 * math.ceil(max(most for most, _ in data.lengths.values()) / 8)
+    """max_seq_length: what holds 95 % of each column, all where that takes little more, within what the base takes."""
+    most, longest = (max(numbers) for numbers in zip(*data.lengths.values(), strict=True))
+    wanted = 8 * math.ceil((longest if longest <= LITTLE_MORE * most else most) / 8)
     length = max(8, min(wanted, base.limit or wanted))
     columns = ", ".join(f"{name} {most} (longest {longest:,})" for name, (most, longest) in data.lengths.items())
     limit = f"; the base takes {base.limit:,}" if base.limit else ""

@@ -1,5 +1,6 @@
 """The pairs of a training, of one source or of several, each with its own columns, prompts and weight."""
 
+import logging
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from .columns import SOURCE_NAME, column_prompts, count, find_columns, text_colu
 from .data import describe, load_pairs, repeated
 from .sampling import OneSourceBatchSampler, passes, too_few
 from .steps import Steps, asked_steps, count_steps, filled_batches
+
+logger = logging.getLogger("mlpool")
 
 ONE_SOURCE = "one source"
 Batches = Literal["mixed", "one source"]
@@ -162,8 +165,10 @@ class Mixture:
 
     def describe(self, lengths: Callable[[str, str, Sequence[str]], list[int]], max_length: int | None) -> str:
         """Tables of the sources and of their columns; lengths: source, column, texts → the tokens of each."""
+        told = logger.isEnabledFor(logging.INFO)  # by `load_pairs`, what was read and left out
         parts = [
-            f"{s.pairs.info.description or ''}\n{describe(s.pairs, partial(lengths, s.name), max_length)}"
+            ("" if told else f"{s.pairs.info.description or ''}\n")
+            + describe(s.pairs, partial(lengths, s.name), max_length)
             for s in self.sources
         ]
         if self.several:

@@ -150,6 +150,8 @@ def test_design_by_base_and_steps():
 def test_length_holds_95_percent_within_the_limit():
     assert init.pick_length(decoder(1), data(10, 61))[0] == 64
     assert init.pick_length(decoder(1, limit=48), data(10, 61))[0] == 48
+    near = data(10)._replace(lengths={"anchor": (12, 70), "positive": (61, 76)})
+    assert init.pick_length(decoder(1), near)[0] == 80, "nothing is cut for five tokens more"
 
 
 def test_lora_where_all_weights_do_not_fit():
