@@ -18,6 +18,7 @@ SAMPLED = 2000  # pairs whose tokens are counted
 MOST_TOKENS, LEAST_TOKENS = 16_384, 1024  # of a mini-batch; above, a GPU gains nothing more
 LARGEST_WHOLE = 1_000_000_000  # parameters that are trained whole where memory allows
 LITTLE_MORE = 1.25
+SMALL = 400_000_000  # parameters of a base whose LoRA takes a rate as high as was measured on smaller ones
 ENOUGH_STEPS = 200  # to teach a decoder to read in both directions
 
 
@@ -232,7 +233,21 @@ def pick_lora(base: Base, machine: Machine) -> tuple[bool, str]:
     numbers = f"all weights with gradients and Adam are {need / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB are free"
     if base.parameters > LARGEST_WHOLE:
         return True, f"on: {base.parameters / 1e9:.1f} G parameters; {numbers}"
+    if not base.encoder and not base.tuned:
+        return (
+            True,
+            f"on: for raw decoders at least as good in few steps (docs/designs.md), and a folder of MB; {numbers}",
+        )
     return need > free / 2, f"{'on' if need > free / 2 else 'off'}: {numbers}"
+
+
+def pick_rate(base: Base, lora: bool) -> tuple[float, str]:
+    """The learning rate of all but the pool."""
+    if not lora:
+        return 2e-5, "usual of all weights; the pool has its own"
+    if base.parameters < SMALL:
+        return 1e-3, "LoRA's on SmolLM2-135M and Gemma 3 270M (docs/designs.md); the pool has its own"
+    return 1e-4, "usual of LoRA; of small bases 1e-3 is better; the pool has its own"
 
 
 def token_bytes(base: Base, machine: Machine) -> int:
@@ -265,7 +280,7 @@ def compose(base: str, data: str, output_dir: str, looked: Base, found: Data, ma
     lora, lora_why = pick_lora(looked, machine)
     tokens, tokens_why = pick_mini_batch(looked, machine, lora, length)
     kind = f"{'an embedding' if looked.tuned else 'a raw'} {'encoder' if looked.encoder else 'decoder'}"
-    rate = 1e-4 if lora else 2e-5
+    rate, rate_why = pick_rate(looked, lora)
     lines = [
         f"# Written by mlpool init. {plain(base)}: {kind}, {looked.parameters / 1e6:,.0f} M parameters, "
         f"{looked.layers} layers of {looked.hidden}.",
@@ -286,7 +301,7 @@ def compose(base: str, data: str, output_dir: str, looked: Base, found: Data, ma
         "",
         *_explained("per_device_train_batch_size", batch, batch_why),
         *_explained("num_train_epochs", 1, f"{steps:,} steps; more epochs where the dev score still rises"),
-        *_explained("learning_rate", rate, f"usual {'of LoRA' if lora else 'of all weights'}; the pool has its own"),
+        *_explained("learning_rate", rate, rate_why),
         *_explained("warmup_steps", math.ceil(steps / 10), "a tenth of the steps"),
         *_explained("save_steps", max(1, steps // 4), "a killed run goes on from the last with --resume"),
         _value("save_total_limit", 2),

@@ -154,11 +154,20 @@ def test_length_holds_95_percent_within_the_limit():
     assert init.pick_length(decoder(1), near)[0] == 80, "nothing is cut for five tokens more"
 
 
-def test_lora_where_all_weights_do_not_fit():
-    assert not init.pick_lora(decoder(135_000_000), CPU)[0]  # 2.2 of 8 GiB
-    assert init.pick_lora(decoder(600_000_000), CPU)[0]
-    assert not init.pick_lora(decoder(600_000_000), CARD)[0]
-    assert init.pick_lora(decoder(7_000_000_000), CARD)[0]
+def test_lora_for_raw_decoders_and_where_all_weights_do_not_fit():
+    assert init.pick_lora(decoder(135_000_000), CPU)[0]
+    tuned = decoder(135_000_000, tuned=True)
+    assert not init.pick_lora(tuned, CPU)[0]  # 2.2 of 8 GiB
+    assert not init.pick_lora(tuned._replace(encoder=True), CPU)[0]
+    assert init.pick_lora(tuned._replace(parameters=600_000_000), CPU)[0]
+    assert not init.pick_lora(tuned._replace(parameters=600_000_000), CARD)[0]
+    assert init.pick_lora(tuned._replace(parameters=7_000_000_000), CARD)[0]
+
+
+def test_rates_of_lora_and_of_all_weights():
+    rates = [init.pick_rate(decoder(size), lora)[0]
+             for size, lora in ((135_000_000, True), (7_000_000_000, True), (135_000_000, False))]  # fmt: skip
+    assert rates == [1e-3, 1e-4, 2e-5]
 
 
 def test_batches_grow_with_data_and_machine():
