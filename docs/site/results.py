@@ -177,8 +177,8 @@ def peers(device: str) -> str:
             cells = [f"{ratio}; {mebibytes(f['extra_mib'])}" for ratio, f in zip(ratios, found, strict=True)]
             body.append([provider, *cells])
     means = [(row(rows, case, "mlpool mean"), row(rows, case, "mlpool")) for case in cases]
-    if all(mean and ours for mean, ours in means):
-        costs = (float(ours["median_ms"]) / float(mean["median_ms"]) - 1 for mean, ours in means if mean and ours)
+    costs = [float(ours["median_ms"]) / float(mean["median_ms"]) - 1 for mean, ours in means if mean and ours]
+    if len(costs) == len(cases):
         body.append(["what the default pool costs over mlpool mean", *(f"{cost:.1%}" for cost in costs)])
     return table(header, body)
 

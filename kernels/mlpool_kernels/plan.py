@@ -45,7 +45,7 @@ FUSED_HIDDEN, FUSED_LATENTS = 1536, 128
 MOVED_FLOPS = 200
 # Early values that a kernel mixes head by head are two launches, late ones ten or more, which take a small pool longer
 # than any FLOP: late ones are for what saves more than half of them.
-LATE_SHARE = 0.5
+LATE_COST = 2
 # What a backward pass may keep alive before it computes again instead, as a share of the device's memory.
 SAVED_SHARE = 0.1
 
@@ -340,11 +340,12 @@ def _by_flops(s: Sizes, *, cached: bool, triton: bool, one: bool, mixes: bool) -
         per_text, once = flops
         return s.batch * per_text + (0 if cached else once)
 
-    def of_values(form: str) -> float:
-        flops = cost(value_flops(s, form))
-        if triton:
-            return flops / LATE_SHARE if form == "late" and mixes and s.keys <= ONE_LAUNCH_KEYS else flops
-        return flops + (0 if form == "late" else s.batch * MOVED_FLOPS * s.keys * s.heads * s.hidden)
+    few_launches = mixes and by_heads(s, Plan(values="early", mix="kernel"))
+
+    def of_values(form: str) -> int:
+        moved = 0 if triton or form == "late" else s.keys * s.heads * s.hidden
+        flops = cost(value_flops(s, form)) + s.batch * MOVED_FLOPS * moved
+        return flops * LATE_COST if form == "late" and few_launches else flops
 
     # Written out, as torch.compile traces no `min` with a key over symbolic sizes.
     keys, values = KEYS[0], VALUES[0]

@@ -18,7 +18,7 @@ SAMPLED = 2000  # pairs whose tokens are counted
 MOST_TOKENS, LEAST_TOKENS = 16_384, 1024  # of a mini-batch; above, a GPU gains nothing more
 LARGEST_WHOLE = 1_000_000_000  # parameters that are trained whole where memory allows
 LITTLE_MORE = 1.25
-SMALL = 400_000_000  # parameters of a base whose LoRA takes a rate as high as was measured on smaller ones
+SMALL = 400_000_000  # parameters of a raw decoder whose LoRA takes the rate that was measured on smaller ones
 ENOUGH_STEPS = 200  # to teach a decoder to read in both directions
 
 
@@ -33,6 +33,10 @@ class Base(NamedTuple):
     tuned: bool
     limit: int | None
     tokenizer: Any
+
+    @property
+    def raw_decoder(self) -> bool:
+        return not self.encoder and not self.tuned
 
 
 class Data(NamedTuple):
@@ -233,11 +237,8 @@ def pick_lora(base: Base, machine: Machine) -> tuple[bool, str]:
     numbers = f"all weights with gradients and Adam are {need / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB are free"
     if base.parameters > LARGEST_WHOLE:
         return True, f"on: {base.parameters / 1e9:.1f} G parameters; {numbers}"
-    if not base.encoder and not base.tuned:
-        return (
-            True,
-            f"on: for raw decoders at least as good in few steps (docs/designs.md), and a folder of MB; {numbers}",
-        )
+    if base.raw_decoder:
+        return True, f"on: no worse for a raw decoder in few steps (docs/designs.md), a folder of MB; {numbers}"
     return need > free / 2, f"{'on' if need > free / 2 else 'off'}: {numbers}"
 
 
@@ -245,9 +246,9 @@ def pick_rate(base: Base, lora: bool) -> tuple[float, str]:
     """The learning rate of all but the pool."""
     if not lora:
         return 2e-5, "usual of all weights; the pool has its own"
-    if base.parameters < SMALL:
+    if base.raw_decoder and base.parameters < SMALL:
         return 1e-3, "LoRA's on SmolLM2-135M and Gemma 3 270M (docs/designs.md); the pool has its own"
-    return 1e-4, "usual of LoRA; of small bases 1e-3 is better; the pool has its own"
+    return 1e-4, "usual of LoRA; the pool has its own"
 
 
 def token_bytes(base: Base, machine: Machine) -> int:

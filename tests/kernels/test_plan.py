@@ -38,7 +38,7 @@ def test_the_cheapest_form_is_chosen(s, training, triton, memory):
     copied = 0 if triton else 200 * s.keys * s.heads * s.hidden  # numbers of VO, by torch
     keys = {form: cost(cost_model.key_flops, form) for form in cost_model.KEYS}
     values = {form: cost(cost_model.value_flops, form, copied * (form != "late")) for form in cost_model.VALUES}
-    if triton and s.latents <= 128 and s.keys <= 128:
+    if triton and cost_model.by_heads(s, Plan(values="early", mix="kernel")):
         values["late"] *= 2  # beside what a kernel mixes they have to save more than half
     for chosen, costs in ((plan.keys, keys), (plan.values, values)):
         assert costs[chosen] == min(costs.values())

@@ -168,6 +168,7 @@ def test_rates_of_lora_and_of_all_weights():
     rates = [init.pick_rate(decoder(size), lora)[0]
              for size, lora in ((135_000_000, True), (7_000_000_000, True), (135_000_000, False))]  # fmt: skip
     assert rates == [1e-3, 1e-4, 2e-5]
+    assert init.pick_rate(decoder(135_000_000, tuned=True), True)[0] == 1e-4
 
 
 def test_batches_grow_with_data_and_machine():
