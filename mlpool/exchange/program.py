@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from mlpool_kernels.chunk import NUM_WEIGHTS, Weights
 from mlpool_kernels.rows import NORM_EPS, norm_rows
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..attention import unpack
 from ..embedder.embedder import _PROBES, Embedder
@@ -141,14 +142,14 @@ def trace(
     features = {name: made[name].to(embedder.device) for name in inputs or made}
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=backbone.max_seq_length)}
     try:
-        traced = torch.export.export(
-            program(embedder), tuple(features.values()), dynamic_shapes=dict.fromkeys(features, axes), strict=False
-        )
+        with _Plain():
+            return torch.export.export(
+                program(embedder), tuple(features.values()), dynamic_shapes=dict.fromkeys(features, axes), strict=False
+            )
     except Exception as error:
         raise RuntimeError(f"torch.export cannot trace {type(backbone.model).__name__}: {error}") from error
     finally:
         backbone.packing, backbone._arranged_for = packing, None
-    return traced.run_decompositions(_PLAIN)
 
 
 # Without mlpool there are no ops of mlpool: what they compute, in torch's own, without its blocks and in-place steps,
@@ -193,6 +194,13 @@ def _plain_pool(states, rows, key_mask, *rest) -> list[Tensor]:
 
 
 _PLAIN = {torch.ops.mlpool.gather.default: _plain_gather, torch.ops.mlpool.pool.default: _plain_pool}
+
+
+class _Plain(TorchFunctionMode):
+    """While entered, an op of mlpool is what it computes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
 
 
 def _extra_files(embedder: Embedder) -> dict[str, str]:
