@@ -3,8 +3,8 @@
     python examples/small_data.py ../shared/data -o small
 
 Rows are drawn by a seed, not the first of each file: many sets are sorted by their source, and the first rows of STS16
-are its hardest. Of a retrieval set, queries are drawn with their relevant documents, and others up to as many documents
-as are asked for. Training pairs are copied whole.
+are its hardest. A classifier's training rows are of every label. Of a retrieval set, queries are drawn with their
+relevant documents, and others up to as many documents as are asked for. Training pairs are copied whole.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 
@@ -29,6 +30,15 @@ def draw(rows: list, most: int) -> list:
     if len(rows) <= most:
         return rows
     return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
+
+
+def draw_each(rows: list[dict], most: int, each: int = 8) -> list[dict]:
+    """As `draw`, but at least `each` rows of every label, as many as mteb's classifiers learn from."""
+    first, others, seen = [], [], Counter()
+    for i in random.Random(0).sample(range(len(rows)), len(rows)):
+        seen[rows[i]["label"]] += 1
+        (first if seen[rows[i]["label"]] <= each else others).append(i)
+    return [rows[i] for i in sorted(first + others[: max(0, most - len(first))])]
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -59,7 +69,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=400, help="of each retrieval set")
     args = parser.parse_args()
     for path in sorted(args.data.glob("sts/*/*.jsonl")) + sorted(args.data.glob("classification/*/*.jsonl")):
-        write(args.output / path.relative_to(args.data), draw(read(path), args.rows))
+        some = draw_each if path.parts[-3] == "classification" and path.name == "train.jsonl" else draw
+        write(args.output / path.relative_to(args.data), some(read(path), args.rows))
     for folder in sorted(args.data.glob("retrieval/*/")):
         small_retrieval(folder, args.output / folder.relative_to(args.data), args.queries, args.documents)
     for path in sorted(args.data.glob("pairs/*/train.jsonl")):
