@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,16 +14,6 @@ PROGRAMS = ("mlpool", "make", "python", "pip", "torchrun", "accelerate")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^\n|\A)((?: {4,}[^\n]*\n)+)", re.MULTILINE)
 INLINE = re.compile(r"`((?:mlpool|make) [^`]*)`")
-
-
-def site(name: str) -> ModuleType:
-    """The module docs/site/NAME.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / f"docs/site/{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Command(NamedTuple):

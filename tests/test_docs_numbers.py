@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from docs_blocks import FENCE, INDENTED, PAGES, ROOT, site
+import results
+from docs_blocks import FENCE, INDENTED, PAGES, ROOT
 
 # A score, a ratio, a time, a size: what somebody measured or computed.
 NUMBER = re.compile(
@@ -46,24 +47,19 @@ def unproved(text: str) -> list[str]:
     return [] if COMMAND.search(text) else NUMBER.findall(OTHER.sub("", INDENTED.sub("", text)))
 
 
-@pytest.fixture(scope="module")
-def results():
-    return site("results")
-
-
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_marked_numbers_are_those_of_the_files(page, results):
+def test_marked_numbers_are_those_of_the_files(page):
     text = page.read_text(encoding="utf8")
     assert results.written(text) == text, f"{page.name} is behind its CSV files: make plots"
     assert text.count("<!-- results ") == text.count("<!-- /results -->") == len(results.MARKED.findall(text))
 
 
-def test_a_changed_number_shows(results):
+def test_a_changed_number_shows():
     text = Path(ROOT / "docs/measured.md").read_text(encoding="utf8")
     assert results.written(re.sub(r"\*\*\d", "**7", text, count=1)) == text
 
 
-def test_a_row_that_is_wrong_is_not_shown(results, tmp_path):
+def test_a_row_that_is_wrong_is_not_shown(tmp_path):
     fields = ("case", "provider", "green", "median_ms")
     rows = [("a", "mlpool", "True", "2"), ("a", "mlpool", "False", ""), ("a", "eager", "False", "")]
     with (tmp_path / "x-card-full.csv").open("w", newline="") as file:
@@ -76,7 +72,7 @@ def test_a_row_that_is_wrong_is_not_shown(results, tmp_path):
         results.lines("y", "card", tmp_path)
 
 
-def test_numbers_are_written_for_people(results):
+def test_numbers_are_written_for_people():
     assert [results.milliseconds(n) for n in ("0.642", "157.74", "23706.2")] == ["0.642 ms", "158 ms", "23.7 s"]
     assert [results.mebibytes(n) for n in ("26.75", "9561.95")] == ["26.8 MiB", "9.34 GiB"]
     assert [results.times(n) for n in (0.651, 17.02, 110.27)] == ["0.651×", "17×", "110×"]

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import re
 from pathlib import Path
-from typing import Any
 
+import gallery
 import pytest
 from docs_blocks import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-@pytest.fixture
-def gallery(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
-    return importlib.import_module("gallery")
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -33,23 +26,23 @@ def measured_row(provider: str, milliseconds: str, **more: str) -> dict[str, str
     return {**same, "provider": provider, "median_ms": milliseconds, "green": "True", "device": "a card", **more}
 
 
-def test_the_page_and_its_figures_are_those_of_the_files(gallery):
+def test_the_page_and_its_figures_are_those_of_the_files():
     made = gallery.made()
     for path, text in made.items():
         assert path.read_text(encoding="utf8") == text, f"{path.name} is behind its CSV file: make plots"
     assert {path for path in made if path.suffix == ".svg"} == set(gallery.FOLDER.glob("*.svg"))
 
 
-def test_every_file_of_results_has_a_figure_a_command_and_a_day(gallery):
+def test_every_file_of_results_has_a_figure_a_command_and_a_day():
     page = gallery.PAGE.read_text(encoding="utf8")
     for path in RESULTS.glob("*.csv"):
         said = page.partition(f"`{path.name}`: ")[2].partition("\n#")[0].partition("\n`")[0]
         assert re.search(r"\d{4}-\d\d-\d\d", said), path.name
-        assert re.search(r"^    (make|python) \S+", said, re.MULTILINE), path.name
+        assert re.search(r"^    (make|python|mlpool) \S+", said, re.MULTILINE), path.name
         assert re.search(rf"!\[\w[^\]]+\]\(figures/gallery/{path.stem}\.svg\)", said), path.name
 
 
-def test_a_changed_row_changes_the_figure_and_a_wrong_one_is_left_out(gallery, tmp_path):
+def test_a_changed_row_changes_the_figure_and_a_wrong_one_is_left_out(tmp_path):
     path = tmp_path / "throughput-card-full.csv"
     bar, note = ("13.7 ms", "2×")
     write(path, [measured_row("eager", "27.4"), measured_row("mlpool", "13.7", ratio_eager="2")])
@@ -69,7 +62,7 @@ def test_a_changed_row_changes_the_figure_and_a_wrong_one_is_left_out(gallery, t
     assert gallery.made(tmp_path)[gallery.FOLDER / "throughput-card-full.svg"] != figure
 
 
-def test_a_file_that_nobody_shows_is_an_error(gallery, tmp_path):
+def test_a_file_that_nobody_shows_is_an_error(tmp_path):
     write(tmp_path / "novel-card.csv", [measured_row("mlpool", "1")])
     with pytest.raises(LookupError, match=r"novel-card\.csv stands in no section"):
         gallery.made(tmp_path)
@@ -79,7 +72,7 @@ def test_a_file_that_nobody_shows_is_an_error(gallery, tmp_path):
         gallery.made(tmp_path)
 
 
-def test_batches_and_markup_are_told_apart(gallery):
+def test_batches_and_markup_are_told_apart():
     rows = [measured_row("mlpool", "1", case="a<b"), measured_row("mlpool", "1", case="a<b", batch="16")]
     bars = gallery.measured("median_ms", gallery.milliseconds)(rows)
     assert [bar.group for bar in bars] == ["a<b, batch 8", "a<b, batch 16"]
@@ -88,7 +81,7 @@ def test_batches_and_markup_are_told_apart(gallery):
     assert "<title>&lt;</title>" in drawn
 
 
-def test_the_axis_is_logarithmic_where_the_range_is_wide(gallery):
+def test_the_axis_is_logarithmic_where_the_range_is_wide():
     at, lines = gallery.scale([1.0, 29.0])
     assert (at(0), at(29.0), lines) == (0, gallery.PANEL, [])
     at, lines = gallery.scale([1.0, 1000.0])

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
+import notebooks
 import pytest
 import yaml
-from docs_blocks import ROOT, site
+from docs_blocks import ROOT
 
 FOLDER = ROOT / "docs/notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NAMES = [path.name for path in NOTEBOOKS]
-
-
-@pytest.fixture(scope="module")
-def notebooks() -> Any:
-    return site("notebooks")
 
 
 def test_every_script_has_its_notebook_and_its_place():
@@ -29,7 +24,7 @@ def test_every_script_has_its_notebook_and_its_place():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_notebooks_are_fit_to_be_shown(path, notebooks):
+def test_notebooks_are_fit_to_be_shown(path):
     assert notebooks.faults(path) == []
     text = path.read_text(encoding="utf8")
     assert "claims" not in text
@@ -37,7 +32,7 @@ def test_notebooks_are_fit_to_be_shown(path, notebooks):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_the_page_has_every_cell_and_plot(path, notebooks):
+def test_the_page_has_every_cell_and_plot(path):
     page, pictures = notebooks.page(path)
     assert page.startswith("# ")
     found = notebooks.read(path)
@@ -59,7 +54,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("fault", [*WRONG, "not those of", "first cell to its last"])
-def test_faults_are_seen(fault, notebooks, tmp_path):
+def test_faults_are_seen(fault, tmp_path):
     script = '# %% [markdown]\n# # A title\n\n# %%\nprint(1)\n\n# %% tags=["claims"]\nassert True\n'
     (tmp_path / "one.py").write_text(script)
     outputs = [
@@ -78,14 +73,14 @@ def test_faults_are_seen(fault, notebooks, tmp_path):
     assert fault in found
 
 
-def test_a_script_without_a_first_cell_is_refused(notebooks):
+def test_a_script_without_a_first_cell_is_refused():
     with pytest.raises(ValueError, match="begins with a cell"):
         notebooks.cells("import json\n# %%\n")
     with pytest.raises(ValueError, match="begins with a cell"):
         notebooks.cells("")
 
 
-def test_new_text_keeps_the_outputs_and_new_code_does_not(notebooks, tmp_path):
+def test_new_text_keeps_the_outputs_and_new_code_does_not(tmp_path):
     path = tmp_path / NAMES[0]
     script = path.with_suffix(".py")
     path.write_text(NOTEBOOKS[0].read_text(encoding="utf8"))

@@ -18,12 +18,18 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+import studies
 from results import RESULTS, ROOT, Line, count, mebibytes, milliseconds, times
 
 PAGE = ROOT / "docs" / "gallery.md"
 FOLDER = ROOT / "docs" / "figures" / "gallery"
 OURS, OTHER, INK = "#4263eb", "#a3a7b0", "#7d828c"  # on white and on black
-NAMES, PANEL, WRITTEN, STEP = 180, 210, 115, 18  # pixels: of names, of bars, of what is written behind them; of a row
+NAMES, PANEL, WRITTEN, STEP = (
+    180,
+    210,
+    115,
+    18,
+)  # pixels: names at least, bars, what stands behind them; a row
 # Rows from before they carried their day: that of the commit which brought the file.
 DAYS = {
     "attention-cpu-2cores-quick": "2026-11-22",
@@ -143,6 +149,23 @@ def with_negatives(rows: Sequence[Line]) -> list[Bar]:
     return bars
 
 
+def trained(rows: Sequence[Line]) -> list[Bar]:
+    """The rows of docs/designs.md's tables by the mean of their tasks, best first."""
+    bars = []
+    for shown in studies.TABLES.values():
+        count = len({task for tasks in shown.columns.values() for task in tasks})
+        found = []
+        for row, name in shown.rows.items():
+            *_, score = studies.means(shown, row, rows)
+            seeds = len(studies.scores(shown, row, rows))
+            note = f"{seeds} seeds" if seeds > 1 else ""
+            ours = "multi-layer" in row and "released" not in row
+            who = f"{name}, {studies.rate(row)}"
+            found.append(Bar(f"{shown.base}, {count} sets", who, score, f"{score:.3f}", note, ours))
+        bars += sorted(found, key=lambda bar: -bar.value)
+    return bars
+
+
 # --- what is where ----------------------------------------------------------------------------------------------------
 
 TIME, MEMORY, RATE = (
@@ -220,6 +243,14 @@ SECTIONS = (
         [Plot("nDCG@10 of MedQuAD questions: longer is better", with_negatives)],
     ),
     Section(
+        "designs",
+        "Designs",
+        "What short trainings make of real bases; each base has its data and steps ([designs](designs.md)), behind the "
+        "name the learning rate.",
+        {"cpu": "mlpool study configs/study/smollm2.yaml --base bases/smollm2 --data small --jobs 2"},
+        [Plot("mean test score: longer is better", trained)],
+    ),
+    Section(
         "census",
         "Families",
         "All text families of transformers as tiny models: on how many each backend was made bidirectional and passed "
@@ -232,7 +263,7 @@ PLACES = {"card": "On a card", "cpu": "On a CPU"}
 
 
 def place(path: Path) -> str:
-    return "cpu" if "-cpu-" in path.name or path.stem == "census" else "card"
+    return "cpu" if "-cpu-" in path.name or path.stem in ("census", "designs") else "card"
 
 
 def files(section: Section, where: str, folder: Path = RESULTS) -> list[Path]:
@@ -270,15 +301,16 @@ def svg(panels: Mapping[str, Sequence[Bar]], alt: str) -> str:
     groups = list(dict.fromkeys(group for group, _ in rows))
     rows.sort(key=lambda row: groups.index(row[0]))
     body, places, y = [], {}, 14
+    names = max(NAMES, 8 + 6 * max(len(name) for _, name in rows))
     for i, (group, name) in enumerate(rows):
         if i == 0 or rows[i - 1][0] != group:
             y += STEP + 4
             body.append(f'<text x="0" y="{y - 4}" font-weight="bold">{escape(group)}</text>')
         places[group, name] = y
-        body.append(f'<text x="{NAMES - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>')
+        body.append(f'<text x="{names - 8}" y="{y + 11}" text-anchor="end">{escape(name)}</text>')
         y += STEP
     for i, (what, bars) in enumerate(panels.items()):
-        left = NAMES + i * (PANEL + WRITTEN)
+        left = names + i * (PANEL + WRITTEN)
         length, lines = scale([bar.value for bar in bars])
         body.append(f'<text x="{left}" y="10">{escape(what)}</text>')
         for x in lines:
@@ -286,7 +318,7 @@ def svg(panels: Mapping[str, Sequence[Bar]], alt: str) -> str:
             body.append(f'<path d="M{at:.1f} 28V{y}" stroke="{INK}" stroke-opacity=".3"/>')
             body.append(f'<text x="{at + 3:.1f}" y="24" font-size="9">{x:g}</text>')
         body += [_drawn(bar, left, places[bar.group, bar.name], max(length(bar.value), 1)) for bar in bars]
-    width = NAMES + len(panels) * (PANEL + WRITTEN)
+    width = names + len(panels) * (PANEL + WRITTEN)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 6}" width="{width}" role="img" '
         f'font-family="system-ui,sans-serif" font-size="11" fill="{INK}"><title>{escape(alt)}</title>'

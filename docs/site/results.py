@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import studies
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 CPU, GPU = "cpu-2cores", "nvidia-h200"
@@ -220,6 +222,7 @@ TABLES = {"pools": pools, "texts": texts, "steps": steps, "peers": peers, "packe
 TEXTS: dict[str, Callable[[], str]] = {"claim": claim} | {
     f"{name}-{device}": partial(make, device) for name, make in TABLES.items() for device in (CPU, GPU)
 }
+TEXTS |= {f"study-{name}": partial(studies.made, name) for name in studies.TABLES}
 
 
 def written(text: str) -> str:
