@@ -73,7 +73,7 @@ def test_fitted_rates_are_traced(target, monkeypatch):
     """Seconds over symbolic sizes, batch and keys, are compared without a graph break."""
     rates = Rates(2e11, 1e11, 1e11, 1e11, 1e9, 1e10, 1e-5, "fitted for a test")
     monkeypatch.setattr(trainable, "fitted_rates", lambda device: {torch.float32: rates})
-    check("last-mean", target, "aot_eager", shapes=((3, 5), (4, 7)), dynamic=True)
+    check("last-mean", target, "aot_eager", dynamic=True)
 
 
 @pytest.mark.slow
