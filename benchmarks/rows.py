@@ -158,6 +158,8 @@ def run_cases(
         there are none; 3: time was up, and the same command goes on.
     """
     keys, left, lost = [], 0, False
+    gc.collect()
+    gc.freeze()  # the libraries' objects stay: each case and each measurement of memory would walk them anew
     for key, measure in cases:
         keys.append(key)
         if rows.has(**key):

@@ -1,5 +1,6 @@
 """Shared by all tests: which device and backend, random pools and batches, and parity with the paper's equations."""
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +81,15 @@ def pytest_runtest_makereport() -> Iterator[pytest.TestReport]:
 
 def _escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_no_garbage() -> None:
+    """What a module has imported stays: walking the libraries' objects anew takes up to a second a collection, and a
+    collection is in each measurement of memory and in each forked process.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=TARGETS)

@@ -36,20 +36,24 @@ ALWAYS = {
 
 @pytest.fixture
 def benchmarks(monkeypatch):
-    """The benchmarks' folder on the path, as when one of them is run; one call of everything is timed."""
+    """The benchmarks' folder on the path, as when one of them is run; one call of everything is timed (of tuning
+    two), and the rate of the machine is not.
+    """
     monkeypatch.syspath_prepend(str(FOLDER))
     import attention
     import encode
     import throughput
     import train_step
+    import tune
 
     rounds = throughput.rounds
     monkeypatch.setattr(throughput, "rounds", lambda runs, clock, *_: rounds(runs, clock, 0.0, 1, False))
-    for rate in ("product_rate", "copy_rate"):
-        monkeypatch.setattr(throughput, rate, lambda *_: 1e11)
+    for module, rate in ((throughput, "product_rate"), (throughput, "copy_rate"), (attention, "product_rate")):
+        monkeypatch.setattr(module, rate, lambda *_: 1e11)
     for module in (encode, train_step):
         monkeypatch.setattr(module, "BUDGET", ((0.0, 1, 0.0),) * 3)
     monkeypatch.setattr(attention, "BUDGET", (0.0, 0.0))
+    monkeypatch.setattr(tune, "REPEATS", 2)
 
 
 def rows_of(folder: Path, pattern: str = "*.csv") -> list[dict[str, str]]:

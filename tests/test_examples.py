@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -20,15 +20,15 @@ def examples(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
-def test_similarity_prints_its_table():
-    done = subprocess.run([sys.executable, EXAMPLES / "similarity.py"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split()[-5:] for line in done.stdout.splitlines()[1:6]]
+def test_similarity_prints_its_table(examples, capsys):
+    runpy.run_path(str(EXAMPLES / "similarity.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    rows = [line.split()[-5:] for line in printed.splitlines()[1:6]]
     similarity = torch.tensor([[float(cell) for cell in row] for row in rows])
     assert torch.equal(similarity.diagonal(), torch.ones(5))
     # The two sentences about music and the two about cooking are nearest to each other.
     assert (similarity - 2 * torch.eye(5)).argmax(1)[:4].tolist() == [1, 0, 3, 2]
-    assert "GFLOP/text" in done.stdout
+    assert "GFLOP/text" in printed
 
 
 def test_untrained_pool_is_mean_pooling_on_sts_benchmark(examples, data_dir):

@@ -1,7 +1,6 @@
 """`mlpool eval`: real scores, what is kept and not done twice, several processes, the command."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ from mlpool.evaluation import results
 from mlpool.evaluation.encoder import Prompts, make_encoder
 from mlpool.evaluation.evaluate import _share, evaluate_local
 from mlpool.evaluation.tasks import mteb_tasks
+from mlpool.study.runs import context
 
 pytest_plugins = ["evaluation_fixtures"]
 
@@ -159,10 +159,8 @@ def test_damage_is_evaluated_again(tiny, small_data, tmp_path, what):
 
 
 def spawn(target: Any, *arguments: Any) -> Any:
-    """A process of its own, from a server that has imported once what all of them need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mteb", "sentence_transformers", "mlpool.evaluation.evaluate", __name__])
-    process = context.Process(target=target, args=arguments)
+    """A process of its own, from the server that has imported once what all of them need."""
+    process = context().Process(target=target, args=arguments)
     process.start()
     return process
 

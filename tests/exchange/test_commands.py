@@ -22,7 +22,7 @@ def saved(tmp_path_factory):
     """A folder with an adapter for each of two designs, and what they give."""
     root, expected = tmp_path_factory.mktemp("saved"), {}
     for design in ("multi-layer-bidirectional", "mean-bidirectional"):
-        made = add_lora(embedder(design, prompts={"query": "read: "}, num_hidden_layers=2))
+        made = add_lora(embedder(design, prompts={"query": "read: "}, num_hidden_layers=1))
         shake(made[0].model, only="lora_B")
         expected[design] = made.encode(TEXTS)
         made.save(root / design, verify=False)
@@ -60,7 +60,7 @@ def test_merge_where_the_base_model_moved(saved, tmp_path, capsys):
     arguments = ("merge", tmp_path / "adapter", "-o", tmp_path / "out")
     assert run(*arguments) == 2
     assert "which is not there; pass base=" in capsys.readouterr().err
-    assert run(*arguments, "--base", base(num_hidden_layers=2)) == 0
+    assert run(*arguments, "--base", base(num_hidden_layers=1)) == 0
 
 
 def test_merge_refuses(saved, tmp_path, capsys, monkeypatch):

@@ -21,8 +21,8 @@ from mlpool.exchange.export import export_folder, export_program, load_exported
 from mlpool.exchange.vllm import folder as vllm_folder
 
 PLAIN = [name for name, design in DESIGNS.items() if not design.trainable]
-# Of a pool of the last layer the causal design alone: that attention runs both ways, the others show.
-TRAINED = [name for name, design in DESIGNS.items() if design.trainable and name != "last-layer-bidirectional"]
+# Every kind of trained pooler, over both kinds of attention and of token pooling.
+TRAINED = ["last-layer-causal", "multi-layer-causal", "multi-layer-bidirectional", "layer-weights-bidirectional"]
 PROMPTS = {"query": "read: ", "document": ""}
 
 
@@ -209,7 +209,7 @@ def test_vllm_folder_refuses(tmp_path, monkeypatch):
 # --- one file ---------------------------------------------------------------------------------------------------------
 
 LIMIT = 40
-TRACED = {"num_hidden_layers": 2}  # every layer is traced, slowly
+TRACED = {"num_hidden_layers": 1}  # every layer is traced, slowly
 ALONE = """
 import json, sys
 for name in ("mlpool", "mlpool_kernels", "transformers", "sentence_transformers"):
@@ -260,14 +260,16 @@ def by_equations(made, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """One file for every kind of trained pooler, under both kinds of attention; the embedders they were made from."""
+    """A file of each design of TRAINED, that of the last layer of a base that is cut; what they were made from."""
     folder = tmp_path_factory.mktemp("programs")
-    transformer("qwen2", **TRACED).save_pretrained(folder / "base")
+    transformer("qwen2", num_hidden_layers=2).save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
     made, other = {}, {"last-layer-causal": True, "multi-layer-causal": False}
     for design in TRAINED:
         sizes = {**SMALL, "residual": other.get(design, "mix")} if DESIGNS[design].has_latents else "default"
         options = {"packing": "never", "max_seq_length": LIMIT, "prompts": PROMPTS, "device": "cpu"}
+        if not DESIGNS[design].reads_all_layers:
+            options["depth"] = 1
         made[design] = load(folder / "base", design, sizes, **options)
         shake(made[design][1])
         assert export.export(made[design], folder / f"{design}.pt2") < 1e-5
@@ -409,7 +411,7 @@ def test_program_that_differs_is_not_left_behind(programs, tmp_path, monkeypatch
             rows = torch.arange(x.shape[0])
             return torch.ops.mlpool.gather([x], rows, rows + 1, rows, rows + 1, None, False, "torch", False)
 
-    other = torch.export.load(folder / "multi-layer-bidirectional.pt2")
+    other = torch.export.load(folder / "last-layer-causal.pt2")
     foreign = torch.export.export(Foreign(), (torch.ones(3, 4),))
     for program, match in (
         (other, "not exported: the embeddings of the file differ by"),
@@ -417,7 +419,7 @@ def test_program_that_differs_is_not_left_behind(programs, tmp_path, monkeypatch
     ):
         monkeypatch.setattr("mlpool.exchange.program.trace", lambda *_, program=program: program)
         with pytest.raises(RuntimeError, match=match):
-            export_program(made["last-layer-causal"], tmp_path / "out.pt2")
+            export_program(made["multi-layer-causal"], tmp_path / "out.pt2")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,7 +1,6 @@
 """A tiny base with pairs to train it on, trainings of it, and processes of their own for them."""
 
 import json
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -14,12 +13,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 
 import mlpool
+from mlpool.study.runs import context
 from mlpool.training.train import train
 
 WORDS = [f"w{i}" for i in range(60)]
-# One process imports for all that a file of tests starts. It has run nothing, so that its children may.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["mlpool.training.train"])
+# One process imports for all that the tests of a worker start: what it imports is said before it is first used, so all
+# ask for what a study's runs need. It has run nothing, so that its children may.
+SERVER = context()
 
 
 @pytest.fixture(scope="module")
