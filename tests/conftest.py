@@ -1,5 +1,7 @@
 """Shared by all tests: which device and backend, random pools and batches, and parity with the paper's equations."""
 
+import dataclasses
+import functools
 import gc
 import os
 import threading
@@ -7,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -122,6 +125,32 @@ def _bfloat16_as_on_a_card() -> Iterator[None]:
     interpreter._convert_float = rounded
     yield
     interpreter._convert_float = convert
+
+
+@pytest.fixture(scope="session", autouse=os.environ.get("TRITON_INTERPRET") == "1")
+def _nothing_twice() -> Iterator[None]:
+    """What the interpreter does over and over takes it longer than the kernels: it puts its own language in the place
+    of Triton's at every launch and at every call inside one, each `tl.sum` among them, and checks every sum of integers
+    for an overflow that it reports in debug mode alone.
+    """
+    interpreter = pytest.importorskip("triton").runtime.interpreter
+    replace, scopes, builder = interpreter._patch_lang, {}, interpreter.interpreter_builder
+
+    def once(function: Any) -> Any:
+        if function.__module__ not in scopes:
+            scopes[function.__module__] = replace(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    options = builder.options
+    interpreter._patch_lang, builder.options = once, dataclasses.replace(options, sanitize_overflow=False)
+    types = interpreter._get_np_dtype
+    plain = functools.cache(types)
+    interpreter._get_np_dtype = lambda t: types(t) if t.scalar.is_ptr() else plain(t.scalar)
+    yield
+    interpreter._get_np_dtype = types
+    interpreter._patch_lang, builder.options = replace, options
+    for scope in reversed(scopes.values()):
+        scope.restore()
 
 
 @pytest.fixture(scope="session", autouse=os.environ.get("TRITON_INTERPRET") == "1")

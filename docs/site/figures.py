@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 import gallery
 import matplotlib
+import studies
 from results import CPU, EVAL, GPU, ROOT, Shown, main, mebibytes, milliseconds, pair, times
 
 matplotlib.use("svg")
@@ -155,8 +157,34 @@ def bars(axis: Any, names: Sequence[str], before: Sequence[float], after: Sequen
     axis.invert_yaxis()
 
 
+# --- what it is worth -------------------------------------------------------------------------------------------------
+
+
+def scores() -> None:
+    """Every design of a study, a panel for each kind of task: its seeds, and their mean."""
+    shown, lines = studies.TABLES["designs"], studies.read(studies.SCORES)
+    rows = sorted(shown.rows, key=lambda row: -studies.means(shown, row, lines)[-1])
+    columns = {**shown.columns, "all": [task for tasks in shown.columns.values() for task in tasks]}
+    figure, axes = pyplot.subplots(
+        1, len(columns), figsize=(9, 0.7 + 0.27 * len(rows)), sharey=True, layout="constrained"
+    )
+    for axis, (what, tasks) in zip(axes, columns.items(), strict=True):
+        for i, row in enumerate(rows):
+            seeds = [mean(of[task] for task in tasks) for of in studies.scores(shown, row, lines).values()]
+            color = OURS if "multi-layer" in row and "released" not in row else INK
+            axis.plot(seeds, [i] * len(seeds), "o", color=color, alpha=0.4, markersize=4, markeredgewidth=0)
+            axis.plot([mean(seeds)], [i], "|", color=color, markersize=10, markeredgewidth=2)
+        axis.set_title(what, loc="left", fontsize=9, color=INK)
+        axis.grid(axis="y", color=QUIET)
+        axis.spines["left"].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(rows)), [shown.rows[row] for row in rows])
+    axes[0].invert_yaxis()
+    save(figure, "scores")
+
+
 if __name__ == "__main__":
     pyplot.rcParams |= STYLE
-    for draw in (speed, designs, cost):
+    for draw in (speed, designs, cost, scores):
         draw()
     sys.exit(main() or gallery.main())

@@ -59,12 +59,13 @@ def record(monkeypatch: Any, name: str, tile: dict[str, int] | None, sizes: Size
     if tile is not None:
         monkeypatch.setattr(tiles, "_overrides", lambda: {name: tile})
     with torch.device(device):
-        _launch(name, sizes)
+        _launch(name, sizes, every=tile is None)
     assert launches
     return launches
 
 
-def _launch(name: str, sizes: Sizes) -> None:
+def _launch(name: str, sizes: Sizes, every: bool) -> None:
+    """every: also forms whose code is part of another's, which add nothing at each tile."""
     dtype, layers, hidden, latents, heads, batch, tokens = sizes
     width, columns = hidden, heads * latents
     if name == "attend_text":
@@ -89,15 +90,14 @@ def _launch(name: str, sizes: Sizes) -> None:
         gather._backward(x0, states[0].shape, *spans, True, "triton", None, states)
         gather._backward(x0[:, :1], states[0].shape, *spans, True, "triton", states[0], states[:1])
     elif name in ("attend", "attend_text", "norm"):
-        for mixing in (None, torch.zeros(layers)):
-            for given in (
-                (states, rows, _norm(sizes, mixing)),
-                ([x0], None, rows_of.Norm(mixing, None, vector, vector)),
-            ):
-                if name == "norm":
-                    rows_of.norm_rows_triton(*given, dtype)
-                else:
-                    attend.attend_one_launch(*given, torch.zeros(columns, hidden, dtype=dtype), dtype)
+        new, mixing = (states, rows), torch.zeros(layers)
+        most, least = (*new, _norm(sizes, mixing)), ([x0], None, rows_of.Norm(None, None, vector, vector))
+        between = (*new, _norm(sizes, None)), ([x0], None, rows_of.Norm(mixing, None, vector, vector))
+        for given in (most, least, *(between if every else ())):
+            if name == "norm":
+                rows_of.norm_rows_triton(*given, dtype)
+            else:
+                attend.attend_one_launch(*given, torch.zeros(columns, hidden, dtype=dtype), dtype)
     elif name == "norm_backward":
         added = torch.zeros(batch, hidden)
         rows_of.norm_rows_backward_triton(x0, x0, _norm(sizes, torch.zeros(layers)), added, summed=True)

@@ -130,6 +130,8 @@ def test_default_tile_compiles_at_other_sizes(monkeypatch, name, sizes):
     dtype, keys, _, latents, heads, *_ = SIZES[sizes]
     if name == "feed_forward_tma" and dtype == torch.float32:
         return  # read by pointers
+    if sizes == "taps" and name not in ("mean", "unit_mean", "last", "gather_backward", "select"):
+        return  # one layer's rows are gathered there, and that is all
     if (name.startswith("mix") and latents > 128) or (name.startswith("attend") and latents * heads > 1024):
         return  # the cost model never launches it there
     if name == "mix_backward" and power_of_2(keys) * power_of_2(latents) > MIX_SCORES:

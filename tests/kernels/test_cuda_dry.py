@@ -12,7 +12,6 @@ import importlib
 import itertools
 import os
 import pkgutil
-import random
 import shutil
 from collections.abc import Iterator
 
@@ -30,6 +29,7 @@ if not (shutil.which("gcc") and shutil.which("g++")):
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 import mlpool_kernels  # noqa: E402
+from coverings import Options, covering, every, name  # noqa: E402
 from mlpool_kernels.contrast import contrast  # noqa: E402
 from mlpool_kernels.plan import CHOICES  # noqa: E402
 from mlpool_kernels.select import select_padded  # noqa: E402
@@ -45,43 +45,13 @@ KINDS = ("layers", "packed layers", "layer_states", "last layer")
 CALLS = {"kind": KINDS, "token_pooling": ("last", "mean")}
 ALL = os.environ.get("MLPOOL_DRY") == "all"
 
-Options = dict[str, object]
-
-
-def pairs(options: dict[str, tuple]) -> list[Options]:
-    """Combinations in which every value of an option meets every value of each other one."""
-    draw = random.Random(0)
-    missing = {
-        pair
-        for (a, ours), (b, theirs) in itertools.combinations(options.items(), 2)
-        for pair in itertools.product([(a, value) for value in ours], [(b, value) for value in theirs])
-    }
-    chosen = []
-    while missing:
-        drawn = [{key: draw.choice(values) for key, values in options.items()} for _ in range(100)]
-        chosen.append(max(drawn, key=lambda combination: len(missing & _pairs_of(combination))))
-        missing -= _pairs_of(chosen[-1])
-    return chosen
-
-
-def _pairs_of(combination: Options) -> set[tuple]:
-    return set(itertools.combinations(combination.items(), 2))
-
 
 def combinations(options: dict[str, tuple]) -> list[Options]:
     """Pairs of everything; where all are asked for, every combination of these options, the ways of calling in turn."""
     if not ALL:
-        return pairs({**options, **CALLS})
+        return covering({**options, **CALLS})
     calls = itertools.cycle(every(CALLS))
     return [{**combination, **next(calls)} for combination in every(options)]
-
-
-def every(options: dict[str, tuple]) -> list[Options]:
-    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
-
-
-def name(options: Options) -> str:
-    return "-".join(str(value).removeprefix("torch.") for value in options.values())
 
 
 def run(kind: str, batch: int, tokens: int, hidden: int, layers: int, dtype: torch.dtype, **options) -> None:
@@ -233,7 +203,7 @@ def run_contrast(dtype: torch.dtype, masks: bool, dims: tuple[int, ...] | None) 
     gradients(contrast(rows, others, partners, temperature=0.05, dims=dims, **given), [rows, others])
 
 
-@pytest.mark.parametrize("options", every(CONTRASTS) if ALL else pairs(CONTRASTS), ids=name)
+@pytest.mark.parametrize("options", every(CONTRASTS) if ALL else covering(CONTRASTS), ids=name)
 def test_contrast(options):
     with card(options["card"]) as launches:
         run_contrast(options["dtype"], options["masks"], options["dims"])
@@ -250,7 +220,7 @@ def test_every_kernel_is_reached():
     with card(90) as launches:
         run_contrast(torch.bfloat16, masks=False, dims=None)
     missing -= {launch.kernel for launch in launches}
-    for architecture, options in itertools.product((90, 80), pairs({**CHOICES, **CALLS})):
+    for architecture, options in itertools.product((90, 80), covering({**CHOICES, **CALLS})):
         choices = {key: options[key] for key in CHOICES}
         for batch, tokens in ((2, 300), (1, 8192)):
             with card(architecture) as launches:

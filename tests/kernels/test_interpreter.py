@@ -31,6 +31,7 @@ from conftest import (
     use,
     use_rows,
 )  # fmt: skip
+from coverings import covering, every, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlpool_kernels import Plan
@@ -43,27 +44,28 @@ from mlpool.pooling import select_tokens
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 ATTEND = importlib.import_module("mlpool_kernels.attend")
-LAYERS, HIDDEN, LATENTS = (1, 6, 24, 28, 36, 80), (64, 384, 896, 1536), (1, 7, 64)
-# Every pair of two sizes but the largest, whose feed-forward takes the interpreter longest and shows no more than many
-# latents at 896 and few at 1536; 768 latents at a small D, with the most keys. The forms take turns.
-FORMS = list(itertools.product(cost_model.LAUNCHES, cost_model.FEED_FORWARD, cost_model.VALUES, cost_model.MEMORY))
-SIZES = [
-    (layers, hidden, LATENTS[i % 2 if hidden == HIDDEN[-1] else (i + j) % 3])
-    for i, layers in enumerate(LAYERS)
-    for j, hidden in enumerate(HIDDEN)
-] + [(LAYERS[-1], 64, 768)]
-PAIRWISE = [(*size, FORMS[7 * i % len(FORMS)], ("mix", True)[i % 2]) for i, size in enumerate(SIZES)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def forms(form) -> dict[str, str]:
-    return dict(zip(("launches", "feed_forward", "values", "memory"), form, strict=True))
-
-
-def name(form) -> str:
-    return "-".join(form)
-
-
+CHOICES = cost_model.CHOICES
+# Pairs of two sizes; the widest D, where the interpreter takes longest, with few layers and latents. More latents than
+# a mix kernel holds and the most keys at a small D. The forms take turns.
+LAYERS, HIDDEN, LATENTS = (1, 6, 28, 36, 80), (64, 384, 896), (1, 7, 64)
+FORMS = every({key: CHOICES[key] for key in ("launches", "feed_forward", "values", "memory")})
+SIZES = [
+    *((layers, hidden, LATENTS[(i + j) % 3]) for i, layers in enumerate(LAYERS) for j, hidden in enumerate(HIDDEN)),
+    (1, 1536, 7), (6, 1536, 1), (LAYERS[-1], 64, cost_model.MIX_LATENTS + 8),
+]  # fmt: skip
+SIZED = [(*size, FORMS[7 * i % len(FORMS)], ("mix", True)[i % 2]) for i, size in enumerate(SIZES)]
+# Every three choices, with the type as one of them. The kernels that mix are for two choices at once: each in every
+# type with every value of the others.
+MIXED = [
+    {"values": values, "mix": "kernel", "dtype": dtype, **turn}
+    for values, dtype in itertools.product(("early", "absorbed"), DTYPES)
+    for turn in (
+        {"memory": "save", "keys": "absorbed", "launches": "one", "feed_forward": "fused"},
+        {"memory": "recompute_ff", "keys": "plain", "launches": "two", "feed_forward": "fused"},
+        {"memory": "recompute", "keys": "absorbed", "launches": "two", "feed_forward": "chunked"},
+    )
+]
 # The interpreter takes as long for a program whatever its tile: those that only sum or norm get few, wide ones here,
 # and the tiles of a GPU in all other tests.
 FEW_PROGRAMS = {
@@ -74,48 +76,57 @@ FEW_PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize(("layers", "hidden", "latents", "form", "residual"), PAIRWISE)
+@pytest.mark.parametrize(("layers", "hidden", "latents", "form", "residual"), SIZED)
 def test_sizes(layers, hidden, latents, form, residual, monkeypatch):
     monkeypatch.setattr("mlpool_kernels.tiles._overrides", lambda: FEW_PROGRAMS)
     sizes = {"num_latents": latents, "num_heads": 1, "head_dim": 8, "residual": residual}
-    pool = multi(hidden, layers, INTERPRETER, choices=forms(form), **sizes)
+    pool = multi(hidden, layers, INTERPRETER, choices=form, **sizes)
     batch = 1 if hidden == 1536 else 2
     assert_close_to_equations(pool, make_states(layers, (batch, 2, hidden)), make_mask(batch, 2))
 
 
-@pytest.mark.parametrize("keys", cost_model.KEYS)
-@pytest.mark.parametrize("form", FORMS, ids=name)
-def test_every_form(form, keys):
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("options", covering({**CHOICES, "dtype": DTYPES}, 3, MIXED), ids=name)
+def test_every_form(options, monkeypatch):
     """Odd sizes, tiles that end inside D, R and F; bfloat16 too, which the interpreter's dot gets wrong.
 
-    The types take turns by the places of the choices, so that each meets every two values of two choices together.
+    Uninitialised memory holds NaN: every output and gradient is written. The choice of how to mix is what runs; with
+    late values there is no kernel.
     """
-    choices = {**forms(form), "keys": keys}
-    dtype = DTYPES[sum(cost_model.CHOICES[choice].index(value) for choice, value in choices.items()) % 3]
-    pool = multi(72, 5, INTERPRETER, num_latents=9, num_heads=2, head_dim=8, choices=choices)
-    assert_close_to_equations(pool, make_states(5, (2, 3, 72)), make_mask(2, 3), dtype)
+    module, launched = importlib.import_module("mlpool_kernels.mix"), []
+    kernel = module._mix_triton
+    monkeypatch.setattr(module, "_mix_triton", lambda *args: launched.append(1) or kernel(*args))
+    choices = {key: options[key] for key in CHOICES}
+    pool = multi(72, 3, INTERPRETER, num_latents=3, num_heads=2, head_dim=8, choices=choices)
+    assert_close_to_equations(pool, make_states(3, (2, 3, 72)), make_mask(2, 3), options["dtype"])
+    assert bool(launched) == (options["mix"] == "kernel" and options["values"] != "late")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("values", cost_model.VALUES)
-@pytest.mark.parametrize("token_pooling", ["last", "mean"])
-def test_last_layer(token_pooling, values, dtype):
+LAST = {key: values for key, values in CHOICES.items() if key != "launches"}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "options", covering({"token_pooling": ("last", "mean"), **LAST, "dtype": DTYPES}, 3), ids=name
+)  # fmt: skip
+def test_last_layer(options):
     """Design 2, one key, and design 4, whose softmax streams over 70 tokens with the padding mask."""
-    pool = last(40, INTERPRETER, num_latents=9, token_pooling=token_pooling, choices={"values": values})
-    assert_close_to_equations(pool, make_states(1, (3, 70, 40)), make_mask(3, 70), dtype)
+    choices = {key: options[key] for key in LAST}
+    pool = last(40, INTERPRETER, num_latents=9, token_pooling=options["token_pooling"], choices=choices)
+    assert_close_to_equations(pool, make_states(1, (3, 70, 40)), make_mask(3, 70), options["dtype"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("token_pooling", ["last", "mean"])
 @pytest.mark.parametrize("kind", ["multi", "last"])
 def test_paper(kind, token_pooling, dtype):
-    sizes = {"num_latents": 20, "num_heads": 2, "head_dim": 16, "token_pooling": token_pooling}
+    sizes = {"num_latents": 5, "num_heads": 2, "head_dim": 16, "token_pooling": token_pooling}
     pool = (
-        MultiLayerPool.paper(24, 6, backend="triton", **sizes)
+        MultiLayerPool.paper(24, 3, backend="triton", **sizes)
         if kind == "multi"
         else LastLayerPool.paper(24, backend="triton", **sizes)
     )
-    assert_close_to_equations(randomise(pool), make_states(6, (3, 5, 24)), make_mask(3, 5, "left"), dtype)
+    assert_close_to_equations(randomise(pool), make_states(3, (2, 5, 24)), make_mask(2, 5, "left"), dtype)
 
 
 @settings(max_examples=15, deadline=None)
@@ -129,23 +140,10 @@ def test_paper(kind, token_pooling, dtype):
 def test_any_size(kind, hidden, layers, batch, tokens, seed, form, padding, **options):
     if kind is multi:
         options["layers"] = layers
-    pool = randomise(kind(hidden, target=INTERPRETER, choices=forms(form), **options), seed)
+    pool = randomise(kind(hidden, target=INTERPRETER, choices=form, **options), seed)
     assert_close_to_equations(
         pool, make_states(layers, (batch, tokens, hidden), seed=seed), make_mask(batch, tokens, padding, seed)
     )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mix", cost_model.MIX)
-@pytest.mark.parametrize("values", cost_model.VALUES)
-def test_mix_by_kernel_and_by_product(values, mix, dtype, monkeypatch):
-    """Both are exact, and the choice is what runs; with late values there is no kernel."""
-    module, launched = importlib.import_module("mlpool_kernels.mix"), []
-    kernel = module._mix_triton
-    monkeypatch.setattr(module, "_mix_triton", lambda *args: launched.append(mix) or kernel(*args))
-    pool = multi(72, 5, INTERPRETER, num_latents=9, num_heads=2, head_dim=8, choices={"values": values, "mix": mix})
-    assert_close_to_equations(pool, make_states(5, (2, 3, 72)), make_mask(2, 3), dtype)
-    assert bool(launched) == (mix == "kernel" and values != "late")
 
 
 @pytest.mark.parametrize("how", ["last", "mean", "unit_mean"])
@@ -158,46 +156,44 @@ def test_strided_hidden_states(how):
         assert_close_to_equations(pool, [view, view.flip(0) if view.stride(2) == 1 else view], mask)
 
 
-@pytest.mark.parametrize("launches", cost_model.LAUNCHES)
-@pytest.mark.parametrize("memory", cost_model.MEMORY)
-def test_strided_layer_states(launches, memory):
+VIEWS = {
+    "sliced": lambda: torch.randn(2, 3, 64)[:, :, :32], "transposed": lambda: torch.randn(3, 2, 32).transpose(0, 1),
+    "strided": lambda: torch.randn(2, 3, 64)[:, :, ::2], "columns": lambda: torch.randn(2, 32, 3).mT,
+}  # fmt: skip
+READING = {key: CHOICES[key] for key in ("launches", "memory")}
+
+
+@pytest.mark.parametrize("options", covering({"view": tuple(VIEWS), **READING}), ids=name)
+def test_strided_layer_states(options):
     """X0 given as it lies: every stride, also that of D, is respected, forward and backward."""
-    pool = multi(32, 5, INTERPRETER, choices={"launches": launches, "memory": memory})
-    plain = multi(32, 5, TORCH)
-    base = torch.randn(3, 5, 64)
-    views = (base[:, :, :32], torch.randn(5, 3, 32).transpose(0, 1), base[:, :, ::2], torch.randn(3, 32, 5).mT)
-    for view in views:
-        got, want = (ours(p, [view], use_rows) for p in (pool, plain))
-        for key, value in want.items():
-            torch.testing.assert_close(got[key], value, atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+    view = VIEWS[options["view"]]()
+    choices = {key: options[key] for key in READING}
+    got, want = (ours(multi(32, 3, target, choices=choices), [view], use_rows) for target in (INTERPRETER, TORCH))
+    assert_as_torch(got, want)
+
+
+def assert_as_torch(got, want):
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
 
 
 # --- what a kernel may not do --------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("form", FORMS[::2], ids=name)
-def test_nothing_is_left_unwritten(form, dtype):
-    """Uninitialised memory holds NaN; every output and gradient is written all the same."""
-    for pool in (multi(24, 3, INTERPRETER, choices=forms(form)), last(24, INTERPRETER, choices=forms(form))):
-        assert_close_to_equations(pool, make_states(3, (2, 4, 24)), make_mask(2, 4), dtype)
 
 
 @pytest.mark.parametrize("how", ["last", "mean"])
 @pytest.mark.parametrize("kind", [multi, last])
 def test_nan_in_padding_and_in_one_text(kind, how):
     """Padding reaches nothing; a text that holds NaN is NaN alone, and so are its gradients."""
-    pool, mask = kind(16, target=INTERPRETER, token_pooling=how), make_mask(4, 5)
-    states = make_states(4 if kind is multi else 1, (4, 5, 16))
+    pool = kind(16, **({"layers": 2} if kind is multi else {}), target=INTERPRETER, token_pooling=how)
+    mask, others = make_mask(3, 5), torch.tensor([0, 2])
+    states = make_states(2 if kind is multi else 1, (3, 5, 16))
     clean = ours(pool, states, use, mask)
     soiled = [torch.where(mask[:, :, None] == 0, torch.nan, s) for s in states]
     for key, value in ours(pool, soiled, use, mask).items():
         assert torch.equal(value, clean[key]), key
-    states = [s.index_fill(0, torch.tensor([2]), torch.nan) for s in states]
+    states = [s.index_fill(0, torch.tensor([1]), torch.nan) for s in states]
     result = ours(pool, states, use, mask)
-    others = torch.tensor([0, 1, 3])
-    assert result["output"][2].isnan().all()
+    assert result["output"][1].isnan().all()
     for key in ("output", *(f"states[{i}]" for i in range(len(states)))):
         assert torch.isfinite(result[key][others]).all(), key
 
@@ -225,15 +221,14 @@ def test_rows_of_zeros(launches, memory):
     states[1][0] = states[2][2] = 0
     choices = {"launches": launches, "memory": memory}
     got, want = (ours(multi(24, 3, target, choices=choices), states, use, mask) for target in (INTERPRETER, TORCH))
-    for key, value in want.items():
-        torch.testing.assert_close(got[key], value, atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+    assert_as_torch(got, want)
     assert not got["states[1]"][0].any()
     assert not got["states[2]"][2].any()
 
 
 @pytest.mark.parametrize("form", FORMS[::5], ids=name)
 def test_bitwise_from_run_to_run(form):
-    pool = multi(40, 3, INTERPRETER, num_latents=20, choices=forms(form))
+    pool = multi(40, 3, INTERPRETER, choices=form)
     states, mask = make_states(3, (2, 3, 40)), make_mask(2, 3)
     first, second = (ours(pool, states, use, mask) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -252,19 +247,20 @@ def test_all_columns_of_a_text_in_one_program(dtype, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("memory", cost_model.MEMORY)
-@pytest.mark.parametrize("launches", cost_model.LAUNCHES)
-@pytest.mark.parametrize("keys", cost_model.KEYS)
-@pytest.mark.parametrize("kind", [multi, last])
-def test_attention_weights_and_their_gradient(kind, keys, launches, memory):
+SCORED = every({key: CHOICES[key] for key in ("keys", "launches", "memory")})
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices"),
+    [*((multi, form) for form in covering(CHOICES, 2, SCORED)), *((last, {"memory": m}) for m in CHOICES["memory"])],
+)
+def test_attention_weights_and_their_gradient(kind, choices):
     """As on the torch path, with every form of the scores."""
-    choices = {"keys": keys, "launches": launches, "memory": memory}
     got, want = (
         ours(kind(24, target=target, choices=choices), make_states(4 if kind is multi else 1, (2, 4, 24)), attend)
         for target in (INTERPRETER, TORCH)
     )
-    for key, value in want.items():
-        torch.testing.assert_close(got[key], value, atol=1e-5, rtol=1e-4)
+    assert_as_torch(got, want)
 
 
 def attend(pool, states):
