@@ -61,7 +61,9 @@ class Import(NamedTuple):
 
 def imports(path: Path) -> Iterator[Import]:
     """What a file imports from elsewhere: neither the standard library nor this repository."""
-    ours = {p.stem for folder in ("tests", "benchmarks", "examples", "docs/site") for p in (ROOT / folder).rglob("*.py")}
+    ours = {
+        p.stem for folder in ("tests", "benchmarks", "examples", "docs/site") for p in (ROOT / folder).rglob("*.py")
+    }
     tree = ast.parse(path.read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     inside = {id(node) for function in functions for node in ast.walk(function)}
