@@ -56,7 +56,7 @@ def named(train: Mapping[str, Any], pool: Mapping[str, Any], raw: bool) -> str:
             said.append(f"{pool['num_latents']} latents")
         if pool["residual"] is False:
             said.append("released")
-        elif raw and not pool.get("whiten"):
+        elif raw and "start" in pool and not pool.get("whiten"):  # not a pool of the last layer
             said.append(f"not whitened, from {'the last layer' if pool['start'] == 'last' else 'all layers'}")
     if train.get("layers"):
         said.append(f"layers {', '.join(map(str, train['layers']))}")
@@ -168,7 +168,7 @@ WHOLE = {  # every design, at one rate
     "multi-layer-causal-mean, released at 0.001": "multi-layer-causal-mean, released equations",
 }
 TABLES = {
-    # "designs": Table("smollm2", KINDS, WHOLE),
+    "designs": Table("smollm2", KINDS, WHOLE),
     "pools": Table("smollm2", SIX, {
         "mean-causal at 0.003": "mean-causal",
         f"{MULTI} at 0.003": MULTI,
