@@ -94,7 +94,7 @@ def test_columns(tmp_path):
         ("a.txt", b"ok\n\xff\xfe\n", r"a\.txt:2 is not UTF-8: byte 0 of the text"),
         ("a.csv", "text,n\na,1\nb\n", r"a\.csv:3: 1 fields, but the header has 2"),
         ("a.csv", 'text,n\na,1\n"b,1\n', r"a\.csv:3: broken quotes or line end: unexpected end"),
-        ("a.txt.gz", gzip.compress(b"some text\n" * 9999, mtime=0)[:-9], r"a\.txt\.gz is a damaged gzip file, after line"),
+        ("a.txt.gz", gzip.compress(b"some text\n" * 99, mtime=0)[:-9], r"a\.txt\.gz is a damaged gzip file, after"),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz is a damaged gzip file, after line 0: Not a gzipped file"),
         ("a.parquet", b"PAR1 no parquet", r"a\.parquet is not a readable Parquet file"),
         ("a.txt", "", r"nothing to encode: no row in .*a\.txt"),
