@@ -193,6 +193,7 @@ TABLES = {
     }),
     "minilm": Table("minilm", FOUR, {
         "mean-bidirectional at 2e-05": "mean-bidirectional",
+        "multi-layer-bidirectional at 2e-05": "multi-layer-bidirectional",
         "multi-layer-bidirectional, 64 latents at 2e-05": "multi-layer-bidirectional, 64 latents",
     }),
 }  # fmt: skip

@@ -46,13 +46,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 ATTEND = importlib.import_module("mlpool_kernels.attend")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CHOICES = cost_model.CHOICES
-# Pairs of two sizes; the widest D, where the interpreter takes longest, with few layers and latents. More latents than
-# a mix kernel holds and the most keys at a small D. The forms take turns.
+# Pairs of two sizes; the widest D, where the interpreter takes longest, with few latents. More latents than a mix
+# kernel holds, with the most keys, and the paper's number of them at a small D. The forms take turns.
 LAYERS, HIDDEN, LATENTS = (1, 6, 28, 36, 80), (64, 384, 896), (1, 7, 64)
 FORMS = every({key: CHOICES[key] for key in ("launches", "feed_forward", "values", "memory")})
 SIZES = [
     *((layers, hidden, LATENTS[(i + j) % 3]) for i, layers in enumerate(LAYERS) for j, hidden in enumerate(HIDDEN)),
-    (1, 1536, 7), (6, 1536, 1), (LAYERS[-1], 64, cost_model.MIX_LATENTS + 8),
+    (1, 1536, 7), (6, 1536, 1), (28, 1536, 1), (LAYERS[-1], 64, cost_model.MIX_LATENTS + 8), (6, 64, 768),
 ]  # fmt: skip
 SIZED = [(*size, FORMS[7 * i % len(FORMS)], ("mix", True)[i % 2]) for i, size in enumerate(SIZES)]
 # Every three choices, with the type as one of them. The kernels that mix are for two choices at once: each in every
