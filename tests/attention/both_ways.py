@@ -44,26 +44,28 @@ def apart(some: list[Tensor], others: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))
 
 
-def reach(model: nn.Module, batch: dict, row: int = 0) -> list[Tensor]:
-    """For each layer alone, bool [T, T]: does its output at i answer to noise on its own input at j?"""
+def reach(model: nn.Module, text: Tensor, others: Iterable[Tensor] = ()) -> list[Tensor]:
+    """For each layer alone, bool [T, T]: does its output at i answer to noise on its own input at j?
+
+    Asked of all j at once, each in a copy of the text; `others` are padded beside them.
+    """
     trunk, layers = find_layers(model)
-    calls: list = [None] * len(layers)
+    count, calls = len(text), [None] * len(layers)
     handles = [
         layer.register_forward_pre_hook(lambda _, a, k, i=i: calls.__setitem__(i, (a, k)), with_kwargs=True)
         for i, layer in enumerate(layers)
     ]
-    run(trunk, batch, use_cache=False)
+    run(trunk, pad([text] * count + [*others]), use_cache=False)
     for handle in handles:
         handle.remove()
+    noise = torch.stack([torch.randn(D, generator=torch.Generator().manual_seed(j)) for j in range(count)])
+    each = torch.arange(count)
     found = []
     for layer, (args, kwargs) in zip(layers, calls, strict=True):
-        plain = first(layer, args, kwargs)[row]
-        answers = []
-        for j in range(plain.shape[0]):
-            hidden = args[0].clone()
-            hidden[row, j] += torch.randn(D, generator=torch.Generator().manual_seed(j))
-            answers.append((first(layer, (hidden, *args[1:]), kwargs)[row] - plain).abs().amax(-1) > 1e-6)
-        found.append(torch.stack(answers, 1))
+        hidden = args[0].clone()
+        hidden[each, each] += noise
+        answers = first(layer, (hidden, *args[1:]), kwargs) - first(layer, args, kwargs)
+        found.append((answers[:count, :count].abs().amax(-1) > 1e-6).T)
     return found
 
 

@@ -27,15 +27,15 @@ def test_every_layer_reads_both_ways_and_padding_does_not_matter(name, backend):
     assert not is_bidirectional(model)
     bidirectional(model)
     assert is_bidirectional(model)
-    for batch in (alone(rows[0]), pad(rows)):
-        assert all(layer.all() for layer in reach(model, batch))
+    for others in ([], rows[1:]):
+        assert all(layer.all() for layer in reach(model, rows[0], others))
     expected = lone(model, rows)
     assert apart(expected, before) > 1e-2
     error = max(apart(outputs(model, rows, side), expected) for side in ("left", "right", "mixed"))
     assert error <= 1e-5
     causal(model)
     assert apart(lone(model, rows), before) == 0.0
-    assert not any(layer.triu(1).any() for layer in reach(model, pad(rows)))
+    assert not any(layer.triu(1).any() for layer in reach(model, rows[0], rows[1:]))
 
 
 @pytest.mark.parametrize(("name", "backend"), TRAINED)
@@ -119,8 +119,8 @@ def test_sliding_windows(name, backend, tmp_path):
         before = state(model)
         bidirectional(model, sliding_window=choice)
         width = 9 if choice == "full" else 2 if name == "Gemma3" else 4  # Gemma3: 4 // 2 + 1, the end excluded
-        for batch in (alone(rows[0]), pad(rows)):
-            layers = reach(model, batch)
+        for others in ([], rows[1:]):
+            layers = reach(model, rows[0], others)
             assert torch.equal(layers[0], distance <= width)
             assert all(torch.equal(layer, distance <= width) or layer.all() for layer in layers)
         assert apart(outputs(model, rows, "mixed"), lone(model, rows)) <= 1e-5
