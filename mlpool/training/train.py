@@ -174,7 +174,11 @@ def training_arguments(config: TrainConfig) -> Any:
     values = {**DEFAULTS, "ddp_find_unused_parameters": False, **config.arguments}
     if not torch.accelerator.is_available() and not is_torch_xla_available():
         values["use_cpu"] = True  # transformers wants it said for bfloat16, and to pin no memory
-    return SentenceTransformerTrainingArguments(**values)
+    arguments = SentenceTransformerTrainingArguments(**values)
+    if arguments.device.type == "cpu":
+        # Each of several processes has "cpu:0", where torch restores no optimizer; transformers 5.17 asks it to.
+        arguments._setup_devices = torch.device("cpu")
+    return arguments
 
 
 def _pool_rate(config: TrainConfig, embedder: Embedder) -> dict[str, float]:
