@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 import studies
+
+from mlpool import MultiLayerPool
 
 
 def run(study: Path, label: str, seed: int, scores: dict[str, float], pool: dict | None = None, **train) -> None:
@@ -51,6 +54,10 @@ def test_a_study_becomes_a_table(tmp_path):
         studies.means(shown, "deeper", lines)
     with pytest.raises(SystemExit, match="holds no finished run"):
         studies.add(tmp_path / "none", "base", path=path)
+
+
+def test_a_default_pool_is_one_without_a_number():
+    assert inspect.signature(MultiLayerPool).parameters["num_latents"].default == studies.LATENTS
 
 
 @pytest.mark.parametrize(

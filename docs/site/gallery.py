@@ -24,12 +24,8 @@ from results import RESULTS, ROOT, Line, count, mebibytes, milliseconds, times
 PAGE = ROOT / "docs" / "gallery.md"
 FOLDER = ROOT / "docs" / "figures" / "gallery"
 OURS, OTHER, INK = "#4263eb", "#a3a7b0", "#7d828c"  # on white and on black
-NAMES, PANEL, WRITTEN, STEP = (
-    180,
-    210,
-    115,
-    18,
-)  # pixels: names at least, bars, what stands behind them; a row
+# Pixels: of names at least, of bars, of what is written behind them; of a row.
+NAMES, PANEL, WRITTEN, STEP = 180, 210, 115, 18
 # Rows from before they carried their day: that of the commit which brought the file.
 DAYS = {
     "attention-cpu-2cores-quick": "2026-11-22",

@@ -7,9 +7,9 @@ A row of a table is a design with what is special about it, as the study's own f
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -21,11 +21,10 @@ COLUMNS = ("base", "row", "seed", "task", "metric", "items", "score", "date")
 LATENTS = 16  # of a default pool
 Line = dict[str, str]
 
-NAMES = {
-    "sts/stsb": "STS-B", "sts/sts16": "STS16", "sts/sickr": "SICK-R", "retrieval/medquad": "MedQuAD",
-    "retrieval/scitldr": "SciTLDR", "retrieval/squad_sentences": "SQuAD",
+SIX = {
+    "STS-B": ("sts/stsb",), "STS16": ("sts/sts16",), "SICK-R": ("sts/sickr",), "MedQuAD": ("retrieval/medquad",),
+    "SciTLDR": ("retrieval/scitldr",), "SQuAD": ("retrieval/squad_sentences",),
 }  # fmt: skip
-SIX = {name: (task,) for task, name in NAMES.items()}
 FOUR = {name: tasks for name, tasks in SIX.items() if name not in ("SciTLDR", "SQuAD")}
 KINDS = {
     "STS, 7 sets": tuple(f"sts/{name}" for name in ("sts12", "sts13", "sts14", "sts15", "sts16", "stsb", "sickr")),
@@ -204,5 +203,9 @@ def made(name: str) -> str:
 
 
 if __name__ == "__main__":
-    folder, base = Path(sys.argv[1]), sys.argv[2]
-    print(f"{add(folder, base, raw='--encoder' not in sys.argv)} scores in {SCORES.relative_to(ROOT)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="the output folder of `mlpool study`")
+    parser.add_argument("base", help="what the tables call its base")
+    parser.add_argument("--encoder", action="store_true", help="the base is no language model as it was pretrained")
+    args = parser.parse_args()
+    print(f"{add(args.study, args.base, raw=not args.encoder)} scores in {SCORES.relative_to(ROOT)}")
