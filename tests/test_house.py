@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"mlpool": ROOT / "mlpool", "mlpool_kernels": ROOT / "kernels/mlpool_kernels"}
+LONGEST = 400  # lines
 # From the ground up; what stands in one line is one floor.
 FLOORS = [
     ("mlpool_kernels",),
@@ -68,6 +69,11 @@ def graph() -> dict[str, dict[str, int]]:
     """Module → the modules of ours that it imports → the line of the import."""
     known = _modules()
     return {name: dict(_imports(name, path, known)) for name, path in known.items()}
+
+
+def test_files_are_read_in_a_sitting():
+    lines = {name: path.read_text(encoding="utf8").count("\n") for name, path in _modules().items()}
+    assert {name: count for name, count in lines.items() if count > LONGEST} == {}
 
 
 def test_every_module_stands_on_a_floor(graph):

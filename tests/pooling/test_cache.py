@@ -10,7 +10,7 @@ from conftest import last, make_mask, make_states, multi, randomise, use
 from mlpool_kernels import Plan, Rates, reference
 
 from mlpool import LastLayerPool, MultiLayerPool
-from mlpool.pooling import trainable
+from mlpool.pooling import folding
 
 D, L = 16, 4
 FORMS = [{"keys": k, "values": v} for k in ("absorbed", "plain") for v in ("absorbed", "early")]
@@ -313,7 +313,7 @@ def test_plan_predicts_by_the_rates(monkeypatch):
     # A device of endless memory bandwidth and FLOP that counts its launches, and one that counts FLOP alone.
     for launch, product, values in ((1.0, 1e30, "absorbed"), (1e-30, 1.0, "early")):
         rates = Rates(product, 1e30, 1e30, 1e30, 1e30, 1e30, launch, "fitted for a test")
-        monkeypatch.setattr(trainable, "fitted_rates", lambda device, r=rates: {torch.float32: r})
+        monkeypatch.setattr(folding, "fitted_rates", lambda device, r=rates: {torch.float32: r})
         report = MultiLayerPool(256, 4).plan(8)
         assert report.plan.values == values
         assert (report.rates, "rates: fitted for a test" in str(report)) == (rates, True)

@@ -6,7 +6,7 @@ from conftest import GPU, differentiate, last, leaves_of, make_mask, make_states
 from mlpool_kernels import Rates
 
 from mlpool import EosPool, LayerWeightsPool, MeanPool
-from mlpool.pooling import trainable
+from mlpool.pooling import folding
 
 D, L, B, T = 16, 4, 3, 5
 
@@ -72,7 +72,7 @@ def test_batches_of_different_size(name, dynamic, target):
 def test_fitted_rates_are_traced(target, monkeypatch):
     """Seconds over symbolic sizes, batch and keys, are compared without a graph break."""
     rates = Rates(2e11, 1e11, 1e11, 1e11, 1e9, 1e10, 1e-5, "fitted for a test")
-    monkeypatch.setattr(trainable, "fitted_rates", lambda device: {torch.float32: rates})
+    monkeypatch.setattr(folding, "fitted_rates", lambda device: {torch.float32: rates})
     check("last-mean", target, "aot_eager", dynamic=True)
 
 
