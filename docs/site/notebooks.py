@@ -16,6 +16,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -128,7 +129,8 @@ def page(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def execute(script: Path) -> Any:
-    """A notebook, run in its folder by this Python. Raises SystemExit where a cell fails, with what the others said."""
+    """A notebook, run by this Python in an empty folder, which stands as deep as its own: results that an earlier run
+    left would be compared with these. Raises SystemExit where a cell fails, with what the others said."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -140,7 +142,10 @@ def execute(script: Path) -> Any:
         for cell in cells(script.read_text(encoding="utf-8"))
     ]
     notebook = new_notebook(cells=made, metadata={"kernelspec": KERNEL})
-    place = {"metadata": {"path": script.parent}}
+    folder = script.parents[2] / "build" / script.stem
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "runs").mkdir(parents=True)
+    place = {"metadata": {"path": folder}}
     try:
         NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=place).execute()
     except CellExecutionError as error:
