@@ -17,7 +17,7 @@ from small_data import draw, read, write
 
 from mlpool.fitting.fit import fit
 
-SIZES = {"num_latents": 64, "num_heads": 8, "head_dim": 64, "ff_mult": 1}
+SIZES = {"num_latents": 16, "num_heads": 8, "head_dim": 64, "ff_mult": 1}
 DEV = ("stsb/dev", "sickr/dev")
 TEST = ("stsb/test", "sts16/test", "sickr/test")
 CANDIDATES = [
