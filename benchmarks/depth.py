@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +65,10 @@ def in_turns(due: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
 
 
 class Step:
-    """One step of training: pairs in, the optimizer's step made."""
+    """One step of training an embedder with LoRA: pairs in, the optimizer's step made."""
 
-    def __init__(self, base: str, depth: int, pairs: list[dict], tokens: int) -> None:
-        self.embedder = mlpool.add_lora(mlpool.load(base, DESIGN, POOL, depth=depth, max_seq_length=tokens))
+    def __init__(self, embedder: mlpool.Embedder, pairs: list[dict]) -> None:
+        self.embedder = mlpool.add_lora(embedder)
         prepare(self.embedder)
         self.embedder.train()
         self.loss = InfoNCE(self.embedder)
@@ -81,29 +82,35 @@ class Step:
         self.optimizer.zero_grad()
 
 
-def speeds(args: argparse.Namespace, depths: list[int]) -> None:
-    rows = read(args.data / "pairs/squad_sentences/train.jsonl", max(args.texts, args.pairs))
-    texts = [row["positive"] for row in rows[: args.texts]]
-    times: dict[str, dict[int, list[float]]] = {"encode": {}, "train": {}}
-    encoders = {k: mlpool.load(args.base, DESIGN, POOL, depth=k, max_seq_length=args.tokens) for k in depths}
-    due: dict[str, dict[int, Any]] = {"encode": {k: lambda m=m: m.encode(texts) for k, m in encoders.items()}}
-    due["train"] = {k: Step(args.base, k, rows[: args.pairs], args.tokens) for k in depths}
-    with progress("depth", "run", 2 * len(depths) * (args.rounds + 1)) as bar:
-        for turn in range(args.rounds + 1):  # the first does what only a first call does
-            for what, runs in due.items():
-                for depth, run in runs.items():
-                    took = seconds(run)
-                    times[what].setdefault(depth, []).extend([took] if turn else [])
-                    bar.update()
-    lines = []
-    for depth in depths:
-        cells = [f"{depth} of {depths[0]}", f"{sum(p.numel() for p in encoders[depth].parameters()) / 1e6:.1f}"]
-        for what, count in (("encode", args.texts), ("train", 2 * args.pairs)):
-            took, whole = median(times[what][depth]), median(times[what][depths[0]])
-            cells += [f"{count / took:.2f}", f"{whole / took:.2f}x"]
-        lines.append(cells)
-    print(aligned(["layers", "M parameters", "encode texts/s", "", "train texts/s", ""], lines))
-    print(f"{args.texts} texts, {args.pairs} pairs a step, {args.rounds} rounds, {torch.get_num_threads()} threads")
+class Speed(NamedTuple):
+    """Texts a second; a pair is two."""
+
+    encode: float
+    train: float
+    parameters: int
+
+
+def speeds(makers: Mapping[str, Callable[[], mlpool.Embedder]], rows: list[dict], args: Any) -> dict[str, Speed]:
+    """Of each embedder that is made, by medians; args: texts, pairs, rounds."""
+    texts, pairs = [row["positive"] for row in rows[: args.texts]], rows[: args.pairs]
+    encoders = {name: make() for name, make in makers.items()}
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in encoders.items()}
+    encode = in_turns({name: lambda m=m: m.encode(texts) for name, m in encoders.items()}, args.rounds)
+    encoders.clear()  # all at once would be twice the memory
+    train = in_turns({name: Step(make(), pairs) for name, make in makers.items()}, args.rounds)
+    return {
+        name: Speed(len(texts) / median(encode[name]), 2 * len(pairs) / median(train[name]), sizes[name])
+        for name in makers
+    }
+
+
+def table(found: Mapping[str, Speed], heading: str) -> str:
+    """Against the first of them."""
+    first, lines = next(iter(found.values())), []
+    for name, (encode, train, parameters) in found.items():
+        ratios = f"{encode / first.encode:.2f}x", f"{train / first.train:.2f}x"
+        lines.append([name, f"{parameters / 1e6:.1f}", f"{encode:.2f}", ratios[0], f"{train:.2f}", ratios[1]])
+    return aligned([heading, "M parameters", "encode texts/s", "", "train texts/s", ""], lines)
 
 
 @torch.no_grad()
@@ -163,7 +170,13 @@ def main() -> None:
     whole = json.loads((Path(args.base) / "config.json").read_text())["num_hidden_layers"]
     depths = [whole, *(k for k in args.depth or [int(0.6 * whole)] if k != whole)]
     if args.rounds:
-        speeds(args, depths)
+        makers = {
+            f"{k} of {whole}": partial(mlpool.load, args.base, DESIGN, POOL, depth=k, max_seq_length=args.tokens)
+            for k in depths
+        }
+        rows = read(args.data / "pairs/squad_sentences/train.jsonl", max(args.texts, args.pairs))
+        print(table(speeds(makers, rows, args), "layers"))
+        print(f"{args.texts} texts, {args.pairs} pairs a step, {args.rounds} rounds, {torch.get_num_threads()} threads")
     if args.sts:
         scores(args, depths)
 

@@ -55,7 +55,7 @@ def main() -> None:
         kept: list[Any] = []
         taking = seconds(lambda: kept.append(take_states(embedder, texts, Path(folder) / "states")))
         due = {"fit": step_on_states(embedder, kept[0], len(rows))}
-        due["train"] = Step(args.base, embedder[0].num_layers, rows, args.tokens)  # type: ignore[operator]
+        due["train"] = Step(mlpool.load(args.base, DESIGN, POOL, max_seq_length=args.tokens), rows)
         times = in_turns(due, args.rounds)
     fit, train = (median(times[name]) for name in ("fit", "train"))
     lines = [["taking states, once", f"{taking:.2f}", ""], ["train", f"{train:.2f}", "1.0x"]]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from mlpool_kernels import reference
 
@@ -174,6 +175,25 @@ def test_a_real_model_is_compared_without_its_chat_template_and_with_eos(benchma
     providers = build(loaded, "multi-layer-bidirectional", "default")
     assert check_tokens(providers, ["w5 w6", "w5"]) == [3, 2]
     providers[OURS].encode("w5 w6")
+
+
+def test_designs_are_timed_beside_mean_pooling(benchmarks, tmp_path, capsys):
+    import designs
+
+    rows = [{"query": f"what is {i}", "positive": f"it is layer {i}"} for i in range(4)]
+    path = tmp_path / "pairs/squad_sentences/train.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--base", tiny.base("llama"), "--name", "tiny", "--data", tmp_path, "--results", tmp_path / "costs.csv"]
+    asked = ["eos-causal", designs.RELEASED]
+    designs.main([*map(str, words), "--texts", "4", "--pairs", "2", "--rounds", "1", "--design", *asked])
+    with (tmp_path / "costs.csv").open() as file:
+        found = {row["design"]: row for row in csv.DictReader(file)}
+    assert list(found) == ["mean-causal", *asked]
+    assert all(float(row["encode_texts_per_s"]) > 0 < float(row["train_texts_per_s"]) for row in found.values())
+    sizes = [int(row["parameters"]) for row in found.values()]
+    assert sizes[0] == sizes[1] < sizes[2]  # a pool counts, an adapter does not
+    assert "mean-causal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gradients", ["right", "wrong"])

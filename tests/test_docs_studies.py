@@ -56,6 +56,16 @@ def test_a_study_becomes_a_table(tmp_path):
         studies.add(tmp_path / "none", "base", path=path)
 
 
+def test_a_cost_is_that_of_the_same_base_and_design(tmp_path):
+    lines = ["base,design,encode_texts_per_s,train_texts_per_s"]
+    lines += ["base,mean-causal,10,4", "base,multi,9,3", "other,multi,1,1"]
+    (tmp_path / "costs.csv").write_text("\n".join(lines) + "\n")
+    shown = studies.Table("base", {}, {}, costs="mean-causal")
+    assert studies.costs(shown, "multi at 0.001", tmp_path / "costs.csv") == ["0.90", "0.75"]
+    with pytest.raises(LookupError, match="deep"):
+        studies.costs(shown, "deep at 0.001", tmp_path / "costs.csv")
+
+
 def test_a_default_pool_is_one_without_a_number():
     assert inspect.signature(MultiLayerPool).parameters["num_latents"].default == studies.LATENTS
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORES = ROOT / "benchmarks" / "results" / "designs.csv"
+COSTS = ROOT / "benchmarks" / "results" / "design-costs.csv"
 COLUMNS = ("base", "row", "seed", "task", "metric", "items", "score", "date")
 LATENTS = 16  # of a default pool
 Line = dict[str, str]
@@ -37,11 +38,15 @@ KINDS = {
 
 
 class Table(NamedTuple):
-    """columns: name → the tasks that it is the mean of. rows: as they are named → as they are shown."""
+    """columns: name → the tasks that it is the mean of. rows: as they are named → as they are shown.
+
+    costs: the design against which they stand, if they do.
+    """
 
     base: str
     columns: Mapping[str, Sequence[str]]
     rows: Mapping[str, str]
+    costs: str = ""
 
 
 # --- from a study's folder --------------------------------------------------------------------------------------------
@@ -139,17 +144,26 @@ def rate(row: str) -> str:
     return f"{float(row.rpartition(' at ')[2]):.0e}".replace("e-0", "e-")
 
 
+def costs(shown: Table, row: str, path: Path = COSTS) -> list[str]:
+    """Texts a second of a row's design, encoding and training, over those of the table's baseline."""
+    found = {line["design"]: line for line in read(path) if line["base"] == shown.base}
+    ours, base = found[row.rpartition(" at ")[0]], found[shown.costs]
+    return [f"{float(ours[key]) / float(base[key]):.2f}" for key in ("encode_texts_per_s", "train_texts_per_s")]
+
+
 def table(shown: Table, lines: Sequence[Line]) -> str:
     """As Markdown, the best of each column bold."""
     body = {row: means(shown, row, lines) for row in shown.rows}
     best = [max(round(value, 3) for value in column) for column in zip(*body.values(), strict=True)]
     count = sum(map(len, shown.columns.values()))
-    header = ["design", "rate", *shown.columns, f"mean of {count}", "by seed"]
+    timed = ["encode", "train"] if shown.costs else []
+    header = ["design", "rate", *shown.columns, f"mean of {count}", "by seed", *timed]
     text = [header, ["---"] * len(header)]
     for row, found in body.items():
         marked = [f"**{v:.3f}**" if round(v, 3) == top else f"{v:.3f}" for v, top in zip(found, best, strict=True)]
         seeds = [f"{mean(of.values()):.3f}" for of in scores(shown, row, lines).values()]
-        text.append([shown.rows[row], rate(row), *marked, ", ".join(seeds)])
+        cost = costs(shown, row) if shown.costs else []
+        text.append([shown.rows[row], rate(row), *marked, ", ".join(seeds), *cost])
     return "\n".join(f"| {' | '.join(row)} |" for row in text) + "\n"
 
 
@@ -167,7 +181,7 @@ WHOLE = {  # every design, at one rate
     "multi-layer-causal-mean, released at 0.001": "multi-layer-causal-mean, released equations",
 }
 TABLES = {
-    "designs": Table("smollm2", KINDS, WHOLE),
+    "designs": Table("smollm2", KINDS, WHOLE, costs="mean-causal"),
     "pools": Table("smollm2", SIX, {
         "mean-causal at 0.003": "mean-causal",
         f"{MULTI} at 0.003": MULTI,
