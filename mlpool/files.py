@@ -1,7 +1,5 @@
 """Files: written whole or not at all, names from a file confined to their folder, hashes. Needs nothing but Python."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import glob

@@ -1,7 +1,5 @@
 """`mlpool encode`, as it is typed; what encodes is in encode.py."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import signal

@@ -1,7 +1,5 @@
 """A folder is for one run at a time: its first process holds it, and another run is told who does."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket

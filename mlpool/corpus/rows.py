@@ -4,8 +4,6 @@ A fault of one row (broken JSON, an open quote, a field too many) comes as a `Ba
 whether it ends there. A fault of the whole file (a damaged gzip, no Parquet) is a ValueError that names it.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

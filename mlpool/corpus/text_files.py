@@ -1,7 +1,5 @@
 """One text a row of .txt, .jsonl, .csv and .parquet files, with its id; faults named by file and line."""
 
-from __future__ import annotations
-
 import glob
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

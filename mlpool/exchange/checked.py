@@ -1,7 +1,5 @@
 """What every export shares: settings for the reader, what is made compared with the embedder, what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ know it. It has room for the last token or the mean of the last layer. Loaded ag
 place.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from pathlib import Path

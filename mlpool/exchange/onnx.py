@@ -5,8 +5,6 @@ without a trainable pooler gives the last hidden states too, and its folder is o
 backend reads it. Run by ONNX Runtime and compared before it takes its place.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging

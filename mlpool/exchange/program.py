@@ -4,8 +4,6 @@ It carries the settings and the tokenizer as text, and how the ids of a text are
 before it takes its place.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -12,8 +12,6 @@ mean moves by some 1e-2; here a token of the text is text. `tokenizer.pad_token`
 anything is embedded with their code, makes both the same.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The page of a study's report: what its template shows, as plain values. The markup is in templates/report.html."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import platform

@@ -1,7 +1,5 @@
 """How many mini-batches' activations fit into memory: what the first one keeps, and what there is."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

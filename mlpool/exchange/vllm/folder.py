@@ -4,8 +4,6 @@ It is a saved embedder, which `mlpool.load` reads as before, in which config.jso
 says what it has to know, and the tokenizer puts EOS behind a text by itself.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
