@@ -1,7 +1,5 @@
 """What a person sees of long work and its results: progress bars, aligned tables, figures. One way for all commands."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ MARKERS = "osD^vP*"
 DPI = 150
 
 
-def progress(what: str, unit: str, total: int | None = None, shown: bool | None = True, **options: Any) -> tqdm:
+def progress(what: str, unit: str, total: int | None = None, shown: bool | None = True, **options: Any) -> "tqdm":
     """A bar on stderr, as a context or around an iterable: `with progress("encode", "text", 9) as bar: bar.update(3)`.
 
     Args:

@@ -1,7 +1,5 @@
 """How alike a model's layers are, which of them scores best, and which ones its pool reads; defined in command.py."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +31,7 @@ def analyse(
     *,
     token_pooling: str = "all",
     **options: Any,
-) -> LayerReport:
+) -> "LayerReport":
     """Look inside a model's layers.
 
     Args:

@@ -1,7 +1,5 @@
 """Which layers a trained pool reads: its layer weights, or the attention of its latents and heads over the layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +110,7 @@ def pool_profile(embedder: SentenceTransformer, texts: Sequence[str], **options:
     return reader.profile()
 
 
-def reader_of(embedder: Any) -> _Reader | None:
+def reader_of(embedder: Any) -> "_Reader | None":
     """A reader of the embedder's pool, if that reads several layers."""
     pool = next((m for m in embedder.modules() if isinstance(m, MultiLayerPool | LayerWeightsPool)), None)
     return None if pool is None else _Reader(pool)

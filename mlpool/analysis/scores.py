@@ -1,7 +1,5 @@
 """The score of every layer: of pairs from their cosines, window by window, and as what comes out; see command.py."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +38,7 @@ class LayerScores:
     own: NDArray[np.float64]
     metrics: tuple[str, ...] = ("Spearman",)
 
-    def __add__(self, other: LayerScores) -> LayerScores:
+    def __add__(self, other: "LayerScores") -> "LayerScores":
         """Those of further data sets behind these."""
         values = {pooling: np.concatenate([rows, other.values[pooling]]) for pooling, rows in self.values.items()}
         metrics = tuple(dict.fromkeys((*self.metrics, *other.metrics)))

@@ -9,8 +9,6 @@ kill. Ray's own restarts are off, and Ray Data is not used: both bind the work o
 which does not come where its node is gone.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import socket
@@ -19,15 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..version import versions
 from .embedding_folder import RUN
-from .text_files import Reader
-
-if TYPE_CHECKING:
-    from .job import Job
-    from .text_files import Checked
+from .job import Job
+from .text_files import Checked, Reader
 
 logger = logging.getLogger("mlpool")
 

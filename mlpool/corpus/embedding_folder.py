@@ -10,8 +10,6 @@ counts only when its record, written after it, is there and agrees with the file
 which is compared when it is read. One run at a time writes to a folder, its processes together.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -216,7 +214,7 @@ class EmbeddingFolder:
 
 def load_embeddings(
     folder: str | Path, concatenate: bool = False, verify: bool = True
-) -> list[np.ndarray] | np.ndarray:
+) -> "list[np.ndarray] | np.ndarray":
     """The embeddings that `encode_files` wrote, in the order of the inputs.
 
     Args:

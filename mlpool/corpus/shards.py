@@ -1,7 +1,5 @@
 """One shard of embeddings: its record, and its files written, read and compared with their digests."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import io
@@ -72,7 +70,7 @@ def write_parquet(stream: IO[bytes], rows: int, blocks: Blocks, ids: list[Any]) 
             writer.close()
 
 
-def read_shard(folder: Path, shard: Shard, ids: bool = True) -> tuple[np.ndarray, list[Any] | None]:
+def read_shard(folder: Path, shard: Shard, ids: bool = True) -> "tuple[np.ndarray, list[Any] | None]":
     """The array [rows, D] and the ids, where asked for, of a shard; ValueError where they are not as they should be."""
     path = folder / shard.file
     try:
@@ -90,7 +88,7 @@ def read_shard(folder: Path, shard: Shard, ids: bool = True) -> tuple[np.ndarray
     return array, read_ids(folder, shard) if ids and (shard.ids or shard.file.endswith(".parquet")) else None
 
 
-def _load_npy(path: Path) -> np.ndarray:
+def _load_npy(path: Path) -> "np.ndarray":
     """Memory-mapped, or in memory where the file is not local."""
     import numpy as np
 
