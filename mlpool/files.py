@@ -265,6 +265,18 @@ def json_fault(error: Exception) -> str:
     return str(error).partition(";")[0]  # an integer of more digits than Python reads
 
 
+def not_unicode(text: str) -> int | None:
+    r"""Where a text is none that a tokenizer takes: half a surrogate pair, as JSON may write it ("\ud83d"), or a byte
+    that was no UTF-8."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, 64 hexadecimal digits."""
     with to_path(path).open("rb") as file:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..version import versions
+from ..version import need, versions
 from .embedding_folder import RUN
 from .job import Job
 from .text_files import Checked, Reader
@@ -71,11 +71,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _import_ray() -> Any:
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--ray needs Ray: pip install 'mlpool[ray]'") from error
-    return ray
+    return need("ray", "--ray needs Ray: pip install 'mlpool[ray]'")
 
 
 def _check_answers(address: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
@@ -75,8 +76,6 @@ class Prompts:
             raise FileNotFoundError(
                 f"prompts must be mteb, model, none, paper-exact or a file; there is no file {path}"
             )
-        import yaml
-
         try:
             found = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
         except Exception as error:

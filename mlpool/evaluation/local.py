@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..corpus.rows import BadRow, lines, not_unicode, read_rows
+from ..corpus.rows import BadRow, lines, read_rows
+from ..files import not_unicode
 from ..show import shorten
 
 if TYPE_CHECKING:

@@ -20,6 +20,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
 from ..evaluation import results
 from ..evaluation.results import Score
 from ..files import read_json, write_json
@@ -81,8 +85,6 @@ def collect(output: Path, runs: Sequence[Run]) -> list[Score]:
 
 def execute(run: Run, output: Path, keep_model: bool) -> None:
     """Train and evaluate; what an interrupted start left is used or removed."""
-    from filelock import FileLock, Timeout
-
     folder = output / run.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -100,7 +102,6 @@ def execute(run: Run, output: Path, keep_model: bool) -> None:
 
 
 def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
-    import torch
     from transformers import set_seed
 
     from ..evaluation.evaluate import evaluate_local
@@ -168,8 +169,6 @@ def encode_once(embedder: Any) -> Iterator[dict[str, Any]]:
 
     Yields counters of the real work: texts, seconds, and first, the first of the texts.
     """
-    import numpy as np
-
     encode = embedder.encode
     seen: dict[Any, Any] = {}
     work: dict[str, Any] = {"texts": 0, "seconds": 0.0, "first": []}
@@ -227,8 +226,6 @@ def _keep(train: Path, model: Path, whole: bool) -> None:
 
 def _memory() -> dict[str, int | None]:
     """Peak of the process so far, in bytes: resident set, and CUDA where it is used."""
-    import torch
-
     try:
         import resource
 
@@ -259,21 +256,19 @@ def run_all(runs: Sequence[Run], output: Path, jobs: int, keep_models: bool, wha
             if code:
                 failed[str(run.folder)] = _last_words(output / run.folder / LOG) or f"exit status {code}"
             bar.update()
-            if any(r.kind == "seed" for r in runs):
-                _write_results(output, runs)
+            _write_results(output, runs)
         if failed:
             what = "; ".join(f"{name}: {error}" for name, error in failed.items())
             raise RuntimeError(f"{len(failed)} of {len(mine)} runs failed, all others are done. {what}")
         while waiting := [run for run in missing if not finished(output, run)]:  # done by other processes
             bar.set_postfix_str(f"waiting for {len(waiting)} of other processes")
             time.sleep(_WAIT)
-    if any(run.kind == "seed" for run in runs):
-        _write_results(output, runs)
+    _write_results(output, runs)
 
 
 def _write_results(output: Path, runs: Sequence[Run]) -> None:
-    rows = collect(output, runs)
-    if rows:
+    """Of the trainings; the search's results are not compared."""
+    if any(run.kind == "seed" for run in runs) and (rows := collect(output, runs)):
         results.write(output / results.FILE_NAME, rows)
 
 
@@ -315,8 +310,6 @@ def context() -> Any:
 def _child(
     output: Path, run: Run, slot: int, jobs: int, keep_model: bool
 ) -> None:  # pragma: no cover (another process)
-    import torch
-
     folder = output / run.folder
     folder.mkdir(parents=True, exist_ok=True)
     gc.freeze()  # the libraries' objects stay: collecting them anew takes a second each time
@@ -347,8 +340,6 @@ def _end_with_parent() -> None:
 
 def own_device(slot: int, jobs: int) -> None:
     """Make this a process alone with one GPU: a run trains on one, and the study spreads runs over them."""
-    import torch
-
     local = int(os.environ.get("LOCAL_RANK", 0))
     if rank_and_world()[1] > 1:
         for name in list(os.environ):

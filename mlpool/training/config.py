@@ -5,10 +5,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
+from sentence_transformers import SentenceTransformerTrainingArguments
 
 from .. import schema
 from ..embedder.adapters import add_lora
@@ -160,10 +161,6 @@ def _options() -> dict[str, Any]:
 @functools.cache
 def _keys() -> Any:
     """The type of a config."""
-    from typing import get_type_hints
-
-    from sentence_transformers import SentenceTransformerTrainingArguments
-
     hints = get_type_hints(SentenceTransformerTrainingArguments)
     source = Annotated[Any, AfterValidator(_source)]
     pairs = {**schema.arguments(load_pairs, "source", "split"), "train": source, "eval": source}

@@ -13,6 +13,7 @@ import torch
 import yaml
 from datasets import DatasetDict
 from datasets.config import HF_DATASETS_CACHE
+from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainerCallback, set_seed
 from transformers.utils import is_torch_xla_available
 
@@ -169,8 +170,6 @@ def _removed_if_empty(output: Path) -> Iterator[None]:
 
 def training_arguments(config: TrainConfig) -> Any:
     """SentenceTransformerTrainingArguments of a config."""
-    from sentence_transformers import SentenceTransformerTrainingArguments
-
     values = {**DEFAULTS, "ddp_find_unused_parameters": False, **config.arguments}
     if not torch.accelerator.is_available() and not is_torch_xla_available():
         values["use_cpu"] = True  # transformers wants it said for bfloat16, and to pin no memory
