@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from ..files import write_csv
 from ..show import aligned
 from .correlation import Correlations
+from .plots import heat_maps
 from .profiles import PoolProfile, reader_of
 from .scores import LayerScores, Pairs, Scorer
 from .states import FEWEST, poolings_of, windows
@@ -151,8 +152,6 @@ class LayerReport:
     def save(self, directory: str | Path) -> list[Path]:
         """Write layers_correlation.csv (kind, token_pooling, layer_i, layer_j, value) and .png, and what scores and
         profile write; returns the paths."""
-        from .plots import heat_maps
-
         path = Path(directory) / "layers_correlation.csv"
         rows = (
             [kind, pooling, i, j, f"{value:.6f}"]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..files import write_csv
 from ..show import aligned
+from .plots import layer_curves
 from .states import Window
 
 _NARROW = 1e-6  # range of cosines, below which there is nothing but rounding
@@ -81,8 +82,6 @@ class LayerScores:
 
         The model's own embedding has the token pooling "embedding" and no layer; several sets have a "mean".
         """
-        from .plots import layer_curves
-
         path = Path(directory) / "layers_score.csv"
         several = len(self.sets) > 1
         names = [*self.sets, "mean"] if several else self.sets

@@ -1,16 +1,16 @@
 """One shard of embeddings: its record, and its files written, read and compared with their digests."""
 
-import dataclasses
 import functools
 import io
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..files import confined, read_json, sha256
 from ..remote import RemotePath
+from ..schema import arguments, check, section
 from .rows import arrow_source, import_parquet
 
 if TYPE_CHECKING:
@@ -140,14 +140,11 @@ def index_of(file: str) -> int:
 
 def read_record(entry: Any, folder: Path, source: Path) -> Shard:
     """A shard's record, checked; ValueError names what is missing, unknown or of a wrong type."""
-    from ..schema import check
-
     try:
         values = check(_shard_keys(), entry, str(source))
     except ValueError as error:
         raise ValueError(f"{error}; it was edited, or written by a newer mlpool") from None
-    fields = dataclasses.fields(Shard)
-    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
+    if missing := [f.name for f in fields(Shard) if f.default is MISSING and f.name not in values]:
         raise ValueError(f"{source} lacks {', '.join(missing)} of a shard; it was edited, or cut short: {ADVICE}")
     shard = Shard(**values)
     for file in shard_files(shard):
@@ -159,6 +156,4 @@ def read_record(entry: Any, folder: Path, source: Path) -> Shard:
 
 @functools.cache
 def _shard_keys() -> Any:
-    from ..schema import arguments, section
-
     return section("key", arguments(Shard))

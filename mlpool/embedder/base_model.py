@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..files import read_json
 from ..pooling.base import broken_weights
@@ -34,10 +38,6 @@ def load_model(
         model_kwargs: of `AutoModel.from_pretrained`; "base" replaces the base model that an adapter names.
         expected: the fingerprint of the base model that an adapter needs. depth: layers to keep, None for all.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
-    from transformers.utils.hub import cached_file, extract_commit_hash
-    from transformers.utils.peft_utils import find_adapter_config_file
-
     hub = {("cache_dir" if key == "cache_folder" else key): value for key, value in hub.items()}
     options: dict[str, Any] = {"dtype": "auto", **(model_kwargs or {})}
     base = options.pop("base", None)
@@ -93,8 +93,6 @@ def load_model(
 
 def _unreadable(folder: Path) -> Path | None:
     """The first safetensors file of a folder whose header or length is wrong."""
-    from safetensors import SafetensorError, safe_open
-
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):

@@ -1,9 +1,8 @@
 """The YAML config of `mlpool train`: read, overridden from the command line, and checked before anything is loaded."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -166,7 +165,7 @@ def _keys() -> Any:
     pairs = {**schema.arguments(load_pairs, "source", "split"), "train": source, "eval": source}
     pairs |= {"temperature": Temperature, "batches": Batches}
     teacher = schema.section("key in loss.teacher", schema.arguments(Teacher)) | None
-    keys = {f.name: hints[f.name] for f in dataclasses.fields(SentenceTransformerTrainingArguments)}
+    keys = {f.name: hints[f.name] for f in fields(SentenceTransformerTrainingArguments)}
     del keys["multi_dataset_batch_sampler"]  # `data` says it
     keys |= _options() | {
         "model": str,
