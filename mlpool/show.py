@@ -60,9 +60,9 @@ def plain(name: str) -> str:
     return name if name.isprintable() and len(name) <= 40 else shorten(name, 40)
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
+def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
     """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def figure(width: float, height: float) -> Any:

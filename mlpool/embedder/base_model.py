@@ -14,6 +14,7 @@ from ..files import read_json
 from ..pooling.base import broken_weights
 from ..quantized import prepare_layers, require_package
 from ..schema import check
+from ..show import some
 from .adapters import check_base, load_adapter
 from .depth import cut
 from .folder import check_index
@@ -83,9 +84,8 @@ def load_model(
         check_base(model, expected, str(source), name)
         load_adapter(model, name, {**shared, "revision": hub["revision"], "subfolder": subfolder})
     if faults := broken_weights(model):
-        more = f" and {len(faults) - 3} more" if faults[3:] else ""
         raise ValueError(
-            f"{name} cannot be used: {'; '.join(faults[:3])}{more}; take an earlier checkpoint, or copy it again"
+            f"{name} cannot be used: {some(faults, 3, '; ')}; take an earlier checkpoint, or copy it again"
         )
     tokenizer = AutoTokenizer.from_pretrained(name, **hub, subfolder=subfolder, **(tokenizer_kwargs or {}))
     return model.eval(), tokenizer
