@@ -222,7 +222,8 @@ def make(job: Job, model: Any, shards: Iterable[int], bar: Any, most: int | None
     try:
         crew.work(bar)
     finally:
-        crew.dismiss()
+        for worker in crew.workers:
+            crew.ray.kill(worker.actor)
 
 
 @dataclass
@@ -267,10 +268,6 @@ class _Crew:
             if time.monotonic() - self.asked > _POLL:
                 self._ask()
             bar.update(self.rows + sum(worker.rows for worker in self.workers) - bar.n)
-
-    def dismiss(self) -> None:
-        for worker in self.workers:
-            self.ray.kill(worker.actor)
 
     def _hire(self) -> None:
         """As many actors as there is room for, now that nodes may have come or gone; at least one, which waits."""

@@ -126,10 +126,9 @@ def _refusal(folder: Path, notes: Path) -> BlockingIOError:
 
 def _holder(notes: Path) -> dict[str, Any]:
     """Who wrote down that it holds the folder; of use only while the hold lasts."""
-    try:
+    with suppress(FileNotFoundError, ValueError):
         return read_json(notes / HOLDER)
-    except (FileNotFoundError, ValueError):
-        return {}
+    return {}
 
 
 def _job() -> str:

@@ -170,11 +170,10 @@ def _path(folder: Path, index: int) -> Path:
 
 def _read(path: Path) -> Mined | None:
     """None where there is none, or a broken one, which is made again."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return Mined(*(file[name] for name in Mined._fields))
-    except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+    damage = (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with contextlib.suppress(*damage), np.load(path, allow_pickle=False) as file:
+        return Mined(*(file[name] for name in Mined._fields))
+    return None
 
 
 class _Miner:

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -43,11 +43,10 @@ _WAIT = 2.0  # seconds between two looks at what other machines have done
 
 def finished(output: Path, run: Run) -> dict[str, Any] | None:
     """What a finished run noted (parameters, seconds, memory); None where it is not finished."""
-    try:
+    with suppress(FileNotFoundError, ValueError):
         found = read_json(output / run.folder / DONE)
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if found.get("hash") == run.hash else None
+        return found if found.get("hash") == run.hash else None
+    return None
 
 
 def check_unchanged(output: Path, runs: Sequence[Run]) -> None:

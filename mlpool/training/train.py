@@ -269,11 +269,10 @@ def load_scored(path: str | Path) -> list[tuple[str, str, float]]:
 
 def _finished(output: Path) -> bool:
     """Whether a training came to its end: its last file is there, and the embedder before it."""
-    try:
+    with suppress(FileNotFoundError, ValueError):
         read_json(output / STATE)
-    except (FileNotFoundError, ValueError):
-        return False
-    return (output / "modules.json").is_file()
+        return (output / "modules.json").is_file()
+    return False
 
 
 def _checkpoint(config: TrainConfig, output: Path, resume: bool) -> Path | None:

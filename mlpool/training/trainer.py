@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -245,10 +245,8 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end; one that a killed run left half is passed over."""
     found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2] or 0))
     for path in reversed(found):
-        try:
+        with suppress(OSError, ValueError):
             json.loads((path / STATE).read_text())
             check_folder(path)
-        except (OSError, ValueError):
-            continue
-        return path
+            return path
     return None
