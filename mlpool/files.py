@@ -1,7 +1,5 @@
 """Files: written whole or not at all, names from a file confined to their folder, hashes. Needs nothing but Python."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import glob
@@ -265,6 +263,18 @@ def json_fault(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is no UTF-8"
     return str(error).partition(";")[0]  # an integer of more digits than Python reads
+
+
+def not_unicode(text: str) -> int | None:
+    r"""Where a text is none that a tokenizer takes: half a surrogate pair, as JSON may write it ("\ud83d"), or a byte
+    that was no UTF-8."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def sha256(path: str | Path) -> str:

@@ -8,7 +8,7 @@ equal to another. Of the plain tensors that it is made of (`parts`) it can.
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -148,11 +148,10 @@ def prepare_layers(model: nn.Module) -> None:
 
 
 def _can_be_reversed(conversion: Any) -> bool:
-    try:
+    with suppress(NotImplementedError):
         conversion.reverse_transform()
-    except NotImplementedError:
-        return False
-    return True
+        return True
+    return False
 
 
 # --- the way back -----------------------------------------------------------------------------------------------------

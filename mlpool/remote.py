@@ -76,13 +76,10 @@ class RemotePath:
 
     # --- what is there ------------------------------------------------------------------------------------------------
 
-    def _info(self) -> Any:
-        return self._look(self.key)
-
-    def _look(self, what: Any) -> Any:
+    def _info(self, of: Any = None) -> Any:
         """`get_file_info`: whatever is done to a path begins with it, so here it shows whether the store answers."""
         try:
-            return self.filesystem.get_file_info(what)
+            return self.filesystem.get_file_info(self.key if of is None else of)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -141,7 +138,7 @@ class RemotePath:
     def _listed(self, recursive: bool, files: bool = False) -> Iterator[RemotePath]:
         from pyarrow.fs import FileSelector
 
-        for info in self._look(FileSelector(self.key, allow_not_found=True, recursive=recursive)):
+        for info in self._info(FileSelector(self.key, allow_not_found=True, recursive=recursive)):
             if info.is_file or not files:
                 yield RemotePath(self.filesystem, info.path)
 

@@ -1,7 +1,5 @@
 """What a person sees of long work and its results: progress bars, aligned tables, figures. One way for all commands."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ MARKERS = "osD^vP*"
 DPI = 150
 
 
-def progress(what: str, unit: str, total: int | None = None, shown: bool | None = True, **options: Any) -> tqdm:
+def progress(what: str, unit: str, total: int | None = None, shown: bool | None = True, **options: Any) -> "tqdm":
     """A bar on stderr, as a context or around an iterable: `with progress("encode", "text", 9) as bar: bar.update(3)`.
 
     Args:
@@ -62,9 +60,9 @@ def plain(name: str) -> str:
     return name if name.isprintable() and len(name) <= 40 else shorten(name, 40)
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
+def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
     """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def figure(width: float, height: float) -> Any:

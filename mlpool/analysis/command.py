@@ -28,7 +28,8 @@ from typing import Any
 
 from .. import options
 from ..corpus.text_files import find_files
-from ..evaluation.local import SPLITS
+from ..evaluation.local import SPLITS, local_tasks
+from ..evaluation.tasks import import_mteb
 from . import FEWEST, POOLINGS, WINDOW
 
 
@@ -122,9 +123,6 @@ def _tasks(args: argparse.Namespace) -> list[Any]:
     """Those of --local, read when they are scored."""
     if not args.local:
         return []
-    from ..evaluation.local import local_tasks
-    from ..evaluation.tasks import import_mteb
-
     import_mteb()
     return local_tasks(args.local, args.tasks, args.split)
 

@@ -44,20 +44,17 @@ class Correlations:
         return {"pearson": self._pearson[i] / self.texts, "cka": cka}
 
     def notes(self) -> list[str]:
-        def listed(layers: list[int]) -> str:
-            return ", ".join(map(str, layers))
-
         found = []
         for i, pooling in enumerate(self.poolings):
             if same := np.flatnonzero(np.diag(self._hsic[i]) == 0).tolist():
                 found.append(
-                    f"{pooling}: every text has the same state in layer {listed(same)}; its CKA is not defined, given "
-                    "as 0"
+                    f"{pooling}: every text has the same state in layer {', '.join(map(str, same))}; its CKA is not "
+                    "defined, given as 0"
                 )
             if flat := np.flatnonzero(self._flat[i]).tolist():
                 found.append(
-                    f"{pooling}: states of D equal numbers in layer {listed(flat)}; their Pearson correlation is not "
-                    "defined and counts as 0"
+                    f"{pooling}: states of D equal numbers in layer {', '.join(map(str, flat))}; their Pearson "
+                    "correlation is not defined and counts as 0"
                 )
         return found
 

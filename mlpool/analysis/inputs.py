@@ -9,10 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from ..attention.check import claims_bidirectional
 from ..corpus.rows import kind_of
 from ..corpus.text_files import find_columns, find_files, read_file
+from ..embedder import base_model
+from ..embedder.backbone import Backbone
+from ..embedder.embedder import Embedder
+from ..embedder.loading import open_model, read_modules
+from ..embedder.pooler import Pooler
 from ..evaluation.local import read_jsonl, scored_fault
 from ..options import check_place
+from ..pooling import MeanPool
+from ..trunk import find_layers
 from .scores import Pairs
 
 logger = logging.getLogger("mlpool")
@@ -80,22 +88,12 @@ def load_model(
     Raises:
         FileNotFoundError: no such model. ValueError: causal attention of an encoder, attention for a saved embedder.
     """
-    from ..attention.check import claims_bidirectional
-    from ..embedder.backbone import Backbone
-    from ..embedder.base_model import hub_options
-    from ..embedder.base_model import load_model as load_transformer
-    from ..embedder.embedder import Embedder
-    from ..embedder.loading import open_model, read_modules
-    from ..embedder.pooler import Pooler
-    from ..pooling import MeanPool
-    from ..trunk import find_layers
-
     check_place(name)
     no_model = Path(name).is_dir() and not (Path(name) / "config.json").is_file()
     if attention is not None or no_model or read_modules(name, {}):
         return open_model(name, attention and f"mean-{attention}", device, dtype, max_seq_length)
-    hub = {**hub_options({}), "trust_remote_code": False}
-    transformer, tokenizer = load_transformer(name, hub, {"dtype": dtype})
+    hub = {**base_model.hub_options({}), "trust_remote_code": False}
+    transformer, tokenizer = base_model.load_model(name, hub, {"dtype": dtype})
     own = "bidirectional" if claims_bidirectional(*find_layers(transformer)) else "causal"
     backbone = Backbone(transformer, tokenizer, f"mean-{own}", max_seq_length=max_seq_length)
     modules: Any = OrderedDict(backbone=backbone, pooler=Pooler(MeanPool(backbone.hidden_size)))
@@ -103,8 +101,6 @@ def load_model(
 
 
 def time_encode(model: Any, texts: Sequence[str], options: dict[str, Any]) -> float:
-    from ..embedder.embedder import Embedder
-
     options = {k: v for k, v in options.items() if v is not None and (k == "prompt" or isinstance(model, Embedder))}
     began = time.perf_counter()
     model.encode(list(texts), **options)

@@ -1,7 +1,5 @@
 """How alike a model's layers are, which of them scores best, and which ones its pool reads; defined in command.py."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from ..files import write_csv
 from ..show import aligned
 from .correlation import Correlations
+from .plots import heat_maps
 from .profiles import PoolProfile, reader_of
 from .scores import LayerScores, Pairs, Scorer
 from .states import FEWEST, poolings_of, windows
@@ -33,7 +32,7 @@ def analyse(
     *,
     token_pooling: str = "all",
     **options: Any,
-) -> LayerReport:
+) -> "LayerReport":
     """Look inside a model's layers.
 
     Args:
@@ -153,8 +152,6 @@ class LayerReport:
     def save(self, directory: str | Path) -> list[Path]:
         """Write layers_correlation.csv (kind, token_pooling, layer_i, layer_j, value) and .png, and what scores and
         profile write; returns the paths."""
-        from .plots import heat_maps
-
         path = Path(directory) / "layers_correlation.csv"
         rows = (
             [kind, pooling, i, j, f"{value:.6f}"]

@@ -1,15 +1,13 @@
 """Plots of layers and pools: colour-blind-safe, readable in grey, made without a display."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from ..show import COLORS, MARKERS, figure, save_figure
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
 
 
 def heat_maps(panels: Mapping[str, ArrayLike], xlabel: str, ylabel: str, path: str | Path) -> None:
@@ -17,8 +15,6 @@ def heat_maps(panels: Mapping[str, ArrayLike], xlabel: str, ylabel: str, path: s
 
     The first row of a matrix is at the bottom, so that layers count upwards; numbers are written into small ones.
     """
-    import numpy as np
-
     matrices = {title: np.asarray(values, float) for title, values in panels.items()}
     columns = min(2, len(matrices))
     rows = -(-len(matrices) // columns)
@@ -36,8 +32,6 @@ def heat_maps(panels: Mapping[str, ArrayLike], xlabel: str, ylabel: str, path: s
 
 def layer_curves(curves: Mapping[str, ArrayLike], own: float, ylabel: str, path: str | Path) -> None:
     """A score by layer, from 0, for each token pooling; the best layer of each starred; the model's own as a line."""
-    import numpy as np
-
     fig = figure(7.5, 4.2)
     axes = fig.subplots()
     for i, (name, curve) in enumerate(curves.items()):
@@ -59,8 +53,6 @@ def layer_curves(curves: Mapping[str, ArrayLike], own: float, ylabel: str, path:
 
 def pool_profile(profile: Any, path: str | Path) -> None:
     """Of a `PoolProfile`: bars of what it reads with their spread over texts, maps of its heads and latents."""
-    import numpy as np
-
     maps = {} if profile.attention.shape[:2] == (1, 1) else {"head": profile.by_head, "latent": profile.by_latent}
     count = len(profile.layers)
     fig = figure(max(7.5, 0.28 * count + 2), 3.4 + 3.2 * len(maps))

@@ -1,7 +1,5 @@
 """Which layers a trained pool reads: its layer weights, or the attention of its latents and heads over the layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor
 from ..files import write_csv
 from ..pooling import LayerWeightsPool, MultiLayerPool
 from ..pooling.layers import read_layer_states
+from . import plots
 
 _NUMBERS = 2**24  # of the values that are in memory at once
 
@@ -72,8 +71,6 @@ class PoolProfile:
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write pool_profile.csv (measure, axis, index, layer, value, spread) and pool_profile.png."""
-        from .plots import pool_profile as plot
-
         folder = Path(directory)
         paths = [folder / "pool_profile.csv", folder / "pool_profile.png"]
         rows: list[list[Any]] = []
@@ -84,7 +81,7 @@ class PoolProfile:
                 cells = zip(self.layers, row, spread, strict=True)
                 rows += [[measure, axis, index, layer, f"{value:.6g}", sd] for layer, value, sd in cells]
         write_csv(paths[0], ["measure", "axis", "index", "layer", "value", "spread"], rows)
-        plot(self, paths[1])
+        plots.pool_profile(self, paths[1])
         return paths
 
     def _tables(self) -> list[tuple[str, str, NDArray[np.float64]]]:
@@ -112,7 +109,7 @@ def pool_profile(embedder: SentenceTransformer, texts: Sequence[str], **options:
     return reader.profile()
 
 
-def reader_of(embedder: Any) -> _Reader | None:
+def reader_of(embedder: Any) -> "_Reader | None":
     """A reader of the embedder's pool, if that reads several layers."""
     pool = next((m for m in embedder.modules() if isinstance(m, MultiLayerPool | LayerWeightsPool)), None)
     return None if pool is None else _Reader(pool)

@@ -1,7 +1,5 @@
 """The score of every layer: of pairs from their cosines, window by window, and as what comes out; see command.py."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..files import write_csv
 from ..show import aligned
+from .plots import layer_curves
 from .states import Window
 
 _NARROW = 1e-6  # range of cosines, below which there is nothing but rounding
@@ -40,7 +39,7 @@ class LayerScores:
     own: NDArray[np.float64]
     metrics: tuple[str, ...] = ("Spearman",)
 
-    def __add__(self, other: LayerScores) -> LayerScores:
+    def __add__(self, other: "LayerScores") -> "LayerScores":
         """Those of further data sets behind these."""
         values = {pooling: np.concatenate([rows, other.values[pooling]]) for pooling, rows in self.values.items()}
         metrics = tuple(dict.fromkeys((*self.metrics, *other.metrics)))
@@ -83,8 +82,6 @@ class LayerScores:
 
         The model's own embedding has the token pooling "embedding" and no layer; several sets have a "mean".
         """
-        from .plots import layer_curves
-
         path = Path(directory) / "layers_score.csv"
         several = len(self.sets) > 1
         names = [*self.sets, "mean"] if several else self.sets

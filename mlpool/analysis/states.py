@@ -7,8 +7,6 @@ hidden_states[0 … L]. `mlpool.taps` has neither layer 0 nor several poolings a
 analysis needs.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -107,7 +105,7 @@ def windows(
 
 @torch.inference_mode()
 def _run(
-    model: SentenceTransformer, recorder: _Recorder, texts: list[str], prompt: str | None, token_budget: int | None,
+    model: SentenceTransformer, recorder: "_Recorder", texts: list[str], prompt: str | None, token_budget: int | None,
     bar: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     states = embeddings = torch.empty(0)

@@ -5,8 +5,6 @@ what every layer and every token pooling has for it; asked again, for another la
 evaluated P · (L+1) times, and its texts are embedded once.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +29,7 @@ _METRICS = {"cosine_spearman": "Spearman"}  # as the scores of pairs are called
 
 
 def task_scores(
-    model: SentenceTransformer, tasks: Sequence[AbsTask], *, token_pooling: str = "all", **options: Any
+    model: SentenceTransformer, tasks: "Sequence[AbsTask]", *, token_pooling: str = "all", **options: Any
 ) -> tuple[LayerScores, list[str]]:
     """The main score of every layer, untrained, on tasks; and the texts of the first, as it asked for them.
 

@@ -1,9 +1,8 @@
 """The two forwards of the self-test (check.py): what is put into every layer, and what is read from it."""
 
-import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -327,7 +326,7 @@ def precision_of(output: Tensor) -> torch.dtype:
     return dtype if dtype in AGREE else torch.bfloat16
 
 
-@contextlib.contextmanager
+@contextmanager
 def undisturbed(trunk: nn.Module) -> Iterator[None]:
     """Evaluation without gradients, dropout or taps; afterwards everything is as before, random state included."""
     training = [module for module in trunk.modules() if module.training]

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pooling.base import log_once
+from ..pooling.base import log_once, running_dtype
 from .families import PACKED, require_transformers
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -220,10 +220,7 @@ def require_no_softcap(softcap: float | None) -> None:
 
 def _as_autocast(*tensors: Tensor) -> list[Tensor]:
     """In autocast's dtype where that is on, as scaled_dot_product_attention does; the other kernels do not."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return list(tensors)
-    return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    return [t if t.dtype == torch.float64 else t.to(running_dtype(t)) for t in tensors]
 
 
 def text_by_text(

@@ -9,8 +9,6 @@ kill. Ray's own restarts are off, and Ray Data is not used: both bind the work o
 which does not come where its node is gone.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import socket
@@ -19,15 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..version import versions
+from ..version import need, versions
 from .embedding_folder import RUN
-from .text_files import Reader
-
-if TYPE_CHECKING:
-    from .job import Job
-    from .text_files import Checked
+from .job import Job
+from .text_files import Checked, Reader
 
 logger = logging.getLogger("mlpool")
 
@@ -76,11 +71,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _import_ray() -> Any:
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--ray needs Ray: pip install 'mlpool[ray]'") from error
-    return ray
+    return need("ray", "--ray needs Ray: pip install 'mlpool[ray]'")
 
 
 def _check_answers(address: str) -> None:
@@ -231,7 +222,8 @@ def make(job: Job, model: Any, shards: Iterable[int], bar: Any, most: int | None
     try:
         crew.work(bar)
     finally:
-        crew.dismiss()
+        for worker in crew.workers:
+            crew.ray.kill(worker.actor)
 
 
 @dataclass
@@ -276,10 +268,6 @@ class _Crew:
             if time.monotonic() - self.asked > _POLL:
                 self._ask()
             bar.update(self.rows + sum(worker.rows for worker in self.workers) - bar.n)
-
-    def dismiss(self) -> None:
-        for worker in self.workers:
-            self.ray.kill(worker.actor)
 
     def _hire(self) -> None:
         """As many actors as there is room for, now that nodes may have come or gone; at least one, which waits."""

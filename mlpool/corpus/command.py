@@ -1,7 +1,5 @@
 """`mlpool encode`, as it is typed; what encodes is in encode.py."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import signal
@@ -55,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     options = {name: value for name, value in vars(args).items() if name in _OPTIONS}
-    _check_before_loading(args)
+    check_place(args.model)  # what is mistyped shows at once, not after minutes of loading a model
+    find_columns(find_files(args.inputs), args.text_column, args.id_column)
+    EmbeddingFolder(to_path(args.output)).plan()
     with nullcontext() if args.ray is None else connected(args.ray):
         return _encode(args, options)
 
@@ -83,13 +83,6 @@ def _encode(args: argparse.Namespace, options: dict[str, Any]) -> int | None:
 
 
 _OPTIONS = frozenset(inspect.signature(encode_files).parameters) - {"model", "inputs", "output"}
-
-
-def _check_before_loading(args: argparse.Namespace) -> None:
-    """A mistyped name shows at once, not after minutes of loading a model."""
-    check_place(args.model)
-    find_columns(find_files(args.inputs), args.text_column, args.id_column)
-    EmbeddingFolder(to_path(args.output)).plan()
 
 
 def _describe(output: str, totals: dict[str, Any]) -> str:

@@ -10,8 +10,6 @@ counts only when its record, written after it, is there and agrees with the file
 which is compared when it is read. One run at a time writes to a folder, its processes together.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -141,13 +139,12 @@ class EmbeddingFolder:
 
     def _record(self, file: Path) -> Shard | None:
         """None where it is of no use, and the shard is made again, or was deleted just now."""
-        try:
+        with suppress(FileNotFoundError, ValueError):
             return read_record(read_json(file), self.path, file)
-        except (FileNotFoundError, ValueError):
-            return None
+        return None
 
     def _is_whole(self, index: int, shard: Shard, verify: bool) -> bool:
-        try:
+        with suppress(FileNotFoundError, ValueError):
             if sum((self.path / file).stat().st_size for file in shard_files(shard)) != shard.bytes:
                 return False
             if not verify:
@@ -155,8 +152,7 @@ class EmbeddingFolder:
             check_shard(self.path, shard)
             read_shard(self.path, shard)
             return index == index_of(shard.file)
-        except (FileNotFoundError, ValueError):
-            return False
+        return False
 
     def write_shard(self, index: int, format: str, rows: int, blocks: Blocks, keep_ids: bool) -> dict[str, Any]:
         """Write the blocks to one file of `rows` rows; it counts once `record` is called. What a `Shard` says of it.
@@ -216,7 +212,7 @@ class EmbeddingFolder:
 
 def load_embeddings(
     folder: str | Path, concatenate: bool = False, verify: bool = True
-) -> list[np.ndarray] | np.ndarray:
+) -> "list[np.ndarray] | np.ndarray":
     """The embeddings that `encode_files` wrote, in the order of the inputs.
 
     Args:

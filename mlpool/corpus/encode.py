@@ -9,8 +9,6 @@ actor of a Ray cluster (cluster.py): what it holds depends neither on the number
 ranks meet only in the folder.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Sequence
@@ -36,7 +34,7 @@ PACKAGES = ("mlpool", "torch", "transformers", "sentence-transformers", "numpy",
 
 
 def encode_files(
-    model: SentenceTransformer, inputs: str | Path | Sequence[str | Path], output: str | Path, *,
+    model: "SentenceTransformer", inputs: str | Path | Sequence[str | Path], output: str | Path, *,
     text_column: str | None = None, id_column: str | None = None,
     prompt_name: str | None = None, prompt: str | None = None,
     format: str = "npy", dtype: str = "float32", shard_size: int = SHARD_SIZE,
@@ -158,7 +156,7 @@ def own_device(device: str | None, world: int) -> str | None:
 
 
 def _check_options(
-    model: SentenceTransformer, format: str, dtype: str, shard_size: int, truncate_dim: int | None,
+    model: "SentenceTransformer", format: str, dtype: str, shard_size: int, truncate_dim: int | None,
     token_budget: int | None, batch_size: int | None, actors: int | None, cores: int,
 ) -> None:  # fmt: skip
     from ..pooling.base import check_choice, check_positive  # imports torch, for which a command's help does not wait
@@ -175,7 +173,7 @@ def _check_options(
         raise ValueError(f"{type(model).__name__}.encode takes no token_budget; give batch_size (--batch-size)")
 
 
-def _resolve_prompt(model: SentenceTransformer, name: str | None, prompt: str | None) -> str | None:
+def _resolve_prompt(model: "SentenceTransformer", name: str | None, prompt: str | None) -> str | None:
     prompts = getattr(model, "prompts", {})
     if name is not None and prompt is not None:
         raise ValueError(f"prompt and prompt_name are both given ({prompt!r}, {name!r}); give one")
@@ -185,7 +183,7 @@ def _resolve_prompt(model: SentenceTransformer, name: str | None, prompt: str | 
     return prompts.get(name or default) if prompt is None else prompt
 
 
-def describe_model(model: SentenceTransformer) -> dict[str, Any]:
+def describe_model(model: "SentenceTransformer") -> dict[str, Any]:
     from ..embedder.identity import identity
 
     first = next(model.children(), None)

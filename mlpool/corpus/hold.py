@@ -1,7 +1,5 @@
 """A folder is for one run at a time: its first process holds it, and another run is told who does."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket
@@ -128,10 +126,9 @@ def _refusal(folder: Path, notes: Path) -> BlockingIOError:
 
 def _holder(notes: Path) -> dict[str, Any]:
     """Who wrote down that it holds the folder; of use only while the hold lasts."""
-    try:
+    with suppress(FileNotFoundError, ValueError):
         return read_json(notes / HOLDER)
-    except (FileNotFoundError, ValueError):
-        return {}
+    return {}
 
 
 def _job() -> str:

@@ -1,7 +1,5 @@
 """The work of encoding, apart from where it is done: the rows of a shard through the model into the folder."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +44,7 @@ class Job:
         start = shard * self.shard_size
         return start, min(start + self.shard_size, self.rows)
 
-    def make(self, model: SentenceTransformer, shards: Sequence[int], bar: Any, reader: Reader) -> Iterator[int]:
+    def make(self, model: "SentenceTransformer", shards: Sequence[int], bar: Any, reader: Reader) -> Iterator[int]:
         """Make these shards, ascending; the number of each as soon as it is complete."""
         encoder = _Encoder(model, self.call, self.dtype, self.truncate_dim)
         for shard in shards:
@@ -61,7 +59,7 @@ class Job:
 class _Encoder:
     """Encodes blocks of rows and keeps the figures of a shard."""
 
-    def __init__(self, model: SentenceTransformer, call: dict[str, Any], dtype: str, truncate_dim: int | None):
+    def __init__(self, model: "SentenceTransformer", call: dict[str, Any], dtype: str, truncate_dim: int | None):
         self.model, self.call, self.dtype, self.truncate_dim = model, call, dtype, truncate_dim
         self.counter: Any = next(model.children(), None)  # ours counts the texts that it cuts
 
@@ -80,14 +78,14 @@ class _Encoder:
             "longest": getattr(cut, "longest", None),
         }
 
-    def blocks(self, rows: Iterator[Row], first_row: int, bar: Any) -> Iterator[tuple[np.ndarray, list[Any]]]:
+    def blocks(self, rows: Iterator[Row], first_row: int, bar: Any) -> Iterator[tuple["np.ndarray", list[Any]]]:
         for block in _blocks(rows):
             with _counting(self.model, bar, len(block)):
                 embeddings = self._encode(block)
             yield embeddings, [first_row + i if r.id is None else r.id for i, r in enumerate(block)]
             first_row += len(block)
 
-    def _encode(self, block: list[Row]) -> np.ndarray:
+    def _encode(self, block: list[Row]) -> "np.ndarray":
         import numpy as np
 
         texts = ["" if row.text.isspace() else row.text for row in block]
@@ -126,7 +124,7 @@ def _blocks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 @contextmanager
-def _counting(model: SentenceTransformer, bar: Any, texts: int) -> Iterator[None]:
+def _counting(model: "SentenceTransformer", bar: Any, texts: int) -> Iterator[None]:
     """Move the bar with every batch of the model, and at the end to exactly `texts` further."""
     target = bar.n + texts
 

@@ -8,8 +8,6 @@ numbers; a duplicate (`text_store.text_key`) is its original, and an anchor is a
 its positives anywhere in the pairs nor a copy of them or of itself is ever its negative.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io
@@ -18,7 +16,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -95,7 +93,7 @@ class Pairs(NamedTuple):
     documents: np.ndarray
 
     @classmethod
-    def of(cls, anchors: np.ndarray, documents: np.ndarray, copies: np.ndarray) -> tuple[Pairs, np.ndarray]:
+    def of(cls, anchors: np.ndarray, documents: np.ndarray, copies: np.ndarray) -> tuple[Self, np.ndarray]:
         """The pairs of a table, and where each of its rows is among them.
 
         Args:
@@ -172,11 +170,10 @@ def _path(folder: Path, index: int) -> Path:
 
 def _read(path: Path) -> Mined | None:
     """None where there is none, or a broken one, which is made again."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return Mined(*(file[name] for name in Mined._fields))
-    except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+    damage = (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    with contextlib.suppress(*damage), np.load(path, allow_pickle=False) as file:
+        return Mined(*(file[name] for name in Mined._fields))
+    return None
 
 
 class _Miner:

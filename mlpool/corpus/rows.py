@@ -4,8 +4,6 @@ A fault of one row (broken JSON, an open quote, a field too many) comes as a `Ba
 whether it ends there. A fault of the whole file (a damaged gzip, no Parquet) is a ValueError that names it.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json
@@ -22,6 +20,7 @@ from ..files import json_fault
 from ..options import near
 from ..remote import RemotePath
 from ..show import plain
+from ..version import need
 
 KINDS = (".txt", ".jsonl", ".csv", ".ndjson", ".json", ".tsv", ".parquet")
 TEXT = "text"  # the column of a .txt file
@@ -107,18 +106,6 @@ def columns_of(row: Any, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f'{place}: expected an object such as {{"text": …}}, got {row!r:.60}')
     return row
-
-
-def not_unicode(text: str) -> int | None:
-    r"""Where a text is none that a tokenizer takes: half a surrogate pair, as JSON may write it ("\ud83d"), or a byte
-    that was no UTF-8."""
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
 
 
 def beside(path: Path) -> str:
@@ -260,11 +247,7 @@ def arrow_source(path: Path) -> dict[str, Any]:
 
 
 def import_parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Parquet files need pyarrow: pip install pyarrow") from error
-    return pyarrow.parquet
+    return need("pyarrow.parquet", "Parquet files need pyarrow: pip install pyarrow")
 
 
 def _is_string(kind: Any) -> bool:

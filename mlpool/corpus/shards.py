@@ -1,18 +1,16 @@
 """One shard of embeddings: its record, and its files written, read and compared with their digests."""
 
-from __future__ import annotations
-
-import dataclasses
 import functools
 import io
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ..files import confined, read_json, sha256
 from ..remote import RemotePath
+from ..schema import arguments, check, section
 from .rows import arrow_source, import_parquet
 
 if TYPE_CHECKING:
@@ -72,7 +70,7 @@ def write_parquet(stream: IO[bytes], rows: int, blocks: Blocks, ids: list[Any]) 
             writer.close()
 
 
-def read_shard(folder: Path, shard: Shard, ids: bool = True) -> tuple[np.ndarray, list[Any] | None]:
+def read_shard(folder: Path, shard: Shard, ids: bool = True) -> "tuple[np.ndarray, list[Any] | None]":
     """The array [rows, D] and the ids, where asked for, of a shard; ValueError where they are not as they should be."""
     path = folder / shard.file
     try:
@@ -90,7 +88,7 @@ def read_shard(folder: Path, shard: Shard, ids: bool = True) -> tuple[np.ndarray
     return array, read_ids(folder, shard) if ids and (shard.ids or shard.file.endswith(".parquet")) else None
 
 
-def _load_npy(path: Path) -> np.ndarray:
+def _load_npy(path: Path) -> "np.ndarray":
     """Memory-mapped, or in memory where the file is not local."""
     import numpy as np
 
@@ -142,14 +140,11 @@ def index_of(file: str) -> int:
 
 def read_record(entry: Any, folder: Path, source: Path) -> Shard:
     """A shard's record, checked; ValueError names what is missing, unknown or of a wrong type."""
-    from ..schema import check
-
     try:
         values = check(_shard_keys(), entry, str(source))
     except ValueError as error:
         raise ValueError(f"{error}; it was edited, or written by a newer mlpool") from None
-    fields = dataclasses.fields(Shard)
-    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
+    if missing := [f.name for f in fields(Shard) if f.default is MISSING and f.name not in values]:
         raise ValueError(f"{source} lacks {', '.join(missing)} of a shard; it was edited, or cut short: {ADVICE}")
     shard = Shard(**values)
     for file in shard_files(shard):
@@ -161,6 +156,4 @@ def read_record(entry: Any, folder: Path, source: Path) -> Shard:
 
 @functools.cache
 def _shard_keys() -> Any:
-    from ..schema import arguments, section
-
     return section("key", arguments(Shard))

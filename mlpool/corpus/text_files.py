@@ -1,7 +1,5 @@
 """One text a row of .txt, .jsonl, .csv and .parquet files, with its id; faults named by file and line."""
 
-from __future__ import annotations
-
 import glob
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,8 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import not_unicode
 from ..remote import RemotePath, shown, to_path
-from .rows import TEXT, Range, beside, column_types, columns_of, kind_of, not_unicode, read_rows
+from .rows import TEXT, Range, beside, column_types, columns_of, kind_of, read_rows
 
 ACCEPTED = ".txt, .jsonl, .csv (also .ndjson, .json, .tsv; each also as .gz) and .parquet"
 NAMED_ROWS = 5  # of empty texts, in an error

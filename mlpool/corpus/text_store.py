@@ -6,8 +6,6 @@
 Texts that are the same in NFKC, without regard to case and runs of white space, are one text, in its first form.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import unicodedata
@@ -116,7 +114,7 @@ class TextStore:
         manifest = self.shards / MANIFEST
         return read_json(manifest)["model"] if manifest.is_file() else {}
 
-    def embeddings(self) -> Embeddings:
+    def embeddings(self) -> "Embeddings":
         """Every text's embedding.
 
         Raises:

@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..files import read_json
 from ..pooling.base import broken_weights
 from ..quantized import prepare_layers, require_package
 from ..schema import check
+from ..show import some
 from .adapters import check_base, load_adapter
 from .depth import cut
 from .folder import check_index
@@ -34,10 +39,6 @@ def load_model(
         model_kwargs: of `AutoModel.from_pretrained`; "base" replaces the base model that an adapter names.
         expected: the fingerprint of the base model that an adapter needs. depth: layers to keep, None for all.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
-    from transformers.utils.hub import cached_file, extract_commit_hash
-    from transformers.utils.peft_utils import find_adapter_config_file
-
     hub = {("cache_dir" if key == "cache_folder" else key): value for key, value in hub.items()}
     options: dict[str, Any] = {"dtype": "auto", **(model_kwargs or {})}
     base = options.pop("base", None)
@@ -83,9 +84,8 @@ def load_model(
         check_base(model, expected, str(source), name)
         load_adapter(model, name, {**shared, "revision": hub["revision"], "subfolder": subfolder})
     if faults := broken_weights(model):
-        more = f" and {len(faults) - 3} more" if faults[3:] else ""
         raise ValueError(
-            f"{name} cannot be used: {'; '.join(faults[:3])}{more}; take an earlier checkpoint, or copy it again"
+            f"{name} cannot be used: {some(faults, 3, '; ')}; take an earlier checkpoint, or copy it again"
         )
     tokenizer = AutoTokenizer.from_pretrained(name, **hub, subfolder=subfolder, **(tokenizer_kwargs or {}))
     return model.eval(), tokenizer
@@ -93,8 +93,6 @@ def load_model(
 
 def _unreadable(folder: Path) -> Path | None:
     """The first safetensors file of a folder whose header or length is wrong."""
-    from safetensors import SafetensorError, safe_open
-
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):

@@ -18,6 +18,7 @@ from ..files import write_text
 from ..pooling.base import StatesTooLarge, broken_weights
 from ..quantized import unpacked_layers
 from ..show import progress
+from ..version import __version__
 from .adapters import has_adapter
 from .calibration import calibrate
 from .folder import staged, write_manifest
@@ -229,8 +230,6 @@ class Embedder(SentenceTransformer):
             raise ValueError("embedders are saved as safetensors only; leave out safe_serialization=False")
         if faults := broken_weights(self):
             raise RuntimeError(f"not saved: {'; '.join(faults[:5])}; what was in {path} stays")
-        from ..version import __version__
-
         with self.undisturbed(), staged(path) as stage:
             super().save(str(stage), model_name, create_model_card, train_datasets)
             write_manifest(stage, version=__version__, design=self.backbone.design)

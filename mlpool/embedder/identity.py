@@ -15,6 +15,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
+from ..pooling.base import Pool
 from ..quantized import parts
 
 _CHUNK = 1 << 24  # bytes hashed at once by one thread
@@ -78,8 +79,6 @@ def _hash_chunk(piece: tuple[str, Tensor]) -> bytes:
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
-    from ..pooling.base import Pool
-
     described: dict[str, Any] = {}
     configs: set[int] = set()  # one config is held by many modules
     for name, module in model.named_modules():

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from sentence_transformers import CrossEncoder, SentenceTransformer
+
 from ..attention.check import is_encoder
 from ..files import confined, read_json
 from ..options import check_place, near
@@ -94,8 +96,7 @@ def load(
     hub: dict[str, Any] = {
         "token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only,
     }  # fmt: skip
-    if not Path(name).is_dir():
-        _check_hub(name, hub)
+    _check_hub(name, hub)
     kwargs: dict[str, Any] = {"dtype": dtype, **(model_kwargs or {})}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
@@ -176,8 +177,6 @@ def open_model(
         FileNotFoundError: no such folder. ValueError: a base model without a design, a folder of another design, a
         folder without a model.
     """
-    from sentence_transformers import SentenceTransformer
-
     modules = check_model(name)
     if design is None and modules and not is_ours(modules):
         model = SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
@@ -194,8 +193,7 @@ def check_model(name: str) -> list[dict[str, Any]] | None:
         FileNotFoundError: neither here nor on the Hub. ValueError: a folder without a model.
     """
     check_place(name)
-    if not Path(name).is_dir():
-        _check_hub(name, {})
+    _check_hub(name, {})
     modules = read_modules(name, {})
     if not modules and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         there = ", ".join(sorted(path.name for path in Path(name).iterdir())[:8]) or "nothing"
@@ -217,12 +215,9 @@ def open_cross_encoder(name: str, device: str | None = None) -> Any:
     Raises:
         FileNotFoundError: no such folder nor Hub model. ValueError: no model in the folder, or several scores a pair.
     """
-    from sentence_transformers import CrossEncoder
-
     check_place(name)
-    if not Path(name).is_dir():
-        _check_hub(name, {})
-    elif not (Path(name) / "config.json").is_file():
+    _check_hub(name, {})
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name} holds no cross-encoder: expected config.json and weights")
     model = CrossEncoder(name, device=device)
     if model.num_labels != 1:
@@ -231,13 +226,15 @@ def open_cross_encoder(name: str, device: str | None = None) -> Any:
 
 
 def _check_hub(name: str, hub: dict[str, Any]) -> None:
-    """Ask the Hub once whether it has a model that is neither a folder here nor in the cache.
+    """Ask the Hub once whether it has a model, where that is neither a folder here nor in the cache.
 
     Without this each file is asked for, and where there is no network, asked for again for half a minute.
 
     Raises:
         FileNotFoundError: it has not, or was not asked; the message says which.
     """
+    if Path(name).is_dir():
+        return
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     cache, revision = hub.get("cache_folder"), hub.get("revision")

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import not_unicode
+
 _PROBES = ("a", "two words")
 _SEARCHED = 1000  # tokens of a vocabulary that are tried as probes
 _UNLIMITED = 10**9  # tokenizers without a limit say 10^30
@@ -131,7 +133,7 @@ class TextTokenizer:
                 token.
         """
         check_texts(texts)
-        if prompt and not _is_whole(prompt):
+        if prompt and not_unicode(prompt) is not None:
             raise ValueError(f"the prompt {prompt!r} holds half a surrogate pair, which is no character")
         ids: list[np.ndarray] = []
         skipped: list[int] = []
@@ -216,7 +218,8 @@ class TextTokenizer:
         special = set(self.tokenizer.all_special_ids)
         found: dict[str, list[int]] = {}
         own = (token for token, index in sorted(self.tokenizer.get_vocab().items()) if index not in special)
-        for text in itertools.chain(_PROBES, map(self._text_of, itertools.islice(own, _SEARCHED))):
+        texts = (str(self.tokenizer.convert_tokens_to_string([token])) for token in itertools.islice(own, _SEARCHED))
+        for text in itertools.chain(_PROBES, texts):
             inner = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
             if inner and inner not in found.values():
                 found[text] = inner
@@ -228,9 +231,6 @@ class TextTokenizer:
             "model's tokenizer, and does its normalizer or pre-tokenizer drop all text?"
         )
 
-    def _text_of(self, token: str) -> str:
-        return str(self.tokenizer.convert_tokens_to_string([token]))
-
 
 def check_texts(texts: Sequence[Any]) -> None:
     """Raises ValueError, with the rows named, where a text is no string, or holds half a surrogate pair."""
@@ -238,17 +238,9 @@ def check_texts(texts: Sequence[Any]) -> None:
     if wrong:
         rows = ", ".join(f"row {i} is {type(text).__name__} ({str(text)[:40]!r})" for i, text in wrong[:5])
         raise ValueError(f"texts must be strings, but {len(wrong)} of {len(texts)} are not: {rows}")
-    if halves := [i for i, text in enumerate(texts) if not _is_whole(text)]:
+    if halves := [i for i, text in enumerate(texts) if not_unicode(text) is not None]:
         rows = ", ".join(f"row {i} ({texts[i][:40]!r})" for i in halves[:5])
         raise ValueError(
             f"{len(halves)} of {len(texts)} texts hold half a surrogate pair, which is no character: {rows}; decode "
             'them from their bytes again, or text.encode("utf-8", "replace").decode()'
         )
-
-
-def _is_whole(text: str) -> bool:
-    """Whether tokenizers take it: only half a surrogate pair cannot be written in UTF-8."""
-    try:
-        return text.isascii() or text.encode() is not None
-    except UnicodeEncodeError:
-        return False

@@ -237,8 +237,7 @@ def _verdict(row: Row, alpha: float) -> str:
 
 def _test_items(datasets: list[Row], models: dict[str, Runs], permutations: int, seed: int) -> None:
     """Fill in the randomisation test of every data set whose per-item results are there; say why of the others."""
-    bar = progress("randomisation tests", "data set", shown=None, iterable=datasets, leave=False)
-    for row in bar:
+    for row in progress("randomisation tests", "data set", shown=None, iterable=datasets, leave=False):
         mine, theirs = models[row["model"]][row["task"]], models[row["baseline"]][row["task"]]
         row["verdict"] = _test_dataset(row, mine, theirs, permutations, [seed, zlib.crc32(row["task"].encode())])
 

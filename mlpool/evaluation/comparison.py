@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import write_text
 from ..show import markdown
+from .forest import forest
 
 Row = dict[str, Any]
 
@@ -58,8 +59,6 @@ class Comparison:
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write comparison.md, comparison.csv, per_dataset.csv and forest.png; returns their paths."""
-        from .forest import forest
-
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / name for name in ("comparison.md", "comparison.csv", "per_dataset.csv", "forest.png")]

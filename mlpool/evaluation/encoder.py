@@ -1,7 +1,5 @@
 """A SentenceTransformer as mteb calls it: instructions by policy, token budgets, and corpora embedded once."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import inspect
@@ -10,9 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
@@ -56,7 +55,7 @@ class Prompts:
             raise ValueError(f"the template must contain {{instruction}}, got {self.template!r}")
 
     @classmethod
-    def load(cls, source: str, template: str = BARE) -> Prompts:
+    def load(cls, source: str, template: str = BARE) -> Self:
         """From "mteb", "model", "none", "paper-exact" (with "=PATH" behind it its wording) or the path of a JSON or
         YAML file.
 
@@ -75,8 +74,6 @@ class Prompts:
             raise FileNotFoundError(
                 f"prompts must be mteb, model, none, paper-exact or a file; there is no file {path}"
             )
-        import yaml
-
         try:
             found = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
         except Exception as error:
@@ -92,7 +89,7 @@ class Prompts:
             return None if self.source == "model" else "none"
         return [self.source, self.template, *(["exact"] if self.exact else [])]
 
-    def check(self, tasks: Iterable[AbsTask]) -> None:
+    def check(self, tasks: "Iterable[AbsTask]") -> None:
         """ValueError when a file has no instruction for one of the tasks."""
         if isinstance(self.source, str) or self.exact:
             return
@@ -104,7 +101,7 @@ class Prompts:
                 f'({", ".join(PAPER)}) or "default"' + (f"; found {', '.join(near)}" if near else "")
             )
 
-    def of(self, metadata: TaskMetadata, kind: str | None, model: SentenceTransformer) -> str | None:
+    def of(self, metadata: "TaskMetadata", kind: str | None, model: SentenceTransformer) -> str | None:
         """The prompt, or None for the model's default. `kind`: "query", "document", or None where both are alike."""
         if self.source == "model":
             from mteb.models.abs_encoder import get_prompt_name
@@ -120,20 +117,20 @@ class Prompts:
             instruction = self._of_mteb(metadata)
         return self.template.replace("{instruction}", instruction) if instruction else ""
 
-    def _entry(self, metadata: TaskMetadata) -> str | None:
+    def _entry(self, metadata: "TaskMetadata") -> str | None:
         assert isinstance(self.source, dict)
         names = (metadata.dataset["path"], metadata.name, metadata.type, "default")  # a local task's path is its name
         return next((self.source[name] for name in names if name in self.source), None)
 
     @staticmethod
-    def _of_mteb(metadata: TaskMetadata) -> str:
+    def _of_mteb(metadata: "TaskMetadata") -> str:
         from mteb.abstasks.abstask import get_abstask_prompt
 
         prompt = metadata.prompt
         return (prompt.get("query") if isinstance(prompt, dict) else prompt) or get_abstask_prompt(metadata.name)
 
 
-def name_of(task: AbsTask) -> str:
+def name_of(task: "AbsTask") -> str:
     """A task's name in tables: a local folder, or mteb's name."""
     return getattr(task, "folder", task.metadata.name)
 

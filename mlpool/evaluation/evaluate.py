@@ -25,6 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+import torch.distributed as dist
+from sentence_transformers import SentenceTransformer
+
 from .. import show
 from ..files import write_json
 from ..options import rank_and_world
@@ -38,7 +43,6 @@ from .tasks import import_mteb, mteb_tasks
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
-    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger("mlpool")
 _PACKAGES = ("mlpool", "mteb", "sentence-transformers", "transformers", "torch")
@@ -325,8 +329,6 @@ def _size(task: Any) -> float:
 
 
 def _wait_for_others() -> None:
-    import torch.distributed as dist
-
     own = not dist.is_initialized()
     if own:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
@@ -338,9 +340,6 @@ def _wait_for_others() -> None:
 @contextlib.contextmanager
 def _kept_random_state() -> Iterator[None]:
     """mteb seeds everything, for every task; a training around it must not notice."""
-    import numpy as np
-    import torch
-
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:

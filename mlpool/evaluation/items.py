@@ -1,12 +1,12 @@
 """What each item of a task contributed to its score, from mteb's predictions."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .encoder import name_of
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mlpool")
 
 
-def _data(task: AbsTask) -> list[Any]:
+def _data(task: "AbsTask") -> list[Any]:
     """The evaluated data of every subset and split."""
     data: Any = task.dataset
     return [data.get(subset, data)[split] for subset in task.hf_subsets for split in task.eval_splits]
 
 
-def count_items(task: AbsTask) -> int:
+def count_items(task: "AbsTask") -> int:
     """Pairs, queries or texts."""
     queries = task.metadata.type in ("Retrieval", "Reranking")
     return sum(len(data["relevant_docs"] if queries else data) for data in _data(task))
 
 
-def keep_predictions(scratch: Path, folder: Path, task: AbsTask) -> None:
+def keep_predictions(scratch: Path, folder: Path, task: "AbsTask") -> None:
     """mteb's own file, for what is no per-item result: clusters, similarities ranked as a whole."""
     if (path := scratch / task.prediction_file_name).is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,8 +37,6 @@ def keep_predictions(scratch: Path, folder: Path, task: AbsTask) -> None:
 
 def items_of(task: Any, scratch: Path, score: float) -> dict[str, Any] | None:
     """What `results.write_items` takes; None where the score is no mean or correlation over the items of one set."""
-    import numpy as np
-
     path, data = scratch / task.prediction_file_name, _data(task)
     if len(data) != 1 or not path.is_file():
         return None

@@ -10,8 +10,6 @@
 A task is called by its folder, "sts/stsb". Other keys in the lines, other files and other folders are not read.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import re
@@ -19,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..corpus.rows import BadRow, lines, not_unicode, read_rows
+from ..corpus.rows import BadRow, lines, read_rows
+from ..files import not_unicode
 from ..show import shorten
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ SPLITS = ("test", "dev")
 _WHOLE = re.compile(r"-?[0-9]{1,9}")
 
 
-def local_tasks(data: str | Path, names: Iterable[str] | None = None, split: str = "test") -> list[AbsTask]:
+def local_tasks(data: str | Path, names: Iterable[str] | None = None, split: str = "test") -> "list[AbsTask]":
     """The tasks found under `data`, read when they are evaluated. Needs mteb.
 
     Args:
@@ -322,7 +321,7 @@ def _choose(found: dict[str, tuple[_Kind, Path]], names: Iterable[str]) -> dict[
     return chosen
 
 
-def _task(kind: _Kind, name: str, folder: Path, split: str) -> AbsTask:
+def _task(kind: _Kind, name: str, folder: Path, split: str) -> "AbsTask":
     from mteb.abstasks.task_metadata import TaskMetadata
 
     base, options = kind.base()

@@ -20,6 +20,8 @@ from __future__ import annotations
 import csv
 import difflib
 import math
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -194,9 +196,6 @@ def read_items(path: str | Path) -> Items:
     Raises:
         FileNotFoundError: no such file. ValueError: not such a file, or damaged; what is wrong is said.
     """
-    import zipfile
-    import zlib
-
     import numpy as np
 
     try:

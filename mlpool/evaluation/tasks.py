@@ -1,7 +1,5 @@
 """The 47 MTEB tasks of arXiv 2409.02727 by type, and tasks chosen by name."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -37,7 +35,7 @@ PAPER: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def mteb_tasks(names: str | Iterable[str]) -> list[AbsTask]:
+def mteb_tasks(names: str | Iterable[str]) -> "list[AbsTask]":
     """mteb's tasks by name. Needs mteb; loads no data.
 
     Args:
@@ -63,7 +61,7 @@ def import_mteb() -> Any:
     return need("mteb", "evaluation needs {}: pip install 'mlpool[eval]'")
 
 
-def _task(mteb: Any, name: str) -> AbsTask:
+def _task(mteb: Any, name: str) -> "AbsTask":
     try:
         task = mteb.get_task(name)
     except KeyError:

@@ -1,7 +1,5 @@
 """What every export shares: settings for the reader, what is made compared with the embedder, what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +9,7 @@ from ..embedder.adapters import has_adapter
 from ..embedder.backbone import Backbone
 from ..embedder.embedder import _PROBES, Embedder
 from ..quantized import is_quantized
+from ..version import __version__
 
 SETTINGS = "embedder.json"  # the file of `settings`
 
@@ -39,8 +38,6 @@ def check_mergeable(embedder: Embedder, what: str) -> None:
 
 def settings(embedder: Embedder) -> dict[str, Any]:
     """What a reader without mlpool has to know."""
-    from ..version import __version__
-
     backbone: Any = embedder[0]
     kept = ("design", "max_seq_length", "append_eos", "include_prompt", "include_bos")
     return {

@@ -1,7 +1,5 @@
 """`mlpool merge`, `mlpool export` and `mlpool import-released`: one folder in, another form of it out."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +24,7 @@ def _add_dequantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dequantize", action="store_true", help="turn a quantised base into full weights first")
 
 
-def _load(args: argparse.Namespace) -> Embedder:
+def _load(args: argparse.Namespace) -> "Embedder":
     """The embedder to work on; where it is and where it goes are checked before anything is imported."""
     new_place(args.output)
     options.check_place(args.folder)
@@ -35,7 +33,7 @@ def _load(args: argparse.Namespace) -> Embedder:
     return load(args.folder, base=args.base, dtype=args.dtype, device=args.device)
 
 
-def _merge(embedder: Embedder, dequantize: bool = False, adapter: bool = True) -> float:
+def _merge(embedder: "Embedder", dequantize: bool = False, adapter: bool = True) -> float:
     """Fold the adapter in, or without one only dequantise.
 
     Returns: the largest difference of a coordinate; an error where it is more than rounding.

@@ -1,7 +1,5 @@
 """`export`: an embedder for other programs, as a plain folder, one file, ONNX or for vLLM."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..embedder.designs import find_design

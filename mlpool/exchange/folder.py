@@ -5,8 +5,6 @@ know it. It has room for the last token or the mean of the last layer. Loaded ag
 place.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from ..attention import is_bidirectional
 from ..attention.families import family_of
@@ -117,9 +117,6 @@ def self_contained(backbone: Backbone) -> Any:
             f"{type(tokenizer).__name__} appends no EOS and is no fast tokenizer, whose file could say so; convert it "
             "to a fast tokenizer, or load with append_eos=False"
         )
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
     before, behind = (tokenizer.convert_ids_to_tokens(ids) for ids in (texts.prefix, texts.suffix))
     backend = tokenizer.backend_tokenizer
     # In place of the one that was there, of which two in a row do not work. Offsets may change, the tokens do not.

@@ -5,8 +5,6 @@ without a trainable pooler gives the last hidden states too, and its folder is o
 backend reads it. Run by ONNX Runtime and compared before it takes its place.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging
@@ -141,9 +139,8 @@ def _write_graph(embedder: Embedder, folder: Path, masked: bool, plain: bool) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own trees
-            warnings.filterwarnings(
-                "ignore", "# The axis name", UserWarning
-            )  # all inputs share their axes, as is meant
+            # All inputs share their axes, as is meant.
+            warnings.filterwarnings("ignore", "# The axis name", UserWarning)
             program: Any = torch.onnx.export(
                 traced, input_names=inputs, output_names=_OUTPUTS[: 2 if plain else 1], verbose=False,
                 dynamic_shapes={name: {0: "batch", 1: "length"} for name in inputs},

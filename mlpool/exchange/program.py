@@ -4,8 +4,6 @@ It carries the settings and the tokenizer as text, and how the ids of a text are
 before it takes its place.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -21,6 +19,7 @@ from mlpool_kernels.chunk import NUM_WEIGHTS, Weights
 from mlpool_kernels.rows import NORM_EPS, norm_rows
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import AutoTokenizer
 
 from ..attention import unpack
 from ..embedder.embedder import _PROBES, Embedder
@@ -246,7 +245,7 @@ class Exported:
         Args:
             prompt_name: one of settings["prompts"]; None is the embedder's default.
 
-        Raises: ModuleNotFoundError without transformers; ValueError for an unknown prompt and rows that are no strings.
+        Raises: ValueError for an unknown prompt and rows that are no strings.
         """
         s = self.settings
         prompt_name = prompt_name or s["default_prompt_name"]
@@ -286,10 +285,6 @@ def load_exported(path: str | Path, device: torch.device | str | None = None) ->
 
 
 def _read_tokenizer(files: Mapping[str, str]) -> Any:
-    try:
-        from transformers import AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("tokenizing needs transformers: pip install 'mlpool[st]'") from error
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             if name.startswith(_TOKENIZER):

@@ -12,8 +12,6 @@ mean moves by some 1e-2; here a token of the text is text. `tokenizer.pad_token`
 anything is embedded with their code, makes both the same.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from ..embedder.embedder import Embedder
 from ..embedder.loading import load
 from ..pooling.base import Pool
 from ..pooling.checkpoints import RELEASED, read_tensors
+from ..show import some
 from ..trunk import find_layers
 
 logger = logging.getLogger("mlpool")
@@ -167,9 +166,8 @@ def _add_adapter(model: nn.Module, config: Any, tensors: dict[str, Tensor], base
         if name in state and state[name].shape != tensor.shape
     ]
     if problems:
-        more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise ValueError(
             f"the adapter in {folder} does not fit the base model {base}, it is for another one: "
-            f"{'; '.join(problems[:_NAMED])}{more}"
+            f"{some(problems, _NAMED, '; ')}"
         )
     set_peft_model_state_dict(model, state, adapter_name="default")

@@ -1,9 +1,8 @@
 """The YAML config of `mlpool fit`: read and checked before anything is loaded, as that of `mlpool train`."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +94,7 @@ def read_fit_config(source: str | Path | Mapping[str, Any], overrides: Sequence[
         values[name] = [values[name]] if isinstance(values.get(name), str) else values.get(name) or []
     values["seeds"] = list(range(seeds)) if isinstance(seeds, int) else seeds
     values["candidates"] = [c for given in values["candidates"] for c in _candidates(given, rate)]
-    known = [dataclasses.asdict(candidate) for candidate in values["candidates"]]
+    known = [asdict(candidate) for candidate in values["candidates"]]
     if doubled := [one["name"] for i, one in enumerate(known) if one in known[:i]]:
         raise ValueError(f"candidates has {doubled[0]} twice")
     options = {name: values.pop(name) for name in list(values) if name in _options()}

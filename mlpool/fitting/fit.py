@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -257,10 +258,8 @@ class _Trials:
 
 def _kept(place: Path) -> Trial | None:
     """A trial that was finished, with its pool whole."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         found = read_json(place / TRIAL)
         if found.pop("sha256") == sha256(place / WEIGHTS_NAME):
             return Trial(**found)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     return None

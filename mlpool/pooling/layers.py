@@ -69,8 +69,7 @@ def read_layers(pool: ReadsLayers, hidden_states: Sequence[Tensor] | None, inclu
 
 def last_state(hidden_states: Tensor | Sequence[Tensor], hidden_size: int | None) -> Tensor:
     """The last hidden state, given alone or as the last of a sequence, checked like `read_layers` does."""
-    state = hidden_states if isinstance(hidden_states, Tensor) else list(hidden_states)[-1:]
-    states = [state] if isinstance(state, Tensor) else state
+    states = [hidden_states] if isinstance(hidden_states, Tensor) else list(hidden_states)[-1:]
     check_hidden_states(states)
     if hidden_size is not None and states[0].shape[-1] != hidden_size:
         raise ValueError(f"hidden states must have D = {hidden_size}, got shape {list(states[0].shape)}")

@@ -1,8 +1,7 @@
 """`pool.plan()`: what runs, where, and what it costs, as a table."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from mlpool_kernels import Plan, Rates, Sizes
@@ -30,7 +29,7 @@ class PlanReport:
     def of(
         cls, name: str, s: Sizes, plan: Plan, rates: Rates, device: torch.device, dtype: torch.dtype, *,
         triton: bool, masked: bool, tokens: int | None, training: bool,
-    ) -> PlanReport:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """name: of the pool's class. masked: keys are tokens, some of them padding. tokens: T, where it matters."""
         reference = model.reference_flops(s)
         (score_flops, score_once), (value_flops, value_once) = (

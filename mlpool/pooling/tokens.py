@@ -7,12 +7,10 @@ On a GPU the host waits for the device once, for all checks together, and not at
 where the offsets' values are known already (`note_offsets`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from mlpool_kernels.runtime import INTERPRETED, untraced, use_triton
@@ -60,7 +58,7 @@ class Tokens:
     def batch_size(self) -> int:
         return self.starts.shape[0]
 
-    def to(self, device: torch.device) -> Tokens:
+    def to(self, device: torch.device) -> Self:
         """The same selection with its tensors on `device`."""
         if self.starts.device == device:
             return self

@@ -15,8 +15,6 @@ Under torchrun or accelerate each process trains whole runs on a device of its o
 output folder, which all must see; a single run is not spread over devices.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def study(
-    config: Study | str | Path | Mapping[str, Any],
+    config: "Study | str | Path | Mapping[str, Any]",
     overrides: Sequence[str] = (),
     *,
     jobs: int = 1,
@@ -133,7 +131,7 @@ def study(
     return config.output
 
 
-def choose(config: Study) -> dict[str, dict[str, Any]]:
+def choose(config: "Study") -> dict[str, dict[str, Any]]:
     """The best recipe of each group by its mean score on the development data, the first of equals.
 
     A recipe's score is the mean over the entries it was searched with and over the tasks. Writes recipe.json.

@@ -1,7 +1,5 @@
 """The page of a study's report: what its template shows, as plain values. The markup is in templates/report.html."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import platform
@@ -11,7 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import jinja2
 import yaml
+from markupsafe import Markup
 
 from ..evaluation import results
 from ..evaluation.comparison import number
@@ -42,9 +42,6 @@ def write(found: Found, command: str) -> list[Path]:
 
 def page(found: Found, command: str) -> str:
     """The HTML of the report, which needs nothing else, nor JavaScript for anything it says. command: that made it."""
-    import jinja2
-    from markupsafe import Markup
-
     templates = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["broken"] = lambda name: Markup("<wbr>").join(re.split(_BREAKS, name))

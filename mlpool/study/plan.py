@@ -5,9 +5,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from ..evaluation.local import local_tasks
 from ..files import read_json, write_json
 from ..options import rank_and_world
 from ..show import aligned, progress
+from ..training.columns import text_columns
+from ..training.config import read_config
+from ..training.losses import InfoNCE
+from ..training.mixture import load_mixture
 from .config import UNTRAINED, Run, Study
 from .runs import context, count_parameters, finished, own_device, threads, untrained
 
@@ -121,15 +129,10 @@ def _probes(study: Study, jobs: int) -> dict[str, dict[str, Any]]:
 
 
 def _bytes(data_dir: str, tasks: Sequence[str] | None, split: str) -> int:
-    from ..evaluation.local import local_tasks
-
     return sum(task.size for task in local_tasks(data_dir, tasks, split))  # type: ignore[attr-defined]
 
 
 def _probe_process(runs: Sequence[Run], jobs: int, sender: Any) -> None:  # pragma: no cover (in a process of its own)
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
     disable_progress_bar()
     own_device(0, jobs)
     torch.set_num_threads(threads(jobs))
@@ -147,13 +150,7 @@ def probe(run: Run) -> dict[str, Any]:
     Returns: start_seconds (loading), step_seconds (forward and backward of one batch), tokens (of a step),
     encode_seconds_per_byte, steps (of a training by epochs), parameters.
     """
-    import torch
-
-    from ..training.columns import text_columns
-    from ..training.config import read_config
-    from ..training.losses import InfoNCE
-    from ..training.mixture import load_mixture
-    from ..training.train import training_arguments
+    from ..training.train import training_arguments  # the trainer, for which a plan without estimates does not wait
 
     config = read_config({**run.train, "output_dir": "unused"})
     mixture = load_mixture(config.data)

@@ -1,7 +1,5 @@
 """The report of a study: what was found, as tables; written as one HTML file (page.py) and in Markdown."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field

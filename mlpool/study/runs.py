@@ -14,11 +14,15 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
 
 from ..evaluation import results
 from ..evaluation.results import Score
@@ -39,11 +43,10 @@ _WAIT = 2.0  # seconds between two looks at what other machines have done
 
 def finished(output: Path, run: Run) -> dict[str, Any] | None:
     """What a finished run noted (parameters, seconds, memory); None where it is not finished."""
-    try:
+    with suppress(FileNotFoundError, ValueError):
         found = read_json(output / run.folder / DONE)
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if found.get("hash") == run.hash else None
+        return found if found.get("hash") == run.hash else None
+    return None
 
 
 def check_unchanged(output: Path, runs: Sequence[Run]) -> None:
@@ -81,8 +84,6 @@ def collect(output: Path, runs: Sequence[Run]) -> list[Score]:
 
 def execute(run: Run, output: Path, keep_model: bool) -> None:
     """Train and evaluate; what an interrupted start left is used or removed."""
-    from filelock import FileLock, Timeout
-
     folder = output / run.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -100,7 +101,6 @@ def execute(run: Run, output: Path, keep_model: bool) -> None:
 
 
 def _train_and_evaluate(run: Run, folder: Path) -> dict[str, Any]:
-    import torch
     from transformers import set_seed
 
     from ..evaluation.evaluate import evaluate_local
@@ -168,8 +168,6 @@ def encode_once(embedder: Any) -> Iterator[dict[str, Any]]:
 
     Yields counters of the real work: texts, seconds, and first, the first of the texts.
     """
-    import numpy as np
-
     encode = embedder.encode
     seen: dict[Any, Any] = {}
     work: dict[str, Any] = {"texts": 0, "seconds": 0.0, "first": []}
@@ -227,8 +225,6 @@ def _keep(train: Path, model: Path, whole: bool) -> None:
 
 def _memory() -> dict[str, int | None]:
     """Peak of the process so far, in bytes: resident set, and CUDA where it is used."""
-    import torch
-
     try:
         import resource
 
@@ -259,21 +255,19 @@ def run_all(runs: Sequence[Run], output: Path, jobs: int, keep_models: bool, wha
             if code:
                 failed[str(run.folder)] = _last_words(output / run.folder / LOG) or f"exit status {code}"
             bar.update()
-            if any(r.kind == "seed" for r in runs):
-                _write_results(output, runs)
+            _write_results(output, runs)
         if failed:
             what = "; ".join(f"{name}: {error}" for name, error in failed.items())
             raise RuntimeError(f"{len(failed)} of {len(mine)} runs failed, all others are done. {what}")
         while waiting := [run for run in missing if not finished(output, run)]:  # done by other processes
             bar.set_postfix_str(f"waiting for {len(waiting)} of other processes")
             time.sleep(_WAIT)
-    if any(run.kind == "seed" for run in runs):
-        _write_results(output, runs)
+    _write_results(output, runs)
 
 
 def _write_results(output: Path, runs: Sequence[Run]) -> None:
-    rows = collect(output, runs)
-    if rows:
+    """Of the trainings; the search's results are not compared."""
+    if any(run.kind == "seed" for run in runs) and (rows := collect(output, runs)):
         results.write(output / results.FILE_NAME, rows)
 
 
@@ -315,8 +309,6 @@ def context() -> Any:
 def _child(
     output: Path, run: Run, slot: int, jobs: int, keep_model: bool
 ) -> None:  # pragma: no cover (another process)
-    import torch
-
     folder = output / run.folder
     folder.mkdir(parents=True, exist_ok=True)
     gc.freeze()  # the libraries' objects stay: collecting them anew takes a second each time
@@ -347,8 +339,6 @@ def _end_with_parent() -> None:
 
 def own_device(slot: int, jobs: int) -> None:
     """Make this a process alone with one GPU: a run trains on one, and the study spreads runs over them."""
-    import torch
-
     local = int(os.environ.get("LOCAL_RANK", 0))
     if rank_and_world()[1] > 1:
         for name in list(os.environ):

@@ -1,9 +1,8 @@
 """What the tables of a report are made of, as plain values: cells, lines drawn in them, rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 WIDTH = 200  # pixels, of a drawn line
 
@@ -27,7 +26,7 @@ class Line:
     def on(
         cls, scale: tuple[float, float], value: float, zero: float, interval: tuple[float, float] | None,
         dots: Sequence[float] = (), solid: bool = True,
-    ) -> Line:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """On a scale from its first number to its second."""
         first, last = scale
 
@@ -75,7 +74,7 @@ class Table:
     caption: str = ""
 
     @classmethod
-    def plain(cls, name: str, lines: Sequence[Sequence[str]], caption: str, classes: str = "") -> Table:
+    def plain(cls, name: str, lines: Sequence[Sequence[str]], caption: str, classes: str = "") -> Self:
         """Of a header and lines of text; classes "text": of words, not of numbers."""
         rows = [Row(label, [Cell(cell, classes=classes) for cell in cells]) for label, *cells in lines[1:]]
         return cls(name, lines[0], rows, caption)

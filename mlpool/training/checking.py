@@ -1,7 +1,5 @@
 """Rows of a source become checked pairs: which columns were taken, what was left out and why, each row by its place."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter
@@ -28,6 +26,7 @@ STAGED = pa.schema(
         "scores": pa.large_list(pa.float32()),  # empty where no column of them was asked for
     }
 )
+_Pairs = list[tuple[str, str, list[str], list[float]]]  # anchor, positive, negatives, scores of positive and these
 
 
 @dataclass
@@ -91,9 +90,6 @@ class Source:
             reasons = [f"{n:,} {kind} (first {self.first[kind]})" for kind, n in self.dropped.most_common()]
             text += f"; left out {count(self.dropped.total(), 'row')}: {', '.join(reasons)}"
         return text
-
-
-_Pairs = list[tuple[str, str, list[str], list[float]]]  # anchor, positive, negatives, scores of positive and these
 
 
 @dataclass

@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..corpus.rows import BadRow, not_unicode
+from ..corpus.rows import BadRow
+from ..files import not_unicode
 from ..show import shorten, some
 
 

@@ -1,14 +1,14 @@
 """The YAML config of `mlpool train`: read, overridden from the command line, and checked before anything is loaded."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
+from sentence_transformers import SentenceTransformerTrainingArguments
 
 from .. import schema
 from ..embedder.adapters import add_lora
@@ -160,16 +160,12 @@ def _options() -> dict[str, Any]:
 @functools.cache
 def _keys() -> Any:
     """The type of a config."""
-    from typing import get_type_hints
-
-    from sentence_transformers import SentenceTransformerTrainingArguments
-
     hints = get_type_hints(SentenceTransformerTrainingArguments)
     source = Annotated[Any, AfterValidator(_source)]
     pairs = {**schema.arguments(load_pairs, "source", "split"), "train": source, "eval": source}
     pairs |= {"temperature": Temperature, "batches": Batches}
     teacher = schema.section("key in loss.teacher", schema.arguments(Teacher)) | None
-    keys = {f.name: hints[f.name] for f in dataclasses.fields(SentenceTransformerTrainingArguments)}
+    keys = {f.name: hints[f.name] for f in fields(SentenceTransformerTrainingArguments)}
     del keys["multi_dataset_batch_sampler"]  # `data` says it
     keys |= _options() | {
         "model": str,

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..corpus.rows import beside, kind_of
 from ..files import write_text
 from ..options import check_place
 from ..show import plain
@@ -80,8 +81,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_data(name: str) -> None:
     """A mistyped file name shows before seconds of imports."""
-    from ..corpus.rows import beside, kind_of
-
     path = Path(name).expanduser()
     if not path.exists() and (kind_of(path) or path.is_absolute() or name.startswith(".")):
         raise FileNotFoundError(f"there is no file {name}{beside(path)}")

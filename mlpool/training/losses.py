@@ -7,8 +7,6 @@ graph and one backward pass, and each parameter receives its gradient once: DDP 
 accumulation and gradient scaling need no care, and DeepSpeed ZeRO-2, which refuses a second one, sees none.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial

@@ -1,10 +1,8 @@
 """How many mini-batches' activations fit into memory: what the first one keeps, and what there is."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -73,21 +71,17 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _available() -> int | None:
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pass
-    try:
+    with suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
+    return None
 
 
 def _container() -> int | None:
     """Of a control group's limit (version 2) what is not yet taken; None where there is none."""
-    try:
+    with suppress(OSError, ValueError):  # no such file, or "max"
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
-    return max(0, limit - used)
+        return max(0, limit - used)
+    return None

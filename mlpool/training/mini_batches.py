@@ -1,7 +1,5 @@
 """The texts of all columns of a batch in mini-batches of tokens: grouped, sorted, trimmed or packed, embedded."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence

@@ -13,6 +13,7 @@ import torch
 import yaml
 from datasets import DatasetDict
 from datasets.config import HF_DATASETS_CACHE
+from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import TrainerCallback, set_seed
 from transformers.utils import is_torch_xla_available
 
@@ -169,8 +170,6 @@ def _removed_if_empty(output: Path) -> Iterator[None]:
 
 def training_arguments(config: TrainConfig) -> Any:
     """SentenceTransformerTrainingArguments of a config."""
-    from sentence_transformers import SentenceTransformerTrainingArguments
-
     values = {**DEFAULTS, "ddp_find_unused_parameters": False, **config.arguments}
     if not torch.accelerator.is_available() and not is_torch_xla_available():
         values["use_cpu"] = True  # transformers wants it said for bfloat16, and to pin no memory
@@ -270,11 +269,10 @@ def load_scored(path: str | Path) -> list[tuple[str, str, float]]:
 
 def _finished(output: Path) -> bool:
     """Whether a training came to its end: its last file is there, and the embedder before it."""
-    try:
+    with suppress(FileNotFoundError, ValueError):
         read_json(output / STATE)
-    except (FileNotFoundError, ValueError):
-        return False
-    return (output / "modules.json").is_file()
+        return (output / "modules.json").is_file()
+    return False
 
 
 def _checkpoint(config: TrainConfig, output: Path, resume: bool) -> Path | None:

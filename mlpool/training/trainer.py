@@ -3,15 +3,17 @@
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from transformers import AutoModel
 
 from ..embedder.adapters import has_adapter
 from ..embedder.embedder import Embedder
@@ -201,8 +203,6 @@ def prepare(embedder: Embedder) -> None:
 
 def trained_weights(embedder: Embedder, checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint holds of this embedder's weights, under their names in it: pool, and adapter or all weights."""
-    from safetensors.torch import load_file
-
     check_folder(checkpoint)
     state: dict[str, Any] = {}
     for path in checkpoint.glob(f"*/{WEIGHTS_NAME}"):
@@ -213,8 +213,6 @@ def trained_weights(embedder: Embedder, checkpoint: Path) -> dict[str, Any]:
             stem, kind, rest = name.removeprefix("base_model.model.").rpartition(".weight")
             state[f"backbone.model.{stem}.default{kind}{rest}"] = tensor
     else:
-        from transformers import AutoModel
-
         full = AutoModel.from_pretrained(checkpoint, dtype="auto")
         state |= {f"backbone.model.{name}": tensor for name, tensor in full.state_dict().items()}
     names = set(embedder.state_dict())
@@ -247,10 +245,8 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest checkpoint that was written to its end; one that a killed run left half is passed over."""
     found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2] or 0))
     for path in reversed(found):
-        try:
+        with suppress(OSError, ValueError):
             json.loads((path / STATE).read_text())
             check_folder(path)
-        except (OSError, ValueError):
-            continue
-        return path
+            return path
     return None

@@ -3,8 +3,6 @@
 Of these modules `folder` needs transformers, the others vLLM.
 """
 
-from __future__ import annotations
-
 ARCHITECTURE = "MlpoolEmbeddingModel"  # in the `architectures` of an exported config.json
 SECTION = "mlpool"  # of that file: what the plugin has to know
 FORMAT = 1  # of that section

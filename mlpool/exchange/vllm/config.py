@@ -1,7 +1,5 @@
 """What has to hold before an exported folder is served; vLLM asks when it builds its configuration."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig

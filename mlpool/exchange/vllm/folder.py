@@ -4,12 +4,11 @@ It is a saved embedder, which `mlpool.load` reads as before, in which config.jso
 says what it has to know, and the tokenizer puts EOS behind a text by itself.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from ...attention.families import window_of
 from ...embedder.designs import find_design
@@ -122,8 +121,6 @@ def _section(embedder: Embedder, stage: Path) -> dict[str, Any]:
 @torch.no_grad()
 def _verify(embedder: Embedder, stage: Path) -> float:
     """The folder's own tokenizer and the embeddings of the folder, loaded again."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(stage)
     compare_tokens(embedder[0], lambda probes: tokenizer(probes, truncation=True).input_ids)  # type: ignore[arg-type]
     again = reload(embedder, stage)

@@ -6,8 +6,6 @@ operation that does so finds the texts in the forward's context, as vLLM's atten
 recorded graphs for the same reason (see `config.py`). In a pipeline the buffer travels with the hidden states.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterable, Set
 from pathlib import Path

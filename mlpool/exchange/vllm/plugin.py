@@ -4,8 +4,6 @@ It adds one architecture and nothing else, so that models of others are served a
 wrong with a folder or a version is said where such a folder is served.
 """
 
-from __future__ import annotations
-
 from . import ARCHITECTURE
 
 
