@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/designs.py --base bases/smollm2 --name smollm2 --data small
 
 Timed as in depth.py: in turns in one process, medians, the processor's time where there is one thread. The numbers go
-to benchmarks/results/design-costs.csv, and `make plots` brings them into docs/designs.md.
+to benchmarks/results/costs-cpu-1core.csv, and `make plots` brings them into docs/designs.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlpool.version import versions
 BASELINE, RELEASED = "mean-causal", "multi-layer-causal-mean, released"
 # As the tables of scores have it: the paper's equations at the size of a default pool.
 POOLS = {RELEASED: {"num_latents": 16, "num_heads": 8, "head_dim": 64, "ff_mult": 1, "residual": False}}
-RESULTS = Path(__file__).parent / "results" / "design-costs.csv"
+RESULTS = Path(__file__).parent / "results" / "costs-cpu-1core.csv"
 COLUMNS = (
     "base", "design", "parameters", "encode_texts_per_s", "train_texts_per_s", "texts", "pairs", "tokens", "rounds",
     "threads", "mlpool", "torch", "transformers", "date",

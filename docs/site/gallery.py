@@ -155,11 +155,30 @@ def trained(rows: Sequence[Line]) -> list[Bar]:
             *_, score = studies.means(shown, row, rows)
             seeds = len(studies.scores(shown, row, rows))
             note = f"{seeds} seeds" if seeds > 1 else ""
-            ours = "multi-layer" in row and "released" not in row
             who = f"{name}, {studies.rate(row)}"
-            found.append(Bar(f"{shown.base}, {count} sets", who, score, f"{score:.3f}", note, ours))
+            found.append(Bar(f"{shown.base}, {count} sets", who, score, f"{score:.3f}", note, _is_ours(row)))
         bars += sorted(found, key=lambda bar: -bar.value)
     return bars
+
+
+def of_designs(column: str) -> Callable[[Sequence[Line]], list[Bar]]:
+    """A bar for each design, its ratio to the first behind it."""
+
+    def bars(rows: Sequence[Line]) -> list[Bar]:
+        first = float(rows[0][column])
+        return [
+            Bar(
+                f"{row['base']}, {row['threads']} thread", row["design"], float(row[column]), count(row[column]),
+                times(float(row[column]) / first), _is_ours(row["design"]),
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    return bars
+
+
+def _is_ours(design: str) -> bool:
+    return "multi-layer" in design and "released" not in design
 
 
 # --- what is where ----------------------------------------------------------------------------------------------------
@@ -245,6 +264,16 @@ SECTIONS = (
         "name the learning rate.",
         {"cpu": "mlpool study configs/study/smollm2.yaml --base bases/smollm2 --data small --jobs 2"},
         [Plot("mean test score: longer is better", trained)],
+    ),
+    Section(
+        "costs",
+        "Designs beside mean pooling",
+        "Embedding texts of up to 32 tokens, and training on them with LoRA; behind a bar the speed over mean pooling.",
+        {"cpu": "OMP_NUM_THREADS=1 python benchmarks/designs.py --base bases/smollm2 --name smollm2 --data small"},
+        [
+            Plot("texts a second, embedding: longer is better", of_designs("encode_texts_per_s")),
+            Plot("texts a second, training: longer is better", of_designs("train_texts_per_s")),
+        ],
     ),
     Section(
         "census",

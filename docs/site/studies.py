@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORES = ROOT / "benchmarks" / "results" / "designs.csv"
-COSTS = ROOT / "benchmarks" / "results" / "design-costs.csv"
+COSTS = ROOT / "benchmarks" / "results" / "costs-cpu-1core.csv"
 COLUMNS = ("base", "row", "seed", "task", "metric", "items", "score", "date")
 LATENTS = 16  # of a default pool
 Line = dict[str, str]
