@@ -304,7 +304,7 @@ def _read_marker(path: Path, inputs: dict[str, Any]) -> Score | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     there = not row.items or (path.with_suffix(".npz")).is_file()
-    return row if found["inputs"] == inputs and there else None
+    return row if found.get("inputs") == inputs and there else None
 
 
 def _share(tasks: Sequence[AbsTask], rank: int, world: int) -> list[AbsTask]:

@@ -129,7 +129,7 @@ def test_nothing_twice(tiny, small_data, tmp_path):
     assert not calls.texts
 
 
-@pytest.mark.parametrize("what", ["items", "mteb", "marker", "data"])
+@pytest.mark.parametrize("what", ["items", "mteb", "marker", "inputs", "data"])
 def test_damage_is_evaluated_again(tiny, small_data, tmp_path, what):
     """A lost or cut file, or data that has changed, costs that task again, and no other."""
     data = Path(shutil.copytree(small_data, tmp_path / "data"))
@@ -143,6 +143,8 @@ def test_damage_is_evaluated_again(tiny, small_data, tmp_path, what):
         (data / "sts/made/test.jsonl").write_text("\n".join(lines[:30]) + "\n")
     elif what == "items":
         marker.with_suffix(".npz").unlink()
+    elif what == "inputs":
+        marker.write_text(json.dumps({"row": json.loads(marker.read_text())["row"]}))
     else:  # as a kill in the middle of writing leaves it
         marker.write_text(marker.read_text()[:50])
         if what == "mteb":
