@@ -34,7 +34,6 @@ DAYS = {
     "encode-cpu-2cores-quick": "2026-11-22",
     "mining-cpu-2cores": "2026-11-28",
     "encode-nvidia-h200-full": "2026-11-27",
-    "throughput-cpu-2cores": "2026-11-22",
     "throughput-nvidia-h200-full": "2026-11-27",
     "train-step-cpu-2cores-quick": "2026-11-22",
     "tune-nvidia-h200": "2026-11-27",
