@@ -31,7 +31,6 @@ DAYS = {
     "attention-cpu-2cores-quick": "2026-11-22",
     "census": "2026-11-24",
     "contrast-nvidia-h200-full": "2026-11-27",
-    "encode-cpu-2cores-quick": "2026-11-22",
     "mining-cpu-2cores": "2026-11-28",
     "encode-nvidia-h200-full": "2026-11-27",
     "throughput-nvidia-h200-full": "2026-11-27",
