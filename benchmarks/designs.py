@@ -1,14 +1,16 @@
 """What every design costs on one base, encoding and training with LoRA (rank 16), beside mean pooling.
 
-    OMP_NUM_THREADS=1 python benchmarks/designs.py --base bases/smollm2 --name smollm2 --data small
+    python benchmarks/designs.py --base bases/smollm2 --name smollm2 --data small
 
-Timed as in depth.py: in turns in one process, medians, the processor's time where there is one thread. The numbers go
-to benchmarks/results/costs-cpu-1core.csv, and `make plots` brings them into docs/designs.md.
+Timed as in depth.py: in turns in one process, medians; on one thread, by the processor's time. The numbers go to
+benchmarks/results/costs-cpu-1core.csv in place of those of the same base and design, and `make plots` brings them into
+docs/designs.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -23,8 +25,7 @@ from mlpool.files import write_csv
 from mlpool.version import versions
 
 BASELINE, RELEASED = "mean-causal", "multi-layer-causal-mean, released"
-# As the tables of scores have it: the paper's equations at the size of a default pool.
-POOLS = {RELEASED: {"num_latents": 16, "num_heads": 8, "head_dim": 64, "ff_mult": 1, "residual": False}}
+POOLS = {RELEASED: {"residual": False}}  # at the size of a default pool, as in the tables of scores
 RESULTS = Path(__file__).parent / "results" / "costs-cpu-1core.csv"
 COLUMNS = (
     "base", "design", "parameters", "encode_texts_per_s", "train_texts_per_s", "texts", "pairs", "tokens", "rounds",
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     rows = read(args.data / "pairs/squad_sentences/train.jsonl", max(args.texts, args.pairs))
     names = dict.fromkeys([BASELINE, *args.design])
     makers = {
@@ -55,13 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = speeds(makers, rows, args)
     print(table(found, "design"))
     taken = (args.texts, args.pairs, args.tokens, args.rounds, torch.get_num_threads())
-    now = (*(versions(package)[package] for package in ("mlpool", "torch", "transformers")), f"{datetime.now(UTC):%F}")
-    lines = [
-        [args.name, name, speed.parameters, f"{speed.encode:.4g}", f"{speed.train:.4g}", *taken, *now]
-        for name, speed in found.items()
-    ]
-    write_csv(args.results, COLUMNS, lines)
-    print(f"{len(lines)} designs in {args.results}")
+    now = (*versions("mlpool", "torch", "transformers").values(), f"{datetime.now(UTC):%F}")
+    lines = {}
+    if args.results.is_file():
+        with args.results.open(newline="", encoding="utf8") as file:
+            lines = {(line["base"], line["design"]): list(line.values()) for line in csv.DictReader(file)}
+    for name, (encode, train, parameters) in found.items():
+        lines[args.name, name] = [args.name, name, parameters, f"{encode:.4g}", f"{train:.4g}", *taken, *now]
+    write_csv(args.results, COLUMNS, lines.values())
+    print(f"{len(found)} designs in {args.results}")
 
 
 if __name__ == "__main__":

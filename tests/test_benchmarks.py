@@ -186,7 +186,8 @@ def test_designs_are_timed_beside_mean_pooling(benchmarks, tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--base", tiny.base("llama"), "--name", "tiny", "--data", tmp_path, "--results", tmp_path / "costs.csv"]
     asked = ["eos-causal", designs.RELEASED]
-    designs.main([*map(str, words), "--texts", "4", "--pairs", "2", "--rounds", "1", "--design", *asked])
+    for design in asked:  # the second call keeps what the first has measured
+        designs.main([*map(str, words), "--texts", "4", "--pairs", "2", "--rounds", "1", "--design", design])
     with (tmp_path / "costs.csv").open() as file:
         found = {row["design"]: row for row in csv.DictReader(file)}
     assert list(found) == ["mean-causal", *asked]

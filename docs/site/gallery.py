@@ -267,7 +267,7 @@ SECTIONS = (
         "costs",
         "Designs beside mean pooling",
         "Embedding texts of up to 32 tokens, and training on them with LoRA; behind a bar the speed over mean pooling.",
-        {"cpu": "OMP_NUM_THREADS=1 python benchmarks/designs.py --base bases/smollm2 --name smollm2 --data small"},
+        {"cpu": "python benchmarks/designs.py --base bases/smollm2 --name smollm2 --data small"},
         [
             Plot("texts a second, embedding: longer is better", of_designs("encode_texts_per_s")),
             Plot("texts a second, training: longer is better", of_designs("train_texts_per_s")),
